@@ -309,3 +309,436 @@ def resize(pixels, size, antialias=False):
 def blur(pixels, factor):
     """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again. Details are gone, the number of tokens is kept."""
     return resize(resize(pixels, pixels.shape[-1] // factor), pixels.shape[-1])
+
+
+# ======================================================================================================
+# 4. Data
+# ======================================================================================================
+# A set of rows has a length, and rows[i] -> (name, image, text): the image as undecoded bytes, as a PIL image (toy world) or
+# None (a text-only conversation); the text is None (RecA needs none), a caption, or a conversation [(question, answer), ...].
+
+
+class Images:
+    """Unlabelled images: a folder (recursive) or WebDataset tar shards (one .tar, or a folder that holds .tar files).
+
+    Only names are listed at the start: 240,000 files take seconds. Tar members are read by offset and never extracted, so a
+    path inside an archive has no effect on the disk. InputError where there is no folder or no image in it.
+    """
+
+    def __init__(self, source):
+        source = Path(source).expanduser()
+        if not source.exists():
+            raise InputError(f"no such folder or .tar file: {source}")
+        self.files = [str(source)] if source.is_file() else sorted(
+            os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names
+            if name.lower().endswith(IMAGE_SUFFIXES + (".tar",)))
+        self.root = source.parent if source.is_file() else source
+        tars = [f for f in self.files if f.lower().endswith(".tar")]
+        self.members = []                                           # (tar, member's name, offset, size); empty for plain files
+        for path in tars:
+            try:
+                with tarfile.open(path, "r:") as archive:           # "r:" = uncompressed: a member can be read by its offset
+                    self.members += [(path, m.name, m.offset_data, m.size) for m in archive
+                                     if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
+            except (tarfile.TarError, OSError) as error:
+                raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
+        self.files = [] if self.members else [f for f in self.files if f.lower().endswith(IMAGE_SUFFIXES)]
+        if not len(self):
+            raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
+
+    def __len__(self):
+        return len(self.members) or len(self.files)
+
+    def __getitem__(self, i):
+        if self.members:
+            path, name, offset, size = self.members[i]
+            with open(path, "rb") as file:
+                file.seek(offset)
+                return name, file.read(size), None
+        return os.path.relpath(self.files[i], self.root), Path(self.files[i]).read_bytes(), None
+
+
+class Conversations:
+    """LLaVA-style conversations for L_i2t: a .json list or a .jsonl file of {"image": name (optional), "conversations":
+    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. InputError names the first malformed row."""
+
+    def __init__(self, path, folder):
+        self.folder, self.rows = Path(folder or Path(path).parent), []
+        for number, row in enumerate(read_json(path, lines=str(path).endswith(".jsonl")), 1):
+            try:
+                values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+                assert len(values) >= 2
+                self.rows.append((row.get("image"), list(zip(values[::2], values[1::2]))))
+            except (KeyError, TypeError, AttributeError, AssertionError) as error:
+                raise InputError(f"{path}: row {number} is not a LLaVA conversation (image, conversations)") from error
+        if not self.rows:
+            raise InputError(f"{path} holds no conversation")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        image, turns = self.rows[i]
+        return image or f"text {i}", (self.folder / image).read_bytes() if image else None, turns
+
+
+class Captions:
+    """Captioned images for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
+
+    def __init__(self, path):
+        self.folder, self.rows = Path(path).parent, read_json(path, lines=True)
+        for number, row in enumerate(self.rows, 1):
+            if not (isinstance(row, dict) and isinstance(row.get("image"), str) and isinstance(row.get("caption"), str)):
+                raise InputError(f"{path}: row {number} lacks \"image\" or \"caption\"")
+        if not self.rows:
+            raise InputError(f"{path} holds no caption")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        return row["image"], (self.folder / row["image"]).read_bytes(), row["caption"]
+
+
+class SelfDescriptions:
+    """The model's own descriptions of some training images, as conversations (our addition, see describe_first)."""
+
+    def __init__(self, images, path):
+        self.images, self.rows = images, read_json(path, lines=True)
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        row = self.rows[i]
+        name, image, _ = self.images[row["index"]]
+        return name, image, [(row["question"], row["answer"])]
+
+
+class Cache:
+    """What the frozen parts compute for an image, one safetensors file each, in `folder`/<hash of the settings>.
+
+    The file's name is the hash of the image's bytes: another image, or other settings, is another file, so nothing stale can be
+    read. Files are renamed into place when complete: safe to interrupt, and to share between runs and ranks.
+    """
+
+    def __init__(self, folder, settings):
+        self.folder = Path(folder) / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
+        with atomic(self.folder / "settings.json") as path:
+            path.write_text(json.dumps(settings, indent=1, default=str))
+
+    def path(self, image):
+        name = hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).hexdigest()[:32]
+        return self.folder / name[:2] / f"{name}.safetensors"
+
+    def read(self, path):
+        from safetensors.torch import load_file
+        try:
+            return load_file(path) if path.exists() else None
+        except Exception:                                                      # damaged on disk: computed again
+            return None
+
+    def write(self, path, features):
+        from safetensors.torch import save_file
+        with atomic(path) as temporary:
+            save_file({k: v.detach().cpu().contiguous() for k, v in features.items()}, temporary)
+
+
+class Stream(torch.utils.data.Dataset):
+    """An endless, shuffled stream over rows: stream[position] for any position >= 0, so it can be entered anywhere.
+
+    Epoch e = position // len(rows) has its own permutation. A row that cannot be read is replaced by the next readable one and
+    named in the item. Items: {"name", "sample" (model.preprocess) or "features" (cached), "text", "skipped"}.
+    """
+
+    def __init__(self, name, rows, preprocess, seed, texts=None, cache=None):
+        self.name, self.rows, self.preprocess, self.seed, self.texts, self.cache = name, rows, preprocess, seed, texts, cache
+        self.order = functools.lru_cache(2)(lambda epoch: np.random.default_rng(
+            stable_seed(seed, name, "order", epoch)).permutation(len(rows)))
+
+    def __getitem__(self, position):
+        epoch, k = divmod(position, len(self.rows))
+        rng = np.random.default_rng(stable_seed(self.seed, self.name, "item", position))
+        skipped = []
+        for attempt in range(min(len(self.rows), 1000)):
+            index = int(self.order(epoch)[(k + attempt) % len(self.rows)])
+            name = f"row {index}"
+            try:
+                name, image, text = self.rows[index]
+                text = self.texts[int(rng.integers(len(self.texts)))] if text is None else text
+                item = {"name": name, "text": text, "skipped": skipped, "position": position}
+                if self.cache is not None and image is not None:
+                    item["path"] = self.cache.path(image)
+                    item["features"] = self.cache.read(item["path"])
+                if item.get("features") is None:
+                    image = load_image(image) if isinstance(image, bytes) else image
+                    # With a cache every epoch must see the same crop: no generator, the deterministic (central) one.
+                    item["sample"] = self.preprocess(image, self.name, None if self.cache is not None else rng)
+                return item
+            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+                skipped.append(f"{name} ({str(error)[:80] or type(error).__name__})")
+        raise InputError(f"none of {len(skipped)} images could be read, the first was {skipped[0]}")
+
+    def batches(self, start, batch, workers=0):
+        """Batches (lists of items) of this rank from global position `start` on: rank r of W takes rows r*batch.. of each W*batch."""
+        rank, ranks = world()
+
+        def positions():
+            base = start
+            while True:
+                yield list(range(base + rank * batch, base + (rank + 1) * batch))
+                base += ranks * batch
+
+        loader = torch.utils.data.DataLoader(
+            self, batch_sampler=positions(), collate_fn=list, num_workers=workers, worker_init_fn=_ignore_signals,
+            multiprocessing_context="fork" if workers else None, prefetch_factor=2 if workers else None)
+        return iter(loader)
+
+
+def _ignore_signals(_):
+    """Ctrl-C and SIGTERM go to the whole process group: the main process ends the workers once it has saved."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def encode_batch(model, items, task, cache=None):
+    """Items of a stream -> features on the model's device, one dict an image; what the cache lacks is computed and stored."""
+    todo = [item for item in items if item.get("features") is None]
+    if todo:
+        with torch.no_grad():
+            for item, features in zip(todo, model.encode([item["sample"] for item in todo], task)):
+                item["features"] = features
+                if cache is not None and "path" in item:
+                    cache.write(item["path"], features)
+    return [{k: v.to(model.device, non_blocking=True) for k, v in item["features"].items()} for item in items]
+
+
+# ======================================================================================================
+# 5. Training
+# ======================================================================================================
+
+
+def objective(losses, weights, backward):
+    """One evaluation of the paper's equation (3):
+
+        L = λ_recon · L_recon  +  λ_i2t · L_i2t  +  λ_t2i · L_t2i
+
+    losses: {"recon": function without arguments -> scalar, ...}; weights: {"recon": λ_recon, ...}. A loss whose λ is 0 is never
+    computed. Each loss goes backward as soon as it is there, so that the peak of memory is that of the largest loss and not of
+    their sum. Returns (L, {name: value}) as detached tensors.
+    """
+    values = {}
+    for name, loss in losses.items():
+        if weights[name] != 0:
+            value = loss()
+            backward(weights[name] * value)
+            values[name] = value.detach()
+    return sum(weights[name] * value for name, value in values.items()), values
+
+
+def learning_rate(update, peak, warmup, horizon):
+    """Linear warm-up over `warmup` weight updates, then a cosine to 0 at update `horizon` (0: constant). update counts from 0."""
+    if update < warmup:
+        return peak * (update + 1) / warmup
+    if not horizon:
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * min(1, (update - warmup) / max(1, horizon - warmup))))
+
+
+def average_gradients(parameters):
+    """Data parallelism in four lines: every rank gets the mean gradient, once per weight update.
+
+    DistributedDataParallel is not used: it expects one forward and one backward per step, while a step here has a backward per
+    loss and each loss leaves other parameters without a gradient (the public Show-o code cannot run on two GPUs for this reason).
+    """
+    if dist.is_initialized():
+        for parameter in parameters:
+            if parameter.grad is None:                              # all ranks must take part in every all_reduce
+                parameter.grad = torch.zeros_like(parameter)
+            dist.all_reduce(parameter.grad)
+            parameter.grad /= dist.get_world_size()
+
+
+def checkpoint_blocks(blocks):
+    """Activation checkpointing: keep only each block's input, compute the block again in the backward."""
+    from torch.utils.checkpoint import checkpoint
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+
+
+class Trainer:
+    """The post-training loop, once for all architectures.
+
+    model    has encode, parameter_groups, <name>_loss, save_pretrained, device (see a script)
+    streams  {"recon": Stream, "i2t": Stream, ...}, one for each loss whose λ is not 0
+    args     the command line (section 8)
+    show     function(step) that draws a preview, or None
+    optimizer, average: what a script with sharded or low-precision weights puts in place of AdamW and of average_gradients
+
+    A step is one evaluation of equation (3): `batch` images for each loss. The weights move every `accum` steps.
+    """
+
+    def __init__(self, model, streams, args, show=None, optimizer=None, average=average_gradients):
+        self.model, self.streams, self.args, self.show, self.average = model, streams, args, show, average
+        self.weights = {"recon": args.lambda_recon, "i2t": args.lambda_i2t, "t2i": args.lambda_t2i}
+        groups = model.parameter_groups(args.weight_decay)
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.optimizer = optimizer or torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps,
+                                                        fused=model.device.type == "cuda")
+        self.out, self.step, self.seen, self.stop = Path(args.out), 0, 0, None
+        self.skipped = set()
+
+    # ---- checkpoints: weights in the released layout, and beside them what a resume needs -----------------------------
+
+    def save(self):
+        """out/checkpoint-<step>, written under another name and renamed; the two newest are kept."""
+        if world()[0] == 0:
+            with atomic(self.out / f"checkpoint-{self.step:06d}") as folder:
+                folder.mkdir(parents=True)
+                self.model.save_pretrained(folder)
+                torch.save({"step": self.step, "seen": self.seen, "optimizer": self.optimizer.state_dict()}, folder / "trainer.pt")
+            for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+                shutil.rmtree(old)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def resume(self, folder):
+        """Everything but the weights, which from_pretrained(folder) has read. Random numbers need no state (section 2)."""
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        self.step, self.seen = state["step"], state["seen"]
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    # ---- one step ------------------------------------------------------------------------------------------------------
+
+    def evaluate(self, name, items):
+        """One loss on one batch: frozen features (or the cache), then the model's own loss, in bf16 autocast or float32."""
+        rng = Rng(self.args.seed, name, self.step, positions=[item["position"] for item in items])
+        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
+            features = encode_batch(self.model, items, name, self.streams[name].cache)
+            return getattr(self.model, f"{name}_loss")(features, [item["text"] for item in items], rng=rng)
+
+    def take_step(self, loaders):
+        """Equation (3), its gradients, and every `accum` steps a move of the weights. Returns the numbers for the log."""
+        args, (rank, ranks) = self.args, world()
+        torch.manual_seed(stable_seed(args.seed, "dropout", self.step, rank))
+        items = {name: next(loader) for name, loader in loaders.items()}
+        losses = {name: functools.partial(self.evaluate, name, batch) for name, batch in items.items()}
+        _, values = objective(losses, self.weights, backward=lambda loss: (loss / args.accum).backward())
+        # One transfer per step: the losses of all ranks, and whether any rank was asked to stop.
+        numbers = torch.stack([*values.values(), torch.tensor(float(self.stop is not None), device=self.model.device)]).float()
+        if ranks > 1:
+            dist.all_reduce(numbers)
+            numbers /= ranks
+        *numbers, stop = numbers.tolist()
+        row = {"step": self.step + 1, "loss": sum(self.weights[n] * v for n, v in zip(values, numbers)), **dict(zip(values, numbers))}
+        if not math.isfinite(row["loss"]):
+            names = [item["name"] for batch in items.values() for item in batch]
+            raise InputError(f"the loss is {row['loss']} at step {self.step + 1} on {', '.join(names[:8])}: stopped; "
+                             f"the last good checkpoint is kept in {self.out} (try a lower --lr or --precision fp32)")
+        row["skipped"] = sorted({s for batch in items.values() for item in batch for s in item["skipped"]} - self.skipped)
+        self.skipped.update(row["skipped"])
+        if (self.step + 1) % args.accum == 0:
+            self.average(self.parameters)
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip or float("inf"))
+            row["lr"] = learning_rate((self.step + 1) // args.accum - 1, args.lr, args.warmup, args.horizon)
+            row["grad_norm"] = norm.item()
+            if not math.isfinite(row["grad_norm"]):
+                raise InputError(f"the gradient is not finite at step {self.step + 1}: stopped; the last good checkpoint is kept in {self.out}")
+            for group in self.optimizer.param_groups:
+                group["lr"] = row["lr"]
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.seen += args.batch * ranks
+        return row, stop > 0
+
+    # ---- the loop ------------------------------------------------------------------------------------------------------
+
+    def train(self):
+        args, first = self.args, self.step
+        main_process = world()[0] == 0
+        self._trim_log()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, lambda number, _: setattr(self, "stop", signal.Signals(number).name))
+        loaders = {n: s.batches(self.seen, args.batch, args.workers) for n, s in self.streams.items() if self.weights[n] != 0}
+        boundary = (self.step, self.seen)                                # where the weights moved last
+        began, log = time.time(), open(self.out / "log.jsonl", "a") if main_process else None
+        bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True, disable=not main_process, desc="RecA")
+        while self.step < args.steps:
+            row, stop = self.take_step(loaders)
+            updated = self.step % args.accum == 0
+            boundary = (self.step, self.seen) if updated else boundary
+            row["images_per_s"] = round((self.step - first) * args.batch * world()[1] / (time.time() - began), 3)
+            if main_process:
+                log.write(json.dumps(row) + "\n")
+                log.flush()
+                bar.set_postfix({n: f"{row[n]:.4f}" for n in ("recon", "i2t", "t2i") if n in row} | {"img/s": row["images_per_s"]})
+                bar.update()
+                for name in row["skipped"]:
+                    bar.write(f"skipped: {name}")
+            if self.show and self.step % args.sample_every == 0 and self.step < args.steps:
+                self.show(self.step)
+            if stop:
+                # In the middle of an accumulation the weights are still those of the last move: go back to it, lose no step twice.
+                self.step, self.seen = boundary
+                break
+            if updated and self.step % args.save_every < args.accum and self.step < args.steps:
+                self.save()
+        bar.close()
+        self.save()
+        if main_process:
+            log.close()
+            draw_losses(self.out)
+            if self.skipped:
+                print(f"{len(self.skipped)} unreadable images were skipped (named in {self.out / 'log.jsonl'})")
+        if self.step < args.steps:
+            print(f"stopped by {self.stop or 'another rank'} at step {self.step}, saved; go on with --resume --out {self.out}")
+            sys.exit(0)
+
+    def _trim_log(self):
+        """After a kill the log may be ahead of the checkpoint, or end in half a line: keep what the checkpoint knows."""
+        path = self.out / "log.jsonl"
+        if world()[0] == 0 and path.exists():
+            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step]
+            with atomic(path) as temporary:
+                temporary.write_text("".join(line + "\n" for line in lines))
+
+
+def draw_losses(out):
+    """out/log.jsonl -> out/loss.png: every loss over the steps, smoothed, in a plain PIL drawing."""
+    rows = read_json(out / "log.jsonl", lines=True)
+    if not rows:
+        return
+    image = Image.new("RGB", (900, 420), "white")
+    draw, names = ImageDraw.Draw(image), [n for n in ("recon", "i2t", "t2i") if n in rows[-1]]
+    left, top, right, bottom = 70, 30, 880, 380
+    curves = {n: np.convolve([r[n] for r in rows], np.ones(w := min(len(rows), 1 + len(rows) // 20)) / w, "valid") for n in names}
+    low, high = min(c.min() for c in curves.values()), max(c.max() for c in curves.values())
+    draw.rectangle((left, top, right, bottom), outline="gray")
+    for value, y in ((high, top), ((low + high) / 2, (top + bottom) / 2), (low, bottom)):
+        draw.text((8, y - 6), f"{value:.3g}", fill="black")
+    draw.text((left, bottom + 10), f"step {rows[0]['step']}", fill="black")
+    draw.text((right - 70, bottom + 10), f"step {rows[-1]['step']}", fill="black")
+    for k, (name, curve) in enumerate(curves.items()):
+        color = ("#c0392b", "#2471a3", "#1e8449")[k]
+        xs, ys = np.linspace(left, right, len(curve)), bottom - (curve - low) / max(high - low, 1e-9) * (bottom - top)
+        draw.line(list(zip(xs, ys)) if len(curve) > 1 else [(left, ys[0]), (right, ys[0])], fill=color, width=2)
+        draw.text((left + 10 + 90 * k, 10), name, fill=color)
+    with atomic(out / "loss.png") as path:
+        image.save(path)
+
+
+def grid(rows, titles=(), cell=192):
+    """Rows of PIL images (equal lengths) -> one picture, a title above each column."""
+    columns, header = max(map(len, rows)), 18 if titles else 0
+    sheet = Image.new("RGB", (columns * (cell + 4), header + len(rows) * (cell + 4)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for c, title in enumerate(titles):
+        draw.text((c * (cell + 4) + 4, 3), title, fill="black")
+    for r, row in enumerate(rows):
+        for c, image in enumerate(row):
+            image = image.resize((cell, cell), Image.NEAREST if image.width < cell else Image.BICUBIC)
+            sheet.paste(image, (c * (cell + 4), header + r * (cell + 4)))
+    return sheet
