@@ -23,7 +23,7 @@ import io
 import json
 import math
 import os
-import random
+import re
 import shutil
 import signal
 import sys
@@ -742,3 +742,306 @@ def grid(rows, titles=(), cell=192):
             image = image.resize((cell, cell), Image.NEAREST if image.width < cell else Image.BICUBIC)
             sheet.paste(image, (c * (cell + 4), header + r * (cell + 4)))
     return sheet
+
+
+# ======================================================================================================
+# 6. Inference on files
+# ======================================================================================================
+
+
+def prompt_jobs(source, out, images):
+    """A prompt source -> [(prompt, [paths of its images], metadata or None)] in the layout that the benchmark's scorer expects.
+
+    FILE.txt    a prompt a line                                     -> out/00000.png, or out/00000_0.png .. with several images
+    FILE.jsonl  GenEval's evaluation_metadata.jsonl                 -> out/00000/metadata.jsonl, out/00000/samples/00000.png ..
+    FILE.json   WISE (Prompt, prompt_id)                            -> out/<prompt_id>.png
+                T2I-CompBench (Question, Category, Question_id)     -> out/<Category>/<Question_id>.png
+    FOLDER      DPG-Bench, a prompt a <name>.txt                    -> out/<name>.png, a 2x2 grid of four images
+    """
+    source, out = Path(source), Path(out)
+    if not source.exists():
+        raise InputError(f"no such prompt file or folder: {source}")
+    if source.is_dir():
+        files = sorted(source.glob("*.txt"))
+        jobs = [(f.read_text(encoding="utf-8").strip(), [out / f"{f.stem}.png"], "grid") for f in files]
+    elif source.suffix == ".jsonl":
+        rows = read_json(source, lines=True)
+        jobs = [(row.get("prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row)
+                for i, row in enumerate(rows)]
+    elif source.suffix == ".json":
+        jobs = [(row.get("Prompt", row.get("Question")), [out / row.get("Category", "") / f"{row['Question_id']}.png"]
+                 if "Question_id" in row else [out / f"{row.get('prompt_id')}.png"], None) for row in read_json(source)]
+    else:
+        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        jobs = [(line, [out / (f"{i:05d}.png" if images == 1 else f"{i:05d}_{k}.png") for k in range(images)], None)
+                for i, line in enumerate(lines)]
+    if not jobs or any(not isinstance(prompt, str) or not prompt for prompt, _, _ in jobs):
+        raise InputError(f"{source}: " + ("row " + str([not p for p, _, _ in jobs].index(True) + 1) + " has no prompt" if jobs else "no prompt"))
+    return jobs
+
+
+def generate_files(model, args):
+    """--generate: image k of a prompt has seed `--seed` + k, whatever it shares a batch with, so a rerun may skip what is there."""
+    todo = []                                                                     # (prompt, seed, path, position in its job)
+    jobs = prompt_jobs(args.generate, args.out, args.images)
+    for prompt, paths, metadata in jobs:
+        if isinstance(metadata, dict) and not (folder := paths[0].parent.parent).joinpath("metadata.jsonl").exists():
+            with atomic(folder / "metadata.jsonl") as path:
+                path.write_text(json.dumps(metadata))
+        count = 4 if metadata == "grid" else len(paths)
+        missing = [k for k in range(count) if not paths[min(k, len(paths) - 1)].exists()]
+        todo += [(prompt, args.seed + k, paths[min(k, len(paths) - 1)], k if metadata == "grid" else None) for k in missing]
+    quarters = {}
+    batch = -(-args.batch_images // 4) * 4                                        # a grid is never split over two batches
+    for start in tqdm(range(0, len(todo), batch), desc="generate", unit="batch", dynamic_ncols=True):
+        chunk = todo[start:start + batch]
+        for image, (_, _, path, quarter) in zip(model.generate([c[0] for c in chunk], seed=[c[1] for c in chunk],
+                                                               **sampler_options(args)), chunk):
+            if quarter is not None:                                               # DPG-Bench: four samples, row by row
+                quarters.setdefault(path, []).append(image)
+                if len(quarters[path]) < 4:
+                    continue
+                side, parts = image.width, quarters.pop(path)
+                image = Image.new("RGB", (2 * side, 2 * side))
+                for k, part in enumerate(parts):
+                    image.paste(part, (side * (k % 2), side * (k // 2)))
+            with atomic(path) as temporary:
+                image.save(temporary)
+    print(f"{len(todo)} images generated for {len(jobs)} prompts in {args.out}")
+
+
+def sampler_options(args):
+    """The sampler's settings that were given on the command line; the others keep the script's (the paper's) defaults."""
+    return {k: v for k, v in {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps}.items() if v is not None}
+
+
+def reconstruct_files(model, args):
+    """--reconstruct DIR: out/<name>.png for each image: what the model paints when it is given only its own understanding of it."""
+    images, out = Images(args.reconstruct), Path(args.out)
+    todo = [(i, path) for i in range(len(images)) if not (path := out / Path(images[i][0]).with_suffix(".png")).exists()]
+    pairs = []
+    for start in tqdm(range(0, len(todo), args.batch_images), desc="reconstruct", unit="batch", dynamic_ncols=True):
+        chunk = []
+        for index, path in todo[start:start + args.batch_images]:
+            try:
+                chunk.append((load_image(images[index][1]), path))
+            except (OSError, ValueError, SyntaxError) as error:
+                print(f"skipped: {images[index][0]} ({error})")
+        if chunk:
+            for (source, path), image in zip(chunk, model.reconstruct([c[0] for c in chunk], seed=[args.seed] * len(chunk),
+                                                                      **sampler_options(args))):
+                with atomic(path) as temporary:
+                    image.save(temporary)
+                pairs.append((source.resize((256, 256)), image))
+    if pairs:
+        with atomic(out / "reconstructions.png") as path:
+            grid(pairs[:16], titles=("input", "reconstruction")).save(path)
+    print(f"{len(pairs)} images reconstructed in {out}")
+
+
+def describe_files(model, args):
+    """--describe: a folder of images, or a question file (.jsonl: question_id, image, text; images beside it or in --i2t-images).
+
+    Writes out/answers.jsonl, one {"question_id", "image", "question", "answer"} a line; a rerun goes on where it stopped.
+    """
+    source, out = Path(args.describe), Path(args.out)
+    if source.is_dir():
+        images = Images(source)
+        rows = [(images[i][0], source / images[i][0], args.question) for i in range(len(images))]
+    else:
+        folder = Path(args.i2t_images or source.parent)
+        table = read_json(source, lines=source.suffix == ".jsonl")
+        if any("image" not in row or not ("text" in row or "question" in row) for row in table):
+            raise InputError(f"{source}: every row needs \"image\" and \"text\" (the question)")
+        rows = [(row.get("question_id", row.get("id", k)), folder / row["image"], row.get("text", row.get("question")))
+                for k, row in enumerate(table)]
+    path = out / "answers.jsonl"
+    out.mkdir(parents=True, exist_ok=True)
+    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    done = {json.dumps(json.loads(line)["question_id"]) for line in lines}
+    with atomic(path) as temporary:                                                 # a half-written last line is dropped
+        temporary.write_text("".join(line + "\n" for line in lines))
+    rows, answered = [row for row in rows if json.dumps(row[0]) not in done], 0
+    with open(path, "a", encoding="utf-8") as file:
+        rows.sort(key=lambda row: row[2])                                           # one batch has one question
+        start, bar = 0, tqdm(total=len(rows), desc="describe", unit="image", dynamic_ncols=True)
+        while start < len(rows):
+            chunk = [row for row in rows[start:start + args.batch_images] if row[2] == rows[start][2]]
+            start += len(chunk)
+            readable = []
+            for row in chunk:
+                try:
+                    readable.append((*row, load_image(row[1])))
+                except (OSError, ValueError, SyntaxError) as error:
+                    print(f"skipped: {row[1]} ({error})")
+            if readable:
+                answers = model.describe([r[3] for r in readable], question=chunk[0][2], max_new_tokens=args.max_new_tokens)
+                for (name, image, question, _), answer in zip(readable, answers):
+                    file.write(json.dumps({"question_id": name, "image": image.name, "question": question, "answer": answer}) + "\n")
+                    answered += 1
+                file.flush()
+            bar.update(len(chunk))
+    print(f"{answered} answers in {path}")
+
+
+def describe_first(model, images, path, count, question, batch, max_new_tokens):
+    """L_i2t without I2T data: before any update the model describes `count` training images; these descriptions are its targets.
+
+    This is our addition, not the paper's (which uses LLaVA-1.5's 665K conversations): it holds the model to what it said before
+    RecA, as a distillation from itself, so understanding cannot drift away while generation learns. Kept in --out.
+    """
+    rows = read_json(path, lines=True) if path.exists() else []
+    order = np.random.default_rng(stable_seed("describe", len(images))).permutation(len(images))[:count]
+    if len(rows) < len(order) and world()[0] == 0:
+        bar = tqdm(total=len(order), desc="the model describes its images (targets of L_i2t)", unit="image", dynamic_ncols=True)
+        rows, k = [], 0
+        while k < len(order):
+            chunk = []
+            for index in order[k:k + batch]:
+                try:
+                    image = images[int(index)][1]
+                    chunk.append((int(index), load_image(image) if isinstance(image, bytes) else image))
+                except (OSError, ValueError, SyntaxError):
+                    pass                                                            # named by the stream when it meets it
+            k += batch
+            answers = model.describe([c[1] for c in chunk], question=question, max_new_tokens=max_new_tokens) if chunk else []
+            rows += [{"index": i, "question": question, "answer": a} for (i, _), a in zip(chunk, answers) if a.strip()]
+            bar.update(len(order[k - batch:k]))
+        bar.close()
+        with atomic(path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if dist.is_initialized():
+        dist.barrier()
+    return SelfDescriptions(images, path)
+
+
+# ======================================================================================================
+# 7. The toy world
+# ======================================================================================================
+# 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be said in
+# words, and every picture can be read back exactly: by comparing each cell with the 32 things it could hold. So what
+# a benchmark's detector estimates at full size is known here without error.
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40),
+          "purple": (140, 50, 170), "cyan": (60, 200, 220), "orange": (245, 140, 30), "black": (20, 20, 20)}
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+
+
+@functools.lru_cache(None)
+def _cell(size):
+    """All things a cell can hold, drawn: float32 [1 + 32, size, size, 3] in [0, 255]; index 0 is the empty cell."""
+    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1
+    masks = (x * x + y * y < 0.56, np.maximum(abs(x), abs(y)) < 0.68, (y < 0.7) & (y > 2 * abs(x) - 0.75),
+             (np.minimum(abs(x), abs(y)) < 0.25) & (np.maximum(abs(x), abs(y)) < 0.75))
+    cells = [np.full((size, size, 3), 255.0)]
+    for mask in masks:
+        for color in COLORS.values():
+            cells.append(np.where(mask[..., None], np.array(color, float), 255.0))
+    return np.stack(cells).astype(np.float32)
+
+
+def random_scene(rng, objects=None):
+    """A list of (place, shape, color), indices, in the order of the places. objects: how many (default 1 to 3)."""
+    objects = objects or int(rng.integers(1, 4))
+    places = sorted(rng.choice(4, objects, replace=False).tolist())
+    return list(zip(places, rng.choice(4, objects, replace=False).tolist(), rng.integers(8, size=objects).tolist()))
+
+
+def draw_scene(scene, size=64):
+    """-> PIL RGB size x size."""
+    half = size // 2
+    canvas = np.full((size, size, 3), 255.0, np.float32)
+    for place, shape, color in scene:
+        row, column = divmod(place, 2)
+        canvas[row * half:(row + 1) * half, column * half:(column + 1) * half] = _cell(half)[1 + shape * 8 + color]
+    return Image.fromarray(canvas.astype(np.uint8))
+
+
+def read_scene(image):
+    """PIL -> the scene that it shows. A cell that is near nothing (root mean square distance over 0.2) holds (place, None, None)."""
+    size = image.width - image.width % 2
+    pixels, half, scene = np.asarray(image.convert("RGB").resize((size, size)), np.float32), size // 2, []
+    for place in range(4):
+        row, column = divmod(place, 2)
+        cell = pixels[row * half:(row + 1) * half, column * half:(column + 1) * half]
+        distance = np.sqrt(((_cell(half) - cell) ** 2).mean((1, 2, 3))) / 255
+        best = int(distance.argmin())
+        if distance[best] > 0.2:
+            scene.append((place, None, None))
+        elif best:
+            scene.append((place, *divmod(best - 1, 8)))
+    return scene
+
+
+def caption(scene, p=1.0, rng=None):
+    """The scene in words. p = 1: everything ("red circle top-left and ..."); else color and place are named with probability p each
+    (rng needed): the sparse captions that the paper says generation is brought up on."""
+    def say(chance):
+        return chance >= 1 or rng.random() < chance
+    return " and ".join(" ".join(([list(COLORS)[color]] if say(p) else []) + [SHAPES[shape]] + ([PLACES[place]] if say(p) else []))
+                        for place, shape, color in scene)
+
+
+class Shapes:
+    """Rows of the toy world, drawn when asked for: `count` scenes from `seed`. captions: None, or a p for caption()."""
+
+    def __init__(self, size=64, count=20000, seed=0, captions=None, dialogue=False):
+        self.size, self.count, self.seed, self.captions, self.dialogue = size, count, seed, captions, dialogue
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.seed, i))
+        scene = random_scene(rng)
+        text = None if self.captions is None else caption(scene, self.captions, rng)
+        return f"shapes {i}", draw_scene(scene, self.size), [(SEED_TEMPLATE, text)] if self.dialogue else text
+
+
+def score_generations(scenes, images):
+    """GenEval's questions, asked of pictures that prompts with full captions made: a fraction of pictures each.
+
+    single_object, colors: prompts about one object (its shape is there; with its color). two_object, position, color_attribution: prompts
+    about two (both shapes are there; at their places; each with its own color).
+    """
+    tests = {"single_object": (1, 0, 0), "two_object": (2, 0, 0), "colors": (1, 0, 1), "position": (2, 1, 0), "color_attribution": (2, 0, 1)}
+    scores = {}
+    for name, (objects, place, color) in tests.items():
+        def seen(scene):
+            return {(o[1], o[0] if place else 0, o[2] if color else 0) for o in scene if o[1] is not None}
+        cases = [(scene, image) for scene, image in zip(scenes, images) if len(scene) == objects]
+        scores[name] = sum(seen(scene) <= seen(read_scene(image)) for scene, image in cases) / max(1, len(cases))
+    return {**scores, "overall": sum(scores.values()) / len(scores)}
+
+
+def score_toy(model, size, count, seed, options):
+    """{"reconstruction": ..., "single_object": ..., ..., "overall": ...} on held-out scenes. reconstruction: the fraction of images whose every
+    shape, color and place comes back from the model's own understanding embeddings."""
+    rng = np.random.default_rng((seed, 999_999))                                    # no training scene has this generator
+    scenes = [random_scene(rng) for _ in range(count)]
+    seeds = list(range(seed * 1000, seed * 1000 + count))
+    pictures = model.reconstruct([draw_scene(s, size) for s in scenes], seed=seeds, **options)
+    reconstruction = sum(read_scene(p) == s for s, p in zip(scenes, pictures)) / count
+    prompts = [random_scene(rng, 1 + k % 2) for k in range(count)]
+    images = model.generate([caption(s) for s in prompts], seed=seeds, **options)
+    return {"reconstruction": reconstruction, **score_generations(prompts, images)}
+
+
+def tiny_tokenizer(special_tokens=()):
+    """A word-level tokenizer for the tiny models: the toy world's words, the templates' words, the prompts' words; other words are [UNK].
+
+    special_tokens: the architecture's own markers, in the order of their ids behind the words. Newlines are tokens.
+    """
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    pattern = r"\n|[\w-]+|[^\s\w]"
+    text = " ".join([*templates(), *SHAPES, *COLORS, *PLACES, "and user assistant system generate an image : , . ? ! \n",
+                     "a chat between curious artificial intelligence gives helpful detailed polite answers to questions s '"])
+    words = list(dict.fromkeys(re.findall(pattern, text.lower())))
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
