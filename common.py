@@ -1045,3 +1045,349 @@ def tiny_tokenizer(special_tokens=()):
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
+    """One stage of a tiny model's pretraining: `steps` of AdamW on loss(positions) with a warm-up and a cosine to a tenth. Used by the scripts."""
+    parameters = list(parameters)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
+    bar = tqdm(range(steps), desc=f"toy pretraining: {title}", unit="step", dynamic_ncols=True)
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, lr, min(warmup, steps // 4), 0) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        value = loss(range(step * batch, (step + 1) * batch))
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0 or step == steps - 1:
+            bar.set_postfix(loss=f"{value.item():.4f}")
+
+
+# ======================================================================================================
+# 8. The command line
+# ======================================================================================================
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see --help)")
+
+
+def parse_args(description, recipes, default, argv=None, extend=None):
+    """The flags of DESIGN.md. recipes: {model name: the script's Recipe dataclass}; whatever is not given on the command line is taken
+    from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
+    paper = recipes[default]
+    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def flag(group, name, kind, text, default=None, **more):
+        group.add_argument(name, type=kind, default=default, help=text, **more)
+
+    def count(text):
+        value = int(text)
+        if value < 0:
+            raise ValueError
+        return value
+
+    def positive(text):
+        value = int(text)
+        if value < 1:
+            raise ValueError
+        return value
+
+    g = parser.add_argument_group("what")
+    flag(g, "--model", str, f"a released model ({', '.join(recipes)}), a hub id, a folder, or tiny (default {default})", default)
+    flag(g, "--data", str, "folder of images, .tar (WebDataset), or shapes (the toy world). Paper: 120K Midjourney-v6 images, app. E")
+    flag(g, "--out", str, "folder of the run (default out/<script>-<model>)")
+    g.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, to the same numbers")
+    g = parser.add_argument_group("training (defaults: the paper's Table 8, in our steps)")
+    flag(g, "--steps", count, f"evaluations of equation (3); 0: inference only (default {paper.steps})")
+    flag(g, "--batch", positive, f"images of one loss in a step, per GPU (default {paper.batch})")
+    flag(g, "--accum", positive, f"steps per weight update (default {paper.accum})")
+    flag(g, "--lr", float, f"peak learning rate (default {paper.lr})")
+    flag(g, "--warmup", count, f"weight updates of linear warm-up (default {paper.warmup})")
+    flag(g, "--horizon", count, f"weight update at which the cosine reaches 0; 0: constant (default {paper.horizon})")
+    flag(g, "--weight-decay", float, f"of AdamW (default {paper.weight_decay})")
+    flag(g, "--clip", float, f"limit of the gradient's norm; 0: none (default {paper.clip})")
+    flag(g, "--seed", int, "of every random number (default 0)", 0)
+    flag(g, "--precision", str, "bf16 (autocast, float32 master weights; default on a GPU) or fp32 (default on a CPU)", choices=("bf16", "fp32"))
+    g.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
+    g.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward: less memory, about a third more time")
+    flag(g, "--lambda-recon", float, f"weight of L_recon in equation (3) (default {paper.lambda_recon})")
+    flag(g, "--lambda-i2t", float, f"weight of L_i2t (default {paper.lambda_i2t}: 1 where understanding and generation share parameters)")
+    flag(g, "--lambda-t2i", float, f"weight of L_t2i (default {paper.lambda_t2i}; 1 where --captions is given)")
+    flag(g, "--i2t-data", str, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5 mix 665K); shapes: full captions of the toy world")
+    flag(g, "--i2t-images", str, "folder of its images (default: the folder of the file)")
+    flag(g, "--self-captions", positive, "without --i2t-data: how many training images the model describes for L_i2t, before any update. Our addition (default 1024)", 1024)
+    flag(g, "--captions", str, ".jsonl of {image, caption} for L_t2i: SFT (with --lambda-recon 0) or RecA beside SFT; shapes: full or sparse")
+    flag(g, "--cache", str, "folder: what the frozen parts compute for an image is kept there (crops become deterministic)")
+    flag(g, "--workers", count, "processes that decode images (default: by the number of cores)")
+    flag(g, "--save-every", positive, "steps between checkpoints (default 500)", 500)
+    flag(g, "--sample-every", positive, "steps between preview pictures (default 250)", 250)
+    flag(g, "--pretrain", float, "tiny only: length of the toy pretraining, as a fraction (default 1.0; 0.01 to try the mechanics)", 1.0)
+    g = parser.add_argument_group("the paper's ablations")
+    flag(g, "--und-size", positive, "side of the image given to the understanding encoder (paper section 3: the smallest it accepts)")
+    flag(g, "--blur", positive, "shrink that image by this factor and enlarge it again (app. F.2)")
+    flag(g, "--templates", str, "all 360, or the one seed template", "all", choices=("all", "one"))
+    g = parser.add_argument_group("inference (after training; alone with --steps 0)")
+    flag(g, "--generate", str, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt")
+    flag(g, "--images", positive, "images per prompt (default 1; GenEval 4, the paper's starred rows 12)", 1)
+    flag(g, "--reconstruct", str, "folder of images to reconstruct from their understanding embeddings")
+    flag(g, "--describe", str, "folder of images, or a question file (.jsonl)")
+    flag(g, "--question", str, "for a --describe folder", SEED_TEMPLATE)
+    flag(g, "--max-new-tokens", positive, "of a description (default 256)", 256)
+    flag(g, "--batch-images", positive, "images of one inference batch (default 8)", 8)
+    flag(g, "--guidance-scale", float, "of the sampler (default: the paper's)")
+    flag(g, "--sampling-steps", positive, "of the sampler (default: the paper's)")
+    parser.add_argument("--bench", action="store_true", help="time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing")
+    if extend:
+        extend(parser)
+    args = parser.parse_args(argv)
+    recipe = recipes.get(args.model, paper)
+    if args.captions and args.lambda_t2i is None:
+        args.lambda_t2i = 1.0
+    for name, value in vars(recipe).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    cuda, tiny = torch.cuda.is_available(), args.model.startswith("tiny")
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    args.data = args.data or ("shapes" if tiny else None)
+    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
+    if args.workers is None:
+        args.workers = 0 if args.data == "shapes" else min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1)) - 1))
+    if args.lambda_t2i and not args.captions:
+        raise InputError("--lambda-t2i needs --captions FILE")
+    if args.steps and not args.data and not args.bench:
+        raise InputError("--data is missing: give a folder of images (or --model tiny, which draws its own; or --steps 0 for inference only)")
+    return args
+
+
+def build_rows(args, size):
+    """The rows of each loss whose λ is not 0; those of L_i2t without data come later (they need the model). Raises InputError early."""
+    toy = args.data == "shapes"
+    rows = {}
+    if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
+        rows["recon"] = Shapes(size, seed=args.seed) if toy else Images(args.data)
+    if args.lambda_i2t and args.i2t_data:
+        rows["i2t"] = Shapes(size, seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes" else Conversations(args.i2t_data, args.i2t_images)
+    if args.lambda_t2i:
+        p = {"full": 1.0, "sparse": 0.1}.get(args.captions) if toy else None
+        rows["t2i"] = Captions(args.captions) if p is None else Shapes(size, seed=args.seed, captions=p)
+    return rows
+
+
+def start_process(args):
+    """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    torch.manual_seed(args.seed)
+    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def toy_folder(model_class, args, pretrain):
+    """The pretrained tiny model, in the released layout: made once, kept in ~/.cache/reca (XDG_CACHE_HOME) under a hash of the code."""
+    code = Path(sys.modules[model_class.__module__].__file__).read_bytes() + Path(__file__).read_bytes()
+    key = hashlib.sha256(code + repr((args.model, args.pretrain, args.seed)).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reca" / f"{args.model}-{model_class.__name__.lower()}-{key}"
+    if not folder.exists() and world()[0] == 0:
+        model = model_class.from_pretrained(args.model)
+        model.train()
+        pretrain(model, args.pretrain, args.seed)
+        with atomic(folder) as temporary:
+            temporary.mkdir(parents=True)
+            model.save_pretrained(temporary)
+    if dist.is_initialized():
+        dist.barrier()
+    return folder
+
+
+def run(model_class, args, pretrain_toy, prepare=None):
+    """main() of every script. prepare(model, args) -> more arguments for Trainer (optimizer, average), for a script that needs them."""
+    device = start_process(args)
+    if args.bench:
+        return bench(model_class, args, device, prepare)
+    out, main_process = Path(args.out), world()[0] == 0
+    toy = args.model.startswith("tiny")
+    checkpoints = sorted(out.glob("checkpoint-*/trainer.pt"))
+    if args.resume and not checkpoints:
+        raise InputError(f"nothing to resume: no checkpoint in {out}")
+    if args.steps and not args.resume and checkpoints and not toy:
+        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+    build_rows(args, 64) if args.steps else None                                  # bad --data fails before anything is downloaded
+    source = str(checkpoints[-1].parent) if args.resume else str(toy_folder(model_class, args, pretrain_toy)) if toy else args.model
+    training = args.steps > 0
+    model = model_class.from_pretrained(source, device=device, dtype=torch.float32 if training or args.precision == "fp32" else torch.bfloat16)
+    if args.und_size or args.blur:
+        model.set_und(size=args.und_size, blur=args.blur)
+    if main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        with atomic(out / "run.json") as path:
+            import diffusers
+            import transformers
+            versions = {m.__name__: m.__version__ for m in (torch, transformers, diffusers, np)}
+            path.write_text(json.dumps({"arguments": vars(args), "versions": versions, "python": sys.version.split()[0], "device": str(device)}, indent=1))
+    if training:
+        post_train(model, args, prepare, fresh=not args.resume, resume=checkpoints[-1].parent if args.resume else None)
+    if not main_process:
+        return
+    model.eval()
+    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        for files, given in ((generate_files, args.generate), (reconstruct_files, args.reconstruct), (describe_files, args.describe)):
+            if given:
+                files(model, args)
+
+
+def post_train(model, args, prepare, fresh, resume):
+    """RecA: streams, previews, the trainer, and for the toy world the scores before and after."""
+    out, toy, main_process = Path(args.out), args.data == "shapes", world()[0] == 0
+    size = model.config.image_size
+    if fresh and main_process:
+        for old in (*out.glob("checkpoint-*"), out / "log.jsonl", out / "previews", out / "scores.json"):
+            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+    rows = build_rows(args, size)
+    if args.lambda_i2t and not args.i2t_data:
+        if main_process:
+            print(f"L_i2t has no data (--i2t-data): the model describes {min(args.self_captions, len(rows['recon']))} of its training images first, and is held to "
+                  f"these descriptions, kept in {out / 'i2t_self.jsonl'}. This is our addition; real data or --lambda-i2t 0 are the alternatives.")
+        model.eval()
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            rows["i2t"] = describe_first(model, rows["recon"], out / "i2t_self.jsonl", args.self_captions, args.question, args.batch_images, args.max_new_tokens)
+    if not args.lambda_recon:
+        rows.pop("recon", None)
+    settings = {"model": args.model, "image_size": size, "und_size": args.und_size, "blur": args.blur, "precision": args.precision}
+    texts = templates(args.templates)
+    streams = {name: Stream(name, r, model.preprocess, args.seed, texts if name == "recon" else None,
+                            Cache(args.cache, {**settings, "task": name}) if args.cache else None) for name, r in rows.items()}
+    samples = preview_images(rows.get("recon") or next(iter(rows.values())), size, toy)
+    options = {"seed": list(range(len(samples))), **sampler_options(args)}
+    folder = out / "previews"
+
+    def picture(name):
+        """The preview images, reconstructed now -> previews/<name>_<k>.png; returns them."""
+        model.eval()
+        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+            images = model.reconstruct(samples, **options)
+        model.train()
+        return images
+
+    def show(step):
+        if main_process:
+            before = [load_image(str(folder / f"before_{k}.png")) for k in range(len(samples))]
+            with atomic(folder / f"step_{step:06d}.png") as path:
+                grid(list(zip(samples, before, picture("now"))), ("input", "before RecA", f"step {step}"), cell=max(128, min(256, size))).save(path)
+
+    def score():
+        model.eval()
+        scores = score_toy(model, size, 128, 7, sampler_options(args))
+        model.train()
+        return scores
+
+    scores = out / "scores.json"
+    if main_process and fresh:
+        for k, image in enumerate(picture("before")):
+            with atomic(folder / f"before_{k}.png") as path:
+                image.save(path)
+        if toy:
+            with atomic(scores) as path:
+                path.write_text(json.dumps({"before": score()}, indent=1))
+    trainer = Trainer(model, streams, args, show, **(prepare(model, args) if prepare else {}))
+    if resume:
+        trainer.resume(resume)
+    if args.checkpointing:
+        checkpoint_blocks(model.blocks())
+    if args.compile:
+        for block in model.blocks():
+            block.compile()
+    model.train()
+    trainer.train()
+    show(trainer.step)
+    if toy and main_process:
+        table = {**read_json(scores), "after": score()}
+        with atomic(scores) as path:
+            path.write_text(json.dumps(table, indent=1))
+        print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
+        for name in table["after"]:
+            print(f"{name:<22}{table['before'][name]:>8.2f}{table['after'][name]:>8.2f}")
+    if main_process:
+        print(f"done: {out}/ holds checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl" + (", scores.json" if toy else ""))
+
+
+def preview_images(rows, size, toy, count=6):
+    """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
+    if toy:
+        rng = np.random.default_rng(12345)
+        return [draw_scene(random_scene(rng), size) for _ in range(count)]
+    images = []
+    for index in range(min(len(rows), 100)):
+        try:
+            images.append(load_image(rows[index][1]))
+        except (OSError, ValueError, SyntaxError, TypeError):
+            continue
+        if len(images) == count:
+            break
+    if not images:
+        raise InputError("none of the first images could be read")
+    return images
+
+
+# Dense bf16 peak of common GPUs, in FLOP/s, for the MFU (their makers' data sheets).
+PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}
+
+
+def bench(model_class, args, device, prepare, warmup=2, timed=8):
+    """--bench: full-size steps with random weights and random images; prints one line of figures and returns them as a dict.
+
+    MFU = the FLOPs that the step needs (counted by torch on a step with one image, without recomputation, times the batch) per
+    second, over the GPU's dense bf16 peak.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+    model = model_class.random(args.model, device)
+    model.train()
+    names = [n for n in ("recon", "i2t", "t2i") if getattr(args, f"lambda_{n}")]
+    rng = np.random.default_rng(0)
+    words = " ".join(rng.choice([*SHAPES, *COLORS, *PLACES], 80).tolist())           # an answer of the length that LLaVA's have
+    texts = {"recon": SEED_TEMPLATE, "i2t": [(SEED_TEMPLATE, words)], "t2i": words}
+
+    def items(name, batch):
+        picture = Image.fromarray(rng.integers(0, 255, (640, 512, 3), dtype=np.uint8))
+        return [{"name": "random", "text": texts[name], "skipped": [], "position": k, "sample": model.preprocess(picture, name)} for k in range(batch)]
+
+    class Fixed:
+        cache = None
+
+    trainer = Trainer(model, dict.fromkeys(names, Fixed), args, **(prepare(model, args) if prepare else {}))
+    accum, args.accum = args.accum, 10 ** 9
+    with FlopCounterMode(display=False) as counter:
+        trainer.take_step({name: iter([items(name, 1)]) for name in names})
+    flops = counter.get_total_flops() * args.batch
+    args.accum = 1                                                                 # timed steps each move the weights: the slowest case
+    if args.checkpointing:
+        checkpoint_blocks(model.blocks())
+    if args.compile:
+        for block in model.blocks():
+            block.compile()
+    model.zero_grad(set_to_none=True)
+    data = {name: items(name, args.batch) for name in names}
+    cuda, seconds = device.type == "cuda", []
+    for k in tqdm(range(warmup + timed), desc="bench", unit="step", dynamic_ncols=True):
+        if k == warmup and cuda:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        trainer.take_step({name: iter([[{**item} for item in batch]]) for name, batch in data.items()})
+        if cuda:
+            torch.cuda.synchronize()
+        seconds += [time.perf_counter() - began] if k >= warmup else []
+    args.accum, step = accum, float(np.median(seconds))
+    import resource
+    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    card = torch.cuda.get_device_name() if cuda else "CPU"
+    known = next((value for name, value in PEAK.items() if name in card), None)
+    figures = {"model": args.model, "device": card, "batch": args.batch, "losses": names, "compile": args.compile, "checkpointing": args.checkpointing,
+               "step_s": round(step, 4), "images_per_s": round(args.batch / step, 3), "tflops_per_step": round(flops / 1e12, 3),
+               "mfu": round(flops / step / known, 4) if known else None, "peak_memory_gb": round(peak / 2 ** 30, 3),
+               "trainable_parameters": sum(p.numel() for p in trainer.parameters), "parameters": sum(p.numel() for p in model.parameters())}
+    print(json.dumps(figures))
+    return figures
