@@ -185,6 +185,14 @@ class Rng:
         """For callers that do not care: seeded from torch's global generator (so torch.manual_seed fixes it)."""
         return cls(int(torch.randint(2 ** 62, ())), positions=range(batch_size))
 
+    @classmethod
+    def sampling(cls, seed, batch_size):
+        """For samplers. seed: one int (image i has seed + i), or one per image. An image's numbers depend on its own seed alone."""
+        seeds = list(range(seed, seed + batch_size)) if isinstance(seed, int) else list(seed)
+        if len(seeds) != batch_size:
+            raise InputError(f"{len(seeds)} seeds for {batch_size} images")
+        return cls("sampling", positions=seeds)
+
     def normal(self, *shape):
         return torch.stack([torch.randn(shape, generator=g) for g in self.images])
 
