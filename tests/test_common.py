@@ -1,0 +1,429 @@
+"""common.py without a model: templates, images, data streams, cache, objective, schedule, prompts, the toy world."""
+import io
+import json
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+
+ROOT = Path(__file__).parent.parent
+
+
+def noise(width=40, height=30, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def png(image, **options):
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", **options)
+    return buffer.getvalue()
+
+
+# ---- templates -------------------------------------------------------------------------------------------------------
+
+
+def test_templates_are_360_distinct_instructions():
+    all_templates = common.templates()
+    assert len(all_templates) == len(set(all_templates)) == 360
+    assert common.SEED_TEMPLATE in all_templates and common.templates("one") == [common.SEED_TEMPLATE]
+    for text in all_templates:
+        assert text[0].isupper() and text.endswith(".") and "  " not in text and len(text.split()) >= 5
+
+
+def test_templates_are_drawn_with_a_seed(tmp_path):
+    noise().save(tmp_path / "a.png")
+
+    def drawn(seed):
+        stream = common.Stream("recon", common.Images(tmp_path), lambda *_: {}, seed, common.templates())
+        return [stream[k]["text"] for k in range(50)]
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert len(set(drawn(1))) > 30
+
+
+# ---- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_mode_loads(tmp_path):
+    base = noise()
+    grey16 = Image.fromarray((np.arange(1200, dtype=np.uint32).reshape(30, 40) * 54).clip(0, 65535).astype(np.uint16))
+    for name, image in {"rgb": base, "l": base.convert("L"), "p": base.quantize(16), "one": base.convert("1"), "la": base.convert("LA"),
+                        "rgba": base.convert("RGBA"), "grey16": grey16}.items():
+        image.save(tmp_path / f"{name}.png")
+    base.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    base.save(tmp_path / "w.webp")
+    base.save(tmp_path / "b.bmp")
+    rows = common.Images(tmp_path)
+    assert len(rows) == 10
+    for k in range(len(rows)):
+        image = common.load_image(rows[k][1])
+        assert image.mode == "RGB" and image.size == (40, 30)
+    loaded = np.asarray(common.load_image(tmp_path / "grey16.png"))[..., 0].astype(int)
+    assert loaded[0, 0] == 0 and abs(loaded.max() - 1199 * 54 / 257) <= 1                      # scaled, not clipped
+
+
+def test_exif_rotation_and_transparency():
+    image = Image.new("RGB", (20, 10), "red")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                                                           # turn by 90 degrees
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", exif=exif)
+    assert common.load_image(buffer.getvalue()).size == (10, 20)
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    clear.putpixel((0, 0), (0, 0, 255, 255))
+    loaded = common.load_image(png(clear))
+    assert loaded.getpixel((1, 1)) == (255, 255, 255) and loaded.getpixel((0, 0)) == (0, 0, 255)
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([255, 0, 0, 0, 255, 0])
+    assert common.load_image(png(palette, transparency=0)).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_an_image_is_bounded_before_it_is_decoded():
+    bomb = png(Image.new("1", (20000, 20000)))
+    began = time.time()
+    with pytest.raises(ValueError, match="refused"):
+        common.load_image(bomb)
+    assert time.time() - began < 1
+
+
+def test_pixels_round_trip_and_geometry():
+    image = noise(64, 64)
+    assert np.array_equal(np.asarray(common.to_pil(common.to_tensor(image))), np.asarray(image))
+    wide = Image.new("RGB", (60, 20), "white")
+    wide.paste("black", (20, 0, 40, 20))
+    assert np.asarray(common.center_square(wide, 20)).max() == 0
+    assert common.stretch_square(wide, 24).size == (24, 24)
+    padded = np.asarray(common.pad_square(Image.new("RGB", (60, 20), "white"), 60))
+    assert (padded[0] == 127).all() and (padded[30] == 255).all()
+    crops = {common.random_square(wide, 20, np.random.default_rng(k)).tobytes() for k in range(20)}
+    assert len(crops) > 5 and common.random_square(wide, 20).tobytes() == common.center_square(wide, 20).tobytes()
+    pixels = torch.rand(2, 3, 32, 32)
+    assert common.resize(pixels, 16).shape == (2, 3, 16, 16)
+    soft = common.blur(pixels, 8)
+    assert soft.shape == pixels.shape and soft.std() < 0.5 * pixels.std()
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+
+def make_folder(folder, count):
+    for k in range(count):
+        path = folder / ("deep" if k % 2 else ".") / f"{k:03d}.png"
+        path.parent.mkdir(exist_ok=True, parents=True)
+        noise(12, 12, k).save(path)
+
+
+def make_tar(path, count, prefix=""):
+    with tarfile.open(path, "w") as archive:
+        for k in range(count):
+            for suffix, data in ((".png", png(noise(12, 12, k))), (".txt", b"a caption")):
+                info = tarfile.TarInfo(f"{prefix}{k:03d}{suffix}")
+                info.size = len(data)
+                archive.addfile(info, io.BytesIO(data))
+
+
+def stream_over(rows, seed=0, cache=None):
+    return common.Stream("recon", rows, lambda image, task, rng: {"pixels": common.to_tensor(image)}, seed, common.templates(), cache)
+
+
+def names(stream, positions):
+    return [stream[p]["name"] for p in positions]
+
+
+def test_a_stream_is_a_shuffled_permutation_every_epoch(tmp_path):
+    make_folder(tmp_path, 10)
+    stream = stream_over(common.Images(tmp_path))
+    epochs = [names(stream, range(e * 10, e * 10 + 10)) for e in range(3)]
+    assert all(len(set(epoch)) == 10 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert names(stream_over(common.Images(tmp_path)), range(17, 23)) == (epochs[1] + epochs[2])[7:13]     # any position, at once
+    assert names(stream_over(common.Images(tmp_path), seed=5), range(10)) != epochs[0]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_ranks_and_workers_share_without_gap_or_repeat(tmp_path, monkeypatch, workers):
+    make_folder(tmp_path, 12)
+    rows, seen = common.Images(tmp_path), []
+    loaders = []
+    for rank in range(3):
+        monkeypatch.setattr(common, "world", lambda rank=rank: (rank, 3))
+        loader = stream_over(rows).batches(0, batch=2, workers=workers)
+        loaders.append([next(loader) for _ in range(4)])
+    for step in range(4):
+        for rank in range(3):
+            seen += [item["position"] for item in loaders[rank][step]]
+    assert seen == list(range(24))                                                            # = one process with batch 6
+    monkeypatch.setattr(common, "world", lambda: (0, 1))
+    resumed = stream_over(rows).batches(12, batch=6, workers=workers)
+    assert [item["name"] for item in next(resumed)] == names(stream_over(rows), range(12, 18))
+
+
+def test_tar_shards_are_read_by_name_and_never_extracted(tmp_path, monkeypatch):
+    make_tar(tmp_path / "a.tar", 3)
+    make_tar(tmp_path / "b.tar", 4, prefix="../../evil")
+    monkeypatch.setattr(tarfile.TarFile, "extract", lambda *a, **k: pytest.fail("extracted"))
+    monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *a, **k: pytest.fail("extracted"))
+    rows = common.Images(tmp_path)
+    assert len(rows) == 7 and len(common.Images(tmp_path / "a.tar")) == 3
+    assert sorted(names(stream_over(rows), range(7)))[0].startswith("../../evil")
+    assert np.array_equal(np.asarray(common.load_image(rows[2][1])), np.asarray(noise(12, 12, 2)))
+    assert not list(tmp_path.parent.glob("evil*"))
+
+
+def test_corrupt_images_are_skipped_and_named(tmp_path):
+    make_folder(tmp_path, 6)
+    (tmp_path / "empty.png").write_bytes(b"")
+    (tmp_path / "text.jpg").write_text("not an image")
+    (tmp_path / "cut.png").write_bytes(png(noise(200, 200))[:5000])
+    stream = stream_over(common.Images(tmp_path))
+    items = [stream[k] for k in range(9)]
+    skipped = {s.split(" (")[0] for item in items for s in item["skipped"]}
+    assert skipped == {"empty.png", "text.jpg", "cut.png"}
+    assert {item["name"] for item in items}.isdisjoint(skipped)
+
+
+def test_a_folder_without_a_readable_image_stops(tmp_path):
+    (tmp_path / "text.jpg").write_text("not an image")
+    with pytest.raises(common.InputError, match="none of 1 images could be read.*text.jpg"):
+        stream_over(common.Images(tmp_path))[0]
+
+
+def test_a_large_folder_starts_within_seconds(tmp_path):
+    for k in range(100):
+        (tmp_path / str(k)).mkdir()
+        for j in range(200):
+            (tmp_path / str(k) / f"{j}.jpg").touch()
+    began = time.time()
+    rows = common.Images(tmp_path)
+    stream_over(rows).order(0)
+    assert len(rows) == 20000 and time.time() - began < 3                                     # nothing is opened
+
+
+@pytest.mark.parametrize("make, message", [
+    (lambda p: p / "nothing", "no such folder"),
+    (lambda p: p, "no image"),
+    (lambda p: (p / "x.tar").write_bytes(b"junk" * 300) and p / "x.tar", "not a readable, uncompressed tar"),
+])
+def test_bad_data_is_one_line(tmp_path, make, message):
+    with pytest.raises(common.InputError, match=message) as error:
+        common.Images(make(tmp_path))
+    assert "\n" not in str(error.value)
+
+
+def test_conversations_and_captions_name_the_malformed_line(tmp_path):
+    noise().save(tmp_path / "a.png")
+    good = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."},
+                                                {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]}
+    path = tmp_path / "llava.json"
+    path.write_text(json.dumps([good, {"conversations": good["conversations"]}]))
+    rows = common.Conversations(path, None)
+    assert rows[0][0] == "a.png" and rows[0][2] == [("What?", "Noise."), ("Sure?", "Yes.")]
+    assert rows[1][1] is None                                                                  # a text-only sample
+    path.write_text(json.dumps([good, {"image": "a.png"}]))
+    with pytest.raises(common.InputError, match="row 2"):
+        common.Conversations(path, None)
+    path.write_text('[{"a": 1},\n{"b" 2}]')
+    with pytest.raises(common.InputError, match="line 2"):
+        common.Conversations(path, None)
+    lines = tmp_path / "captions.jsonl"
+    lines.write_text('{"image": "a.png", "caption": "noise"}\n{broken\n')
+    with pytest.raises(common.InputError, match="line 2"):
+        common.Captions(lines)
+    lines.write_text('{"image": "a.png", "caption": "noise"}\n{"image": "a.png"}\n')
+    with pytest.raises(common.InputError, match="row 2"):
+        common.Captions(lines)
+    lines.write_text('{"image": "a.png", "caption": "noise"}\n')
+    assert common.Captions(lines)[0][2] == "noise"
+
+
+class Encoder:
+    """The part of a model that the cache needs."""
+    device, calls = torch.device("cpu"), 0
+
+    def encode(self, samples, task):
+        self.calls += len(samples)
+        return [{"latents": s["pixels"] * 2} for s in samples]
+
+
+def test_the_cache_computes_once_and_checks_image_and_settings(tmp_path):
+    make_folder(tmp_path / "images", 4)
+    rows, encoder = common.Images(tmp_path / "images"), Encoder()
+
+    def features(settings="a"):
+        cache = common.Cache(tmp_path / "cache", settings)
+        stream = stream_over(rows, cache=cache)
+        items = [stream[k] for k in range(4)]
+        return {i["name"]: f["latents"] for i, f in zip(items, common.encode_batch(encoder, items, "recon", cache))}
+    first = features()
+    second = features()
+    assert encoder.calls == 4 and all(torch.equal(first[n], second[n]) for n in first)
+    features("b")
+    assert encoder.calls == 8                                                                  # other settings: nothing is shared
+    noise(12, 12, 99).save(tmp_path / "images" / "000.png")
+    changed = features()
+    assert encoder.calls == 9 and not torch.equal(changed["000.png"], first["000.png"])          # another image: computed again
+    stored = common.Cache(tmp_path / "cache", "a").path((tmp_path / "images" / "deep" / "001.png").read_bytes())
+    stored.write_bytes(stored.read_bytes()[:50])                                              # damaged on disk
+    repaired = features()
+    assert encoder.calls == 10 and torch.equal(repaired["deep/001.png"], first["deep/001.png"])
+    assert not list((tmp_path / "cache").rglob(".tmp*"))
+
+
+# ---- random numbers, objective, schedule -------------------------------------------------------------------------------
+
+
+def test_random_numbers_do_not_depend_on_the_batch():
+    whole = common.Rng(3, "recon", 7, positions=[4, 5, 6, 7])
+    half = common.Rng(3, "recon", 7, positions=[6, 7])
+    assert torch.equal(whole.normal(2, 5)[2:], half.normal(2, 5))
+    assert torch.equal(whole.permutation(9)[2:], half.permutation(9)) and torch.equal(whole.integers(1000, 3)[2:], half.integers(1000, 3))
+    assert torch.equal(torch.rand(3, generator=whole.batch), torch.rand(3, generator=half.batch))
+    assert torch.equal(common.Rng.sampling(5, 3).uniform()[1:], common.Rng.sampling([6, 7], 2).uniform())
+    torch.manual_seed(0)
+    first = common.Rng.fresh(2).normal(3)
+    torch.manual_seed(0)
+    assert torch.equal(first, common.Rng.fresh(2).normal(3)) and not torch.equal(first, common.Rng.fresh(2).normal(3))
+
+
+def test_objective_is_equation_3_and_computes_no_loss_of_weight_zero():
+    w = torch.tensor(2.0, requires_grad=True)
+    order = []
+
+    def loss(name, value):
+        def compute():
+            order.append(f"forward {name}")
+            return value * w
+        return compute
+
+    def backward(value):
+        order.append("backward")
+        value.backward()
+    losses = {"recon": loss("recon", 3.0), "i2t": loss("i2t", 5.0), "t2i": lambda: pytest.fail("λ_t2i is 0")}
+    total, values = common.objective(losses, {"recon": 1.0, "i2t": 0.5, "t2i": 0.0}, backward)
+    assert total.item() == 1.0 * 6 + 0.5 * 10 and w.grad.item() == 3.0 + 2.5
+    assert {n: v.item() for n, v in values.items()} == {"recon": 6.0, "i2t": 10.0}
+    assert order == ["forward recon", "backward", "forward i2t", "backward"]                   # one graph at a time
+
+
+def test_schedule():
+    rates = [common.learning_rate(u, 1.0, 10, 110) for u in range(120)]
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[60] == pytest.approx(0.5) and rates[110] == rates[119] == 0
+    assert common.learning_rate(5000, 2.0, 10, 0) == 2.0 and common.learning_rate(0, 1.0, 0, 0) == 1.0
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_atomic_leaves_nothing_half_written(tmp_path):
+    path = tmp_path / "a" / "b.txt"
+    with common.atomic(path) as temporary:
+        temporary.write_text("old")
+    with pytest.raises(KeyboardInterrupt), common.atomic(path) as temporary:
+        temporary.write_text("ne")
+        raise KeyboardInterrupt
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["b.txt"]
+    with pytest.raises(common.InputError, match="No space left"), common.atomic(path):
+        raise OSError(28, "No space left on device")
+    assert path.read_text() == "old"
+
+
+def test_checkpoints_are_read_without_running_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "owned"), "w"))
+    torch.save({"w": torch.ones(2), "x": Evil()}, tmp_path / "evil.pth")
+    with pytest.raises(common.InputError, match="not a readable checkpoint"):
+        common.load_state(tmp_path / "evil.pth")
+    assert not (tmp_path / "owned").exists()
+    torch.save({"state_dict": {"w": torch.ones(2)}, "step": 3}, tmp_path / "nested.pth")
+    assert list(common.load_state(tmp_path / "nested.pth")) == ["w"]
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "nested.pth").read_bytes()[:300])
+    with pytest.raises(common.InputError, match="cut.pth"):
+        common.load_state(tmp_path / "cut.pth")
+    module = torch.nn.Linear(2, 2)
+    with pytest.raises(common.InputError, match="x.pth lacks 1 keys: weight"):
+        common.load_strictly(module, {"bias": torch.zeros(2)}, "x.pth")
+    with pytest.raises(common.InputError, match="unexpected 1 keys: extra"):
+        common.load_strictly(module, {**module.state_dict(), "extra": torch.zeros(2)}, "x.pth")
+
+
+def test_a_hub_that_cannot_be_reached_and_a_folder_that_is_not_there():
+    with pytest.raises(common.InputError, match="--model DIR") as error:
+        common.hub_folder("nobody/nothing", ["*.json"])
+    assert "\n" not in str(error.value)
+    with pytest.raises(common.InputError, match="no such model"):
+        common.hub_folder("./nothing", ["*.json"])
+
+
+def test_prompt_files_of_the_benchmarks(tmp_path):
+    (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
+    assert [(p, [q.name for q in paths]) for p, paths, _ in common.prompt_jobs(tmp_path / "p.txt", "o", 2)] == [
+        ("a cat", ["00000_0.png", "00000_1.png"]), ("a dog", ["00001_0.png", "00001_1.png"])]
+    (tmp_path / "g.jsonl").write_text('{"tag": "colors", "prompt": "a red cat"}\n')
+    jobs = common.prompt_jobs(tmp_path / "g.jsonl", "o", 4)
+    assert [str(q) for q in jobs[0][1]] == [f"o/00000/samples/0000{k}.png" for k in range(4)] and jobs[0][2]["tag"] == "colors"
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "COCOval1.txt").write_text("a long prompt")
+    assert common.prompt_jobs(tmp_path / "dpg", "o", 1)[0] == ("a long prompt", [Path("o/COCOval1.png")], "grid")
+    (tmp_path / "wise.json").write_text('[{"Prompt": "x", "prompt_id": 7}]')
+    assert common.prompt_jobs(tmp_path / "wise.json", "o", 1)[0][1] == [Path("o/7.png")]
+    (tmp_path / "comp.json").write_text('[{"Question": "x", "Category": "color", "Question_id": 3}]')
+    assert common.prompt_jobs(tmp_path / "comp.json", "o", 1)[0][1] == [Path("o/color/3.png")]
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "ok"}\n{"tag": "x"}\n')
+    with pytest.raises(common.InputError, match="row 2"):
+        common.prompt_jobs(tmp_path / "bad.jsonl", "o", 1)
+
+
+# ---- the toy world ---------------------------------------------------------------------------------------------------
+
+
+def test_every_scene_is_read_back_exactly():
+    rng = np.random.default_rng(0)
+    for size in (32, 64, 128):
+        for _ in range(200):
+            scene = common.random_scene(rng)
+            assert common.read_scene(common.draw_scene(scene, size)) == scene
+    assert common.read_scene(Image.fromarray(np.full((64, 64, 3), 128, np.uint8)))[0] == (0, None, None)       # grey is no object
+
+
+def test_captions_full_and_sparse():
+    scene = [(0, 0, 0), (3, 2, 5)]
+    assert common.caption(scene) == "red circle top-left and cyan triangle bottom-right"
+    rng = np.random.default_rng(0)
+    assert common.caption(scene, 0.0, rng) == "circle and triangle"
+    assert len({common.caption(scene, 0.5, rng) for _ in range(50)}) > 5
+    tokenizer = common.tiny_tokenizer(["<|im_start|>"])
+    unknown = tokenizer.unk_token_id
+    for text in (*common.templates(), common.caption(scene), "<|im_start|>user\n"):
+        assert unknown not in tokenizer(text).input_ids, text
+    assert tokenizer.decode(tokenizer(common.caption(scene)).input_ids) == common.caption(scene)
+
+
+def test_scores_of_generations_ask_one_thing_each():
+    scenes = [[(0, 0, 0)], [(1, 1, 1)], [(0, 0, 0), (3, 2, 5)], [(1, 1, 1), (2, 3, 4)]]
+    perfect = common.score_generations(scenes, [common.draw_scene(s) for s in scenes])
+    assert set(perfect.values()) == {1.0}
+    other = [[(0, 0, 3)], [(1, 1, 1)], [(1, 0, 0), (3, 2, 5)], [(1, 1, 4), (2, 3, 1)]]           # a color; a place; colors swapped
+    assert common.score_generations(scenes, [common.draw_scene(s) for s in other]) == pytest.approx(
+        {"single_object": 1.0, "two_object": 1.0, "colors": 0.5, "position": 0.5, "color_attribution": 0.5, "overall": 0.7})
+
+
+# ---- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_the_scripts_import_only_common():
+    for path in ROOT.glob("reca_*.py"):
+        text = path.read_text()
+        assert not any(f"import {other.stem}" in text for other in ROOT.glob("reca_*.py")) and "import eval" not in text
+
+
+def test_cli_turns_an_input_error_into_one_line_and_exit_code_2(tmp_path):
+    code = "import common\ndef main():\n    raise common.InputError('what is wrong')\ncommon.cli(main)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == "error: what is wrong\n" and not result.stdout
