@@ -1,0 +1,925 @@
+"""RecA on Show-o: one language model that reads text and writes images as discrete tokens (MaskGIT).
+
+What is special about this architecture: an image is 256 (256 px) or 1024 (512 px) tokens out of a codebook of 8192, and these
+tokens are simply further words of Phi-1.5's vocabulary. Text is predicted from left to right, image tokens by filling in masked
+ones, all by the same weights; only the attention mask tells the two apart ("omni-attention"). So L_recon is a cross-entropy over
+the masked tokens, and understanding shares every weight with generation: λ_i2t = 1 keeps it alive (paper, section 2.2).
+
+    RecA, CLIP variant (512 px; N = 1024 image tokens, C = 576 CLIP rows, D = 2048)
+
+      image [3,512,512] ─┬─ shrink to 336 ─ CLIP (frozen) ─ [C,1024] ─ mm_projector ─ [C,D] ─┐
+                         └─ MAGVIT-v2 encoder (frozen) ─ codes [N] ─ some masked ──────────┐ │
+                                                                                           │ │
+      <mmu> <soi> CLIP rows <eoi> <eot> USER: \\n template ASSISTANT: <eot> pads <soi> image tokens <eoi>
+            │     ← the understanding embeddings: the "dense prompt" →            │
+            └──────────────────────────── Phi-1.5 ────────────────────────────────┘
+                                              └─ cross-entropy at the masked tokens only
+
+    RecA, VQ variant: Show-o without CLIP understands an image through the same 8192 codes that it writes. The prompt then holds the
+    codes of the *same* image, and copying them would solve the task: at full size the loss collapses to nearly zero and generation
+    gets worse (paper, F.2). The remedy is to show less: the codes of a smaller image (--und-size 256) or of a blurred one (--blur 8).
+
+    python reca_showo.py --data ./images --steps 5000 --i2t-data llava.json --i2t-images ./llava
+    python reca_showo.py --model showlab/show-o-w-clip-vit --data ./images                     256 px
+    python reca_showo.py --model tiny                                                          toy world on a CPU, no download
+    python reca_showo.py --model showlab/show-o-512x512 --und-size 256 --data ./images         a row of the table in F.2
+    python reca_showo.py --model DIR --steps 0 --generate prompts.txt --out samples
+
+Legend of the shape comments: B images, N image tokens, C CLIP rows, L positions of a prompt, D width of the language model,
+V vocabulary (text + specials + 8192 codes + mask token), K codes, S pixels per side, h w token grid.
+"""
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, DynamicCache, PhiConfig, PhiForCausalLM
+
+import common
+from common import InputError, Rng
+
+# ======================================================================================================
+# 1. Sizes and hyper-parameters
+# ======================================================================================================
+
+
+@dataclass
+class ShowoConfig:
+    """Sizes. The defaults are the released 512 px model with CLIP."""
+    w_clip_vit: bool = True
+    image_size: int = 512
+    llm_vocab_size: int = 50295             # Phi's text tokenizer, padding to 50295 ids included
+    eot: int = 50256                        # <|endoftext|>: begin and end of every text (Phi has only this one)
+    codebook_bits: int = 13                 # 2^13 = 8192 codes
+    # Phi-1.5. Show-o differs from the stock model by the LayerNorm on queries and keys, and by its vocabulary.
+    hidden: int = 2048
+    layers: int = 24
+    heads: int = 32
+    intermediate: int = 8192
+    max_positions: int = 2048
+    # CLIP ViT-L/14 at 336 px (unused in the VQ variant)
+    clip_hidden: int = 1024
+    clip_intermediate: int = 4096
+    clip_layers: int = 24
+    clip_heads: int = 16
+    clip_image_size: int = 336
+    clip_patch: int = 14
+    # MAGVIT-v2: widths are vq_ch times a multiplier, one multiplier and one number of residual blocks per level
+    vq_ch: int = 128
+    vq_enc_mult: tuple = (1, 2, 2, 4, 4)
+    vq_enc_res: tuple = (4, 3, 4, 3, 4)
+    vq_dec_mult: tuple = (1, 1, 2, 2, 4)
+    vq_dec_res: tuple = (4, 4, 3, 4, 3)
+    # Slots of the prompts (section 4)
+    recon_text: int = 128                   # CLIP variant: markers and template
+    max_text: int = 576                     # text slots in training (381 in the VQ variant)
+    max_prompt: int = 128                   # text slots in generation
+    system_len: int = 28                    # ids of SYSTEM_PROMPT
+
+    @property
+    def num_tokens(self):                   # N: the tokenizer has stride 16
+        return (self.image_size // 16) ** 2
+
+    @property
+    def num_clip(self):                     # C
+        return (self.clip_image_size // self.clip_patch) ** 2
+
+    @property
+    def codebook_size(self):                # K
+        return 2 ** self.codebook_bits
+
+    # The vocabulary: text | [PAD] <soi> <eoi> <sov> <eov> <t2i> <mmu> <t2v> <v2v> <lvg> | K codes | mask token
+    pad = property(lambda self: self.llm_vocab_size)
+    soi = property(lambda self: self.llm_vocab_size + 1)                            # start of image
+    eoi = property(lambda self: self.llm_vocab_size + 2)                            # end of image
+    t2i = property(lambda self: self.llm_vocab_size + 5)                            # task: text to image
+    mmu = property(lambda self: self.llm_vocab_size + 6)                            # task: multimodal understanding
+    first_code = property(lambda self: self.llm_vocab_size + 10)
+    mask_token = property(lambda self: self.first_code + self.codebook_size)
+    vocab_size = property(lambda self: self.mask_token + 1)                         # 58,498
+
+
+SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
+                 "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IGNORE = -100                               # a label that is not predicted; among ids: the place of a CLIP row
+TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
+
+TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
+
+# ======================================================================================================
+# 2. The model
+# ======================================================================================================
+# Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
+# The image tokenizer is ours. diffusers' VQModel cannot express it: there encoder and decoder share one list of widths and one
+# number of residual blocks, here they have different lists of both, and the quantiser has no learned codebook.
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
+
+    def __init__(self, width, out):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
+        if width != out:
+            self.nin_shortcut = nn.Conv2d(width, out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+
+
+class AttnBlock(nn.Module):
+    """Single-head self-attention over the token grid, all projections 1x1 convolutions."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.GroupNorm(32, width, eps=1e-6)
+        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (p(h).flatten(2).transpose(1, 2)[:, None] for p in (self.q, self.k, self.v))     # [B, 1, h*w, width]
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                          # [B, width, h*w]
+        return x + self.proj_out(h.reshape(x.shape))
+
+
+class Resample(nn.Module):
+    """Halve (zeros on the right and at the bottom, then stride 2) or double (nearest neighbour) the resolution."""
+
+    def __init__(self, width, up):
+        super().__init__()
+        self.up, self.conv = up, nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+
+
+def middle(width):
+    return nn.ModuleDict({"block_1": ResBlock(width, width), "attn_1": AttnBlock(width), "block_2": ResBlock(width, width)})
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, and the change to the next one (called downsample or upsample in checkpoints)."""
+
+    def __init__(self, width, out, blocks, resample=None):
+        super().__init__()
+        self.block = nn.ModuleList(ResBlock(width if i == 0 else out, out) for i in range(blocks))
+        if resample:
+            self.add_module(resample, Resample(out, up=resample == "upsample"))
+
+    def forward(self, x):
+        for module in self.children():                                                  # block (a list), then the resampling
+            for layer in (module if isinstance(module, nn.ModuleList) else [module]):
+                x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Pixels [B, 3, S, S] in [-1, 1] -> [B, bits, S/16, S/16]."""
+
+    def __init__(self, ch, mult, blocks, bits):
+        super().__init__()
+        widths, last = [ch * m for m in mult], len(mult) - 1
+        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
+        self.down = nn.ModuleList(Level([ch, *widths][i], widths[i], blocks[i], "downsample" if i < last else None)
+                                  for i in range(len(mult)))
+        self.mid = middle(widths[-1])
+        self.norm_out, self.conv_out = nn.GroupNorm(32, widths[-1], eps=1e-6), nn.Conv2d(widths[-1], bits, 3, padding=1)
+        self.quant_conv = nn.Conv2d(bits, bits, 1)
+
+    def forward(self, x):
+        x = self.conv_in(x)
+        for layer in (*self.down, *self.mid.values()):
+            x = layer(x)
+        return self.quant_conv(self.conv_out(F.silu(self.norm_out(x))))
+
+
+class Decoder(nn.Module):
+    """Signs [B, bits, h, w] -> pixels [B, 3, 16h, 16w], about [-1, 1]. Level 0 is the full resolution, as in the encoder."""
+
+    def __init__(self, ch, mult, blocks, bits):
+        super().__init__()
+        widths = [ch * m for m in mult]
+        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
+        self.conv_in = nn.Conv2d(bits, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        self.up = nn.ModuleList(Level([*widths, widths[-1]][i + 1], widths[i], blocks[i], "upsample" if i else None)
+                                for i in range(len(mult)))
+        self.norm_out, self.conv_out = nn.GroupNorm(32, widths[0], eps=1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
+
+    def forward(self, z):
+        x = self.conv_in(self.post_quant_conv(z))
+        for layer in (*self.mid.values(), *reversed(self.up)):
+            x = layer(x)
+        return self.conv_out(F.silu(self.norm_out(x)))
+
+
+class SignQuantizer(nn.Module):
+    """Look-up free quantisation: a token is the signs of `bits` numbers; its code is those signs read as a binary number, the
+    first channel being the most significant bit. The two tables only spell that out; checkpoints hold them."""
+
+    def __init__(self, bits):
+        super().__init__()
+        powers = 2 ** torch.arange(bits - 1, -1, -1)
+        self.register_buffer("power_vals", powers)                                                          # [bits]
+        self.register_buffer("embedding", (torch.arange(2 ** bits)[:, None] & powers).bool().float() * 2 - 1)    # [K, bits]
+
+
+class MagVit2(nn.Module):
+    """The image tokenizer: 16 x 16 pixels are one of 2^bits codes. Convolutional, so any multiple of 16 pixels works."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.encoder = Encoder(config.vq_ch, config.vq_enc_mult, config.vq_enc_res, config.codebook_bits)
+        self.decoder = Decoder(config.vq_ch, config.vq_dec_mult, config.vq_dec_res, config.codebook_bits)
+        self.quantize = SignQuantizer(config.codebook_bits)
+
+    def codes(self, pixels):
+        """[B, 3, S, S] in [-1, 1] -> int64 [B, N], rows of the grid one after the other. A zero counts as negative."""
+        bits = (self.encoder(pixels) > 0).flatten(2)                                                        # [B, bits, N]
+        return (bits * self.quantize.power_vals[:, None]).sum(1)
+
+    def decode(self, codes):
+        """int64 [B, N] (a square grid) -> pixels [B, 3, S, S], about [-1, 1], not clamped."""
+        side = math.isqrt(codes.shape[1])
+        return self.decoder(self.quantize.embedding[codes].transpose(1, 2).unflatten(2, (side, side)))
+
+
+def short_side_square(image, size):
+    """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
+    short = min(image.size)
+    width, height = (int(size * side / short) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height)).crop((left, top, left + size, top + size))
+
+
+@dataclass
+class Rows:
+    """A batch of prompts, and which positions each position attends to.
+
+    Every mask of Show-o is the same three statements with other numbers: position q attends to the span first[q] .. last[q]
+    (text: up to itself; image tokens: up to the end of their image), and to the `open` columns (the conditioning image), but
+    never to the `hidden` ones (padding). Kept like this it costs 4 B L numbers instead of B L² and feeds dense attention and
+    flex_attention alike.
+    """
+    ids: torch.Tensor           # [B, L] int64; IGNORE where a CLIP row is put in
+    labels: torch.Tensor        # [B, L] int64; IGNORE where nothing is predicted
+    first: torch.Tensor         # [B, L]
+    last: torch.Tensor          # [B, L]
+    open: torch.Tensor          # [B, L] bool
+    hidden: torch.Tensor        # [B, L] bool
+    positions: torch.Tensor     # [L], those of the full layout: rotary embeddings count padding, so it may be left out
+    clip_at: int = None         # column of the first CLIP row
+
+    @classmethod
+    def causal(cls, ids):
+        positions = torch.arange(ids.shape[1])
+        return cls(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids), positions.expand_as(ids).clone(),
+                   torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool), positions)
+
+    def map(self, function):
+        """The same rows with `function` applied to every tensor [B, L] and to `positions`."""
+        return dataclasses.replace(self, **{k: function(v) for k, v in vars(self).items() if torch.is_tensor(v)})
+
+    def stack(self, other):
+        """These rows, then those of `other` (same columns)."""
+        names = ("ids", "labels", "first", "last", "open", "hidden")
+        return dataclasses.replace(self, **{k: torch.cat([getattr(self, k), getattr(other, k)]) for k in names})
+
+    def without_padding(self, pad):
+        """Leave out the columns that are padding in every row. Exact: no other position looks at them, and `positions` stay."""
+        keep = (self.ids != pad).any(0)
+        return self.map(lambda v: v[..., keep])
+
+    def attention(self):
+        """bool [B, L, L], True where row (query) q attends to column (key) k."""
+        k = self.positions
+        span = (self.first[:, :, None] <= k) & (k <= self.last[:, :, None])
+        return (span | self.open[:, None]) & ~self.hidden[:, None]
+
+    def block_mask(self):
+        """The same for flex_attention, which skips the blocks of 128 x 128 in which nothing is allowed."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def allowed(b, head, q, k):
+            span = (self.first[b, q] <= self.positions[k]) & (self.positions[k] <= self.last[b, q])
+            return (span | self.open[b, k]) & ~self.hidden[b, k]
+        batch, length = self.ids.shape
+        return create_block_mask(allowed, batch, None, length, length, device=self.ids.device)
+
+
+class Showo(nn.Module):
+    """Show-o: `showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit` (frozen)."""
+
+    def __init__(self, config, tokenizer=None):
+        super().__init__()
+        c = self.config = config
+        self.tokenizer = tokenizer
+        self.showo = PhiForCausalLM(PhiConfig(
+            vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
+            intermediate_size=c.intermediate, max_position_embeddings=c.max_positions, layer_norm_eps=1e-5, hidden_act="gelu_new",
+            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            qk_layernorm=True, attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
+            bos_token_id=c.eot, eos_token_id=c.eot, pad_token_id=None))
+        if c.w_clip_vit:
+            self.mm_projector = nn.Sequential(nn.Linear(c.clip_hidden, c.hidden), nn.GELU(), nn.Linear(c.hidden, c.hidden))
+            self.clip = CLIPVisionModel(CLIPVisionConfig(
+                hidden_size=c.clip_hidden, intermediate_size=c.clip_intermediate, num_hidden_layers=c.clip_layers,
+                num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch, hidden_act="quick_gelu"))
+        self.magvit = MagVit2(c)
+        for part in self.frozen():
+            part.requires_grad_(False)
+        self.train_embeddings_in_recon = False       # see recon_loss
+        self.flex = False                            # flex_attention instead of a dense mask in the losses
+        self.und_size, self.blur = (c.clip_image_size if c.w_clip_vit else c.image_size // 2), 0     # see encode
+
+    def frozen(self):
+        return [self.magvit] + ([self.clip] if self.config.w_clip_vit else [])
+
+    def train(self, mode=True):
+        super().train(mode)
+        for part in self.frozen():
+            part.eval()
+        return self
+
+    @property
+    def device(self):
+        return self.showo.lm_head.weight.device
+
+    def blocks(self):
+        """The repeated layers, for torch.compile and activation checkpointing."""
+        return list(self.showo.model.layers)
+
+    def parameter_groups(self, weight_decay):
+        """Everything but CLIP and tokenizer is trained. The original exempts names with "bias", "layer_norm.weight",
+        "mlm_ln.weight" or "embeddings.weight" from weight decay, but Phi's are called layernorm.weight and embed_tokens.weight: in
+        effect only biases are exempt. Followed; at a learning rate of 5e-7 the decay of a norm's weight is next to nothing."""
+        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        return [{"params": [p for n, p in named if "bias" not in n], "weight_decay": weight_decay},
+                {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0}]
+
+    # ---- images ------------------------------------------------------------------------------------------------------
+
+    def preprocess(self, image, task, rng=None):
+        """PIL RGB -> the pixels of one image as the recipe of `task` wants them (on the CPU; nothing here is random).
+
+        recon, t2i    {"pixels": [3, S, S] in [-1, 1]}, the whole image stretched to a square
+        i2t           CLIP variant {"clip_pixels": [3, 336, 336]}, central square with CLIP's mean and deviation;
+                      VQ variant {"pixels": [3, S, S]}, central square
+        ValueError for image=None: the recipe has no text-only samples (the original leaves such LLaVA rows out, too).
+        """
+        if image is None:
+            raise ValueError("a conversation without an image")
+        size = self.config.image_size
+        if task != "i2t":
+            return {"pixels": common.to_tensor(common.stretch_square(image, size))}
+        if self.config.w_clip_vit:
+            pixels = (common.to_tensor(short_side_square(image, self.config.clip_image_size)) + 1) / 2
+            return {"clip_pixels": (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]}
+        return {"pixels": common.to_tensor(short_side_square(image, size))}
+
+    def clip_rows(self, pixels):
+        """[B, 3, 336, 336] -> [B, C, width]: the output of the last layer but one, without the class token and the final norm."""
+        x = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
+        for layer in self.clip.encoder.layers[:-1]:                       # the last of the 24 layers is loaded but never needed
+            x = layer(x, None)
+        return x[:, 1:]
+
+    def shown(self, pixels):
+        """[B, 3, S, S] -> what the understanding side of RecA sees of it, [B, 3, s, s].
+
+        CLIP variant: 336 px. The original resizes the image as it is normalised for the tokenizer ((x/255 - 0.5) / 0.5) and never
+        applies CLIP's own mean and deviation, though captioning does; bilinear without antialiasing. It looks like an oversight,
+        but the released weights were trained with it, so it is followed.
+        VQ variant: `und_size` pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model
+        knows), or, with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its detail.
+        """
+        if self.config.w_clip_vit:
+            return common.resize(pixels, self.config.clip_image_size)
+        return common.blur(pixels, self.blur) if self.blur else common.resize(pixels, self.und_size)
+
+    @torch.no_grad()
+    def encode(self, samples, task):
+        """What the frozen parts say of each image, always in float32 (a sign is a bit of a code: rounding would change tokens).
+
+        samples: list of what preprocess returned -> list of {"codes": int64 [N] (recon, t2i), "und": float [C, width] or
+        int64 codes (recon, i2t)}.
+        """
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = torch.stack([s["clip_pixels" if "clip_pixels" in s else "pixels"] for s in samples]).to(self.device)
+            features = {}
+            if task in ("recon", "t2i"):
+                features["codes"] = self.magvit.codes(pixels)
+            if task != "t2i":
+                view = self.shown(pixels) if task == "recon" else pixels
+                features["und"] = self.clip_rows(view.to(self.clip.dtype)) if self.config.w_clip_vit else self.magvit.codes(view)
+        return [{k: v[i] for k, v in features.items()} for i in range(len(samples))]
+
+    # ---- the language model ------------------------------------------------------------------------------------------
+
+    def embed(self, rows, und=None):
+        """Rows -> [B, L, D]; und: CLIP rows [B, C, width], projected and put in place of the IGNORE ids (None: ids only)."""
+        table = self.showo.model.embed_tokens
+        if rows.clip_at is None:
+            return table(rows.ids)
+        a, b = rows.clip_at, rows.clip_at + self.config.num_clip
+        image = self.mm_projector(und.to(self.mm_projector[0].weight.dtype))
+        text = table(torch.cat([rows.ids[:, :a], rows.ids[:, b:]], 1))
+        return torch.cat([text[:, :a], image.to(text.dtype), text[:, a:]], 1)
+
+    def hidden(self, embeds, mask, positions, cache=None):
+        """Through all layers and the final norm: [B, l, D] -> [B, l, D]. mask: bool [B, l, cached + l], or a flex block mask."""
+        mask = mask[:, None] if torch.is_tensor(mask) else mask
+        return self.showo.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None], past_key_values=cache,
+                                use_cache=cache is not None).last_hidden_state
+
+# ======================================================================================================
+# 3. Loading and saving
+# ======================================================================================================
+
+    @classmethod
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+        """A Show-o with everything that belongs to it.
+
+        source: a hub id (showlab/show-o, show-o-512x512, show-o-w-clip-vit, show-o-w-clip-vit-512x512, sanaka87/Show-o-RecA,
+        sanaka87/Show-o-512x512-RecA), or a folder in that layout: config.json and pytorch_model.safetensors or .bin.
+        Tokenizer, CLIP and MAGVIT-v2 are taken from the sub-folders that save_pretrained writes, else from the hub.
+        dtype: of language model, projector and CLIP; MAGVIT-v2 stays float32. InputError for keys that do not fit.
+        """
+        folder = common.hub_folder(source, ["config.json", "pytorch_model*"])
+        config = cls._read_config(folder)
+
+        def part(name, hub, patterns):
+            return folder / name if (folder / name).is_dir() else common.hub_folder(hub, patterns)
+
+        text = part("tokenizer", TOKENIZER_SOURCE, ["*.json", "*.txt"])
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(text)
+        except (OSError, ValueError) as error:
+            raise InputError(f"no text tokenizer in {text}: {str(error).splitlines()[0]}") from error
+        # Built without memory, then filled: initialising 1.5 billion weights at random takes longer than reading them.
+        with torch.device("meta"):
+            model = cls(config, tokenizer)
+        model.to_empty(device="cpu")
+        model._recompute_buffers()
+        model._load_released(read_weights(folder), str(source))
+        common.load_strictly(model.magvit, read_weights(part("magvitv2", VQ_SOURCE, ["*.safetensors", "*.bin"])), "MAGVIT-v2")
+        if config.w_clip_vit:
+            state = read_weights(part("clip", CLIP_SOURCE, ["*.safetensors", "*.bin"]))
+            common.load_strictly(model.clip, clip_keys(state), "CLIP")
+        model.to(device)
+        for module in [model.showo, *([model.mm_projector, model.clip] if config.w_clip_vit else [])]:
+            module.to(dtype)
+        return model.eval()
+
+    @staticmethod
+    def _read_config(folder):
+        """config.json of the released layout; "sizes" is ours and missing in released files, whose sizes are all the same."""
+        given = common.read_json(folder / "config.json")
+        try:
+            config = ShowoConfig(w_clip_vit=bool(given["w_clip_vit"]), image_size=16 * math.isqrt(given["num_vq_tokens"]),
+                                 llm_vocab_size=given["llm_vocab_size"], max_text=576 if given["w_clip_vit"] else 381)
+            config = dataclasses.replace(config, **given.get("sizes", {}))
+            wrong = config.vocab_size != given["vocab_size"]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{folder / 'config.json'} is not the config of a Show-o checkpoint ({error})") from error
+        if wrong:
+            raise InputError(f"{folder / 'config.json'}: vocab_size is {given['vocab_size']}, expected {config.vocab_size}")
+        return config
+
+    def _recompute_buffers(self):
+        """The buffers that no checkpoint holds: rotary frequencies and CLIP's position numbers."""
+        self.showo.model.rotary_emb = type(self.showo.model.rotary_emb)(self.showo.config)
+        if self.config.w_clip_vit:
+            self.clip.embeddings.position_ids.copy_(torch.arange(self.config.num_clip + 1))
+
+    def released_state(self):
+        """{key: tensor} of what a Show-o checkpoint holds: showo.* and mm_projector.* (CLIP and MAGVIT-v2 lie elsewhere)."""
+        return {k: v for k, v in self.state_dict().items() if k.startswith(("showo.", "mm_projector."))}
+
+    def _load_released(self, state, name):
+        modules = {"showo": self.showo} | ({"mm_projector": self.mm_projector} if self.config.w_clip_vit else {})
+        common.load_strictly(nn.ModuleDict(modules), state, name)
+
+    def save_pretrained(self, folder):
+        """The released layout (the original repository reads it), self-contained: tokenizer, CLIP and MAGVIT-v2 in sub-folders."""
+        folder, c = Path(folder), self.config
+        sizes = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("w_clip_vit", "image_size", "llm_vocab_size")}
+        write_weights(folder, self.released_state(), {
+            "_class_name": "Showo", "w_clip_vit": c.w_clip_vit, "vocab_size": c.vocab_size, "llm_vocab_size": c.llm_vocab_size,
+            "llm_model_path": TOKENIZER_SOURCE, "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens,
+            "load_from_showo": True, "mask_token_id": c.mask_token, "sizes": sizes})
+        write_weights(folder / "magvitv2", self.magvit.state_dict(), {"_class_name": "MAGVITv2"})
+        if c.w_clip_vit:
+            state = {f"vision_model.{k}": v for k, v in self.clip.state_dict().items()}
+            write_weights(folder / "clip", state, self.clip.config.to_dict(), "model.safetensors")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+
+# ======================================================================================================
+# 4. The embedding-conditioned prompt
+# ======================================================================================================
+# Five layouts, each from ids (methods with an underscore take ids instead of text, so that any prompt can be replayed):
+#
+#   RecA, CLIP     <mmu> <soi> C CLIP rows <eoi> <eot> template <eot> pads   <soi> N tokens <eoi>
+#   RecA, VQ       pads <mmu> <soi> codes of the small image <eoi> <eot> template <eot>   <soi> N tokens <eoi>
+#   t2i            pads <t2i> <eot> caption <eot>   <soi> N tokens <eoi>
+#   i2t, CLIP      <mmu> system prompt <soi> C CLIP rows <eoi> USER: ... ASSISTANT: ... <eot>   pads
+#   i2t, VQ        <mmu> <soi> N codes <eoi> USER: ... ASSISTANT: ... <eot>   pads
+
+    def _bracket(self, ids):
+        """<eot> in front of a text (unless it is there) and behind it."""
+        ids = list(ids)
+        return (ids if ids[:1] == [self.config.eot] else [self.config.eot, *ids]) + [self.config.eot]
+
+    def _recon_rows(self, texts, tokens, codes, und):
+        """The RecA prompt. texts: B lists of ids; tokens: [B, N] ids, partly masked; codes: [B, N] labels (IGNORE: none);
+        und: [B, n] codes of the small image, ignored in the CLIP variant.
+
+        CLIP variant: the CLIP rows are open to every position, also to those before them. Text is causal; the N image tokens see
+        everything in front of them and each other, but not the closing <eoi>. Padding stands between text and <soi> (the
+        released layout; the positions of the image tokens depend on it) and is seen by nobody.
+        VQ variant: each image sees itself and everything before it, text is causal, nothing sees the padding in front.
+        """
+        c, batch = self.config, len(texts)
+        texts = [self._bracket(t) for t in texts]
+        tokens = tokens.cpu()
+        soi, eoi = torch.full((batch, 1), c.soi), torch.full((batch, 1), c.eoi)
+        if c.w_clip_vit:
+            room = c.recon_text - 3                                                     # markers and text share the slots
+            self._must_fit(texts, room)
+            clip = torch.full((batch, c.num_clip), IGNORE)
+            text = torch.tensor([t + [c.pad] * (room - len(t)) for t in texts])
+            rows = Rows.causal(torch.cat([torch.full((batch, 1), c.mmu), soi, clip, eoi, text, soi, tokens, eoi], 1))
+            length = rows.ids.shape[1]
+            rows.clip_at = 2
+            rows.open[:, 2:2 + c.num_clip] = True
+            rows.hidden = rows.ids == c.pad
+            rows.last[:, -1 - c.num_tokens:-1] = length - 2
+        else:
+            self._must_fit(texts, c.max_text)
+            und, pads = und.cpu(), [c.max_text - len(t) for t in texts]
+            front = [torch.tensor([c.pad] * n + [c.mmu, c.soi, *und[i].tolist(), c.eoi, *texts[i]]) for i, n in enumerate(pads)]
+            rows = Rows.causal(torch.cat([torch.stack(front), soi, tokens, eoi], 1))
+            self._hide_front(rows, pads)
+            for i, n in enumerate(pads):                                                # the given image: <soi> .. <eoi>
+                rows.last[i, n + 1:n + 3 + und.shape[1]] = n + 2 + und.shape[1]
+            rows.last[:, -2 - c.num_tokens:] = rows.ids.shape[1] - 1
+        rows.labels[:, -1 - c.num_tokens:-1] = codes.cpu()
+        return rows
+
+    def _must_fit(self, texts, room):
+        longest = max(map(len, texts))
+        if longest > room:
+            raise InputError(f"a template takes {longest} tokens, the RecA prompt has room for {room}: shorten it")
+
+    def _hide_front(self, rows, pads):
+        """Padding in front: no position looks back into it (padding itself does, which changes nothing)."""
+        pads = torch.tensor(pads)[:, None]
+        rows.first = torch.where(rows.positions >= pads, pads, 0)
+
+    def _t2i_rows(self, texts, tokens, codes=None, slots=None):
+        """The text-to-image prompt. texts: B lists of ids; tokens: [B, N] ids, codes: [B, N] labels or None (generation);
+        slots: room for the text (longer ones are cut and closed with <eot>).
+
+        Text is causal and never sees the image; <soi>, image tokens and <eoi> see all of the text and each other. In training the
+        two markers are labelled with themselves, as in the original: two easy targets for each image.
+        """
+        c, slots = self.config, (self.config.max_text if slots is None else slots) + 1
+        heads = [[c.t2i, *self._bracket(t)] for t in texts]
+        heads = [h if len(h) <= slots else h[:slots - 1] + [c.eot] for h in heads]
+        pads = [slots - len(h) for h in heads]
+        front = torch.tensor([[c.pad] * n + h for n, h in zip(pads, heads)])
+        ends = [torch.full((len(texts), 1), marker) for marker in (c.soi, c.eoi)]
+        rows = Rows.causal(torch.cat([front, ends[0], tokens.cpu(), ends[1]], 1))
+        self._hide_front(rows, pads)
+        rows.last[:, slots:] = rows.ids.shape[1] - 1
+        if codes is not None:
+            rows.labels[:, slots:] = torch.cat([ends[0], codes.cpu(), ends[1]], 1)
+        return rows
+
+    def _i2t_rows(self, ids, labels, und, system=()):
+        """The captioning prompt. ids, labels: [B, T], padded on the right; und: as in encode; system: ids of the system prompt.
+
+        Everything is causal, only the image is open to every position (in the VQ variant with all that stands before it).
+        """
+        c, batch = self.config, len(ids)
+        if c.w_clip_vit:
+            head = [c.mmu, *system, c.soi]
+            image = torch.full((batch, c.num_clip), IGNORE)
+        else:
+            head = [c.mmu, c.soi]
+            image = und.cpu() + c.first_code
+        front = torch.tensor(head).expand(batch, -1)
+        rows = Rows.causal(torch.cat([front, image, torch.full((batch, 1), c.eoi), ids], 1))
+        rows.labels[:, -ids.shape[1]:] = labels
+        if c.w_clip_vit:
+            rows.clip_at = len(head)
+            rows.open[:, len(head):len(head) + c.num_clip] = True
+        else:
+            rows.open[:, :len(head) + image.shape[1] + 1] = True
+        return rows
+
+    def _text_ids(self, text):
+        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _conversation(self, turns):
+        """[(question, answer), ...] -> (ids, labels): "USER: q ASSISTANT: a<|endoftext|>USER: ...", answers and their end are
+        the labels. Cut to the slots which the recipe leaves for it."""
+        c, ids, labels = self.config, [], []
+        for question, answer in turns:
+            asked = self._text_ids(f"USER: {question.strip()} ASSISTANT:")
+            said = self._text_ids(f" {answer.strip()}") + [c.eot]
+            ids, labels = ids + asked + said, labels + [IGNORE] * len(asked) + said
+        # CLIP variant: the original makes a captioning row as long as a t2i row, so that both share a batch.
+        room = c.max_text - (c.num_clip - c.num_tokens) - c.system_len if c.w_clip_vit else c.max_text
+        return ids[:room], labels[:room]
+
+    def _system_ids(self):
+        return self._text_ids(SYSTEM_PROMPT) if self.config.w_clip_vit and self.config.system_len else []
+
+# ======================================================================================================
+# 5. The losses
+# ======================================================================================================
+
+    def _mask_tokens(self, codes, draws):
+        """MaskGIT's corruption. codes: [B, N] -> (ids [B, N], some of them the mask token; labels [B, N], IGNORE where not masked).
+
+        A share cos(u pi/2) of each image is masked, u ~ U(0, 1), at least one token. draws: "timesteps" u [B], "scores" [B, N]
+        uniform: the permutation argsort(scores) says which tokens go.
+        """
+        tokens = codes.cpu() + self.config.first_code
+        number = (tokens.shape[1] * torch.cos(draws["timesteps"] * math.pi * 0.5)).round().clamp(min=1)
+        masked = draws["scores"].argsort(-1) < number[:, None]
+        return tokens.masked_fill(masked, self.config.mask_token), tokens.masked_fill(~masked, IGNORE)
+
+    def _mask_draws(self, rng, batch):
+        rng = rng or Rng.fresh(batch)
+        return {"timesteps": rng.uniform(), "scores": rng.uniform(self.config.num_tokens)}
+
+    def _cross_entropy(self, rows, und=None, shift=False, detach=False):
+        """Mean cross-entropy over the labels of `rows`; shift: the label stands one position behind the row that predicts it.
+
+        Only rows with a label meet the output layer: its 58,498 columns would otherwise be computed for every position of every
+        prompt (0.5 GB in float32 for one 512 px prompt, of which about a third is used). detach: no gradient into the inputs.
+        """
+        rows = rows.without_padding(self.config.pad)
+        labels = rows.labels[:, 1:] if shift else rows.labels
+        where = (labels != IGNORE).nonzero()                                            # [n, 2]: row and column, on the CPU
+        target = labels[where[:, 0], where[:, 1]].to(self.device)
+        rows = rows.map(lambda v: v.to(self.device))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            embeds = self.embed(rows, und)
+        hidden = self.hidden(embeds, rows.block_mask() if self.flex else rows.attention(), rows.positions)
+        chosen = hidden[where[:, 0].to(self.device), where[:, 1].to(self.device)]       # [n, D]
+        logits = self.showo.lm_head(chosen)                                             # [n, V]
+        return common.global_mean(F.cross_entropy(logits.float(), target, reduction="sum"), len(target))
+
+    def recon_loss(self, features, templates, draws=None, rng=None):
+        """L_recon, the RecA loss (section 3, equation 3): reconstruct the masked tokens of an image from its own understanding
+        embeddings, behind a captioning instruction and without a caption.
+
+        features: list of encode(..., "recon"); templates: list of B instructions (the original draws one per image in the CLIP
+        variant, one per batch in the VQ variant; here it is one per image in both). draws: "timesteps" [B], "scores" [B, N].
+        Returns a scalar: the mean over all masked tokens of the batch, so that an image with more of them weighs more.
+
+        CLIP variant: the original builds the inputs of this pass without autograd, so that neither mm_projector nor the embedding
+        table learns from it; both are trained by L_i2t alone. Whether that was meant or not, the released weights were made
+        so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant the table does learn.
+        """
+        return self._recon_loss(features, [self._text_ids(f"USER: \n {t} ASSISTANT:") for t in templates], draws, rng)
+
+    def _recon_loss(self, features, texts, draws=None, rng=None):
+        return self._cross_entropy(*self._recon_inputs(features, texts, draws, rng),
+                                   detach=self.config.w_clip_vit and not self.train_embeddings_in_recon)
+
+    def _recon_inputs(self, features, texts, draws=None, rng=None):
+        draws = draws or self._mask_draws(rng, len(features))
+        und = torch.stack([f["und"] for f in features])
+        tokens, labels = self._mask_tokens(torch.stack([f["codes"] for f in features]), draws)
+        return self._recon_rows(texts, tokens, labels, und + self.config.first_code), und
+
+    def i2t_loss(self, features, conversations, draws=None, rng=None):
+        """L_i2t: next-token prediction of the answers in conversations about an image (LLaVA data); keeps understanding alive.
+
+        features: list of encode(..., "i2t"); conversations: list of [(question, answer), ...]. draws, rng: nothing is drawn.
+        Returns a scalar, the mean over all answer tokens (with their end token) of the batch.
+        """
+        pairs = [self._conversation(turns) for turns in conversations]
+        longest = max(len(ids) for ids, _ in pairs)        # the original pads every row to the full room (996 slots at 512 px)
+        ids = torch.tensor([ids + [self.config.pad] * (longest - len(ids)) for ids, _ in pairs])
+        labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in pairs])
+        return self._i2t_loss(features, ids, labels, self._system_ids())
+
+    def _i2t_loss(self, features, ids, labels, system=()):
+        und = torch.stack([f["und"] for f in features])
+        return self._cross_entropy(self._i2t_rows(ids, labels, und, system), und, shift=True)
+
+    def t2i_loss(self, features, captions, draws=None, rng=None):
+        """L_t2i: the masked tokens of an image behind its caption. λ_t2i = 0 in RecA; it is the loss of supervised fine-tuning.
+
+        features: list of encode(..., "t2i"); captions: list of strings. draws: "timesteps" [B], "scores" [B, N],
+        "text_drop" [B] uniform: below 0.1 the caption is left out. Returns a scalar, the mean over all targets.
+        """
+        return self._t2i_loss(features, [self._text_ids(caption) for caption in captions], draws, rng)
+
+    def _t2i_loss(self, features, texts, draws=None, rng=None):
+        rng = rng or Rng.fresh(len(features))
+        draws = draws or self._mask_draws(rng, len(features)) | {"text_drop": rng.uniform()}
+        tokens, labels = self._mask_tokens(torch.stack([f["codes"] for f in features]), draws)
+        texts = [[] if u < TEXT_DROP else t for t, u in zip(texts, draws["text_drop"].tolist())]
+        return self._cross_entropy(self._t2i_rows(texts, tokens, labels))
+
+# ======================================================================================================
+# 6. Inference
+# ======================================================================================================
+
+    @torch.no_grad()
+    def _sample(self, prompt, empty, und=None, steps=50, guidance_scale=5.0, temperature=1.0, draws=None, rng=None, progress=False,
+                watch=None):
+        """MaskGIT sampling with guidance -> codes int64 [B, N].
+
+        prompt, empty: Rows that end with <soi> N masked tokens <eoi> (empty: without a condition, or None: no guidance).
+        In each of `steps` steps every masked token is drawn from its guided distribution, then the least certain draws are masked
+        again, so that a cosine of the tokens is left. draws: "drawn_ids" [steps, B, N] (the codes themselves) and
+        "gumbel_uniform" [steps, B, N]; rng: else they are drawn from there. watch(step, tokens, probabilities): for tests.
+
+        Text never sees the image, so what stands in front of <soi> is computed once and its keys and values are kept; each step
+        runs only the N + 2 positions of the image, guided and unguided rows in one batch.
+        """
+        c, batch = self.config, len(prompt.ids)
+        rows = prompt if empty is None else prompt.stack(empty)
+        rows = rows.without_padding(c.pad).map(lambda v: v.to(self.device))
+        embeds = self.embed(dataclasses.replace(rows, ids=rows.ids[:batch]), und)
+        if empty is not None:
+            embeds = torch.cat([embeds, self.showo.model.embed_tokens(rows.ids[batch:].clamp(min=0))])
+        front = rows.ids.shape[1] - c.num_tokens - 2
+        mask, cache = rows.attention(), DynamicCache()
+        self.hidden(embeds[:, :front], mask[:, :front, :front], rows.positions[:front], cache)
+        weight, bias = (p[c.first_code:c.mask_token] for p in (self.showo.lm_head.weight, self.showo.lm_head.bias))
+
+        tokens = torch.full((batch, c.num_tokens), c.codebook_size, device=self.device)         # codes; K = masked
+        for step in common.tqdm(range(steps), desc="sampling", disable=not progress):
+            image = self.showo.model.embed_tokens(tokens + c.first_code).repeat(len(embeds) // batch, 1, 1)
+            image = torch.cat([embeds[:, front:front + 1], image, embeds[:, -1:]], 1)           # [B or 2B, N + 2, D]
+            hidden = self.hidden(image, mask[:, front:], rows.positions[front:], cache)[:, 1:-1]
+            cache.crop(-image.shape[1])                                                         # forget the image again
+            logits = F.linear(hidden, weight, bias).float()                                     # [B or 2B, N, K]
+            if empty is not None:
+                logits = (1 + guidance_scale) * logits[:batch] - guidance_scale * logits[batch:]
+            probs = logits.softmax(-1)
+            if draws:
+                drawn, noise = draws["drawn_ids"][step].to(self.device), draws["gumbel_uniform"][step].to(self.device)
+            else:
+                # One uniform number per token picks a code from the cumulated distribution.
+                total = probs.cumsum(-1)
+                pick = rng.uniform(c.num_tokens, 1).to(self.device) * total[..., -1:]
+                drawn = torch.searchsorted(total, pick, right=True)[..., 0].clamp(max=c.codebook_size - 1)
+                noise = rng.uniform(c.num_tokens).to(self.device)
+            if watch:
+                watch(step, tokens, probs)
+            masked = tokens == c.codebook_size
+            drawn = torch.where(masked, drawn, tokens)
+            # How many stay masked: a cosine of all tokens, at least one, and at least one fewer than now.
+            ratio = (step + 1) / steps
+            keep = (c.num_tokens * torch.cos(torch.tensor(ratio) * math.pi * 0.5)).floor().long().to(self.device)
+            keep = torch.minimum(masked.sum(-1, keepdim=True) - 1, keep).clamp(min=1)
+            # Certainty: log probability plus Gumbel noise. Its temperature falls as a *product* over the steps (so it is nearly
+            # nothing after a few); looks unintended, but it is the sampler of the published numbers.
+            temperature *= 1 - ratio
+            sure = probs.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
+            sure = sure.masked_fill(~masked, math.log(torch.finfo(torch.float32).max))          # known tokens stay known
+            sure = sure - temperature * (-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log()
+            threshold = sure.sort(-1).values.gather(1, keep)
+            tokens = torch.where(sure < threshold, c.codebook_size, drawn)
+        return drawn                                # the draws of the last step: also the one token that would be masked again
+
+    def _blank(self, batch):
+        return torch.full((batch, self.config.num_tokens), self.config.mask_token)
+
+    def _images(self, codes):
+        """int64 [B, N] -> list of PIL images. [-1, 1] becomes 0..255 by (x + 1) / 2 * 255, truncated, as in the original."""
+        pixels = ((self.magvit.decode(codes).clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+        return [Image.fromarray(p) for p in pixels]
+
+    def _sampled(self, prompts, rows, unds, seed, draws, batch_size, settings):
+        """Samples images for Rows that `rows(slice)` builds, `batch_size` at a time; the draws of an image do not depend on it."""
+        images = []
+        for start in range(0, len(prompts), batch_size):
+            part = slice(start, start + batch_size)
+            count = len(prompts[part])
+            rng = Rng(seed, "sample", positions=range(start, start + count))
+            some = {k: v[:, part] for k, v in draws.items()} if draws else None
+            prompt, empty = rows(part)
+            with torch.no_grad():
+                codes = self._sample(prompt, empty, None if unds is None else unds[part], draws=some, rng=rng, **settings)
+                images += self._images(codes)
+        return images
+
+    def generate(self, prompts, *, seed=0, draws=None, progress=False, steps=50, guidance_scale=5.0, temperature=1.0, batch_size=8):
+        """Text -> images: list of strings -> list of PIL images. The defaults are those of the published benchmarks.
+
+        Image i depends on prompt i, seed and i alone. guidance_scale g: (1 + g) conditional - g unconditional logits; 0: none.
+        draws: see _sample.
+        """
+        def rows(part):
+            texts = [self._text_ids(p) for p in prompts[part]]
+            blank, slots = self._blank(len(texts)), self.config.max_prompt
+            return (self._t2i_rows(texts, blank, slots=slots),
+                    self._t2i_rows([[]] * len(texts), blank, slots=slots) if guidance_scale > 0 else None)
+        settings = dict(steps=steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
+        return self._sampled(prompts, rows, None, seed, draws, batch_size, settings)
+
+    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, steps=50, guidance_scale=5.0, temperature=1.0,
+                    batch_size=8):
+        """Image -> image: the RecA prompt with every token masked, sampled. list of PIL -> list of PIL.
+
+        templates: list of instructions, one an image (None: the seed template). The unguided rows are the empty text-to-image
+        prompt, moved so that its image tokens have the same positions (the original leaves reconstruction half finished; rotary
+        embeddings are relative, so the empty prompt means the same there).
+        """
+        templates = templates or [common.SEED_TEMPLATE] * len(images)
+        und = torch.stack([f["und"] for i in range(0, len(images), batch_size) for f in self.encode(
+            [self.preprocess(image, "recon") for image in images[i:i + batch_size]], "recon")])
+
+        def rows(part):
+            texts = [self._text_ids(f"USER: \n {t} ASSISTANT:") for t in templates[part]]
+            blank = self._blank(len(texts))
+            prompt = self._recon_rows(texts, blank, torch.full_like(blank, IGNORE), und[part] + self.config.first_code)
+            slots = prompt.ids.shape[1] - self.config.num_tokens - 3
+            return prompt, self._t2i_rows([[]] * len(texts), blank, slots=slots) if guidance_scale > 0 else None
+        settings = dict(steps=steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
+        return self._sampled(images, rows, und, seed, draws, batch_size, settings)
+
+    @torch.no_grad()
+    def _continue(self, rows, und, max_new_tokens, stop=True):
+        """Greedy continuation of prompts without padding, with a KV cache -> (ids int64 [B, <= max_new_tokens], first logits
+        [B, V]). Every column of the vocabulary is allowed, as in the original. stop: end when every row has said <eot>."""
+        rows = rows.map(lambda v: v.to(self.device))
+        batch, length = rows.ids.shape
+        cache, new, done = DynamicCache(), [], torch.zeros(batch, dtype=torch.bool, device=self.device)
+        hidden = self.hidden(self.embed(rows, und), rows.attention(), rows.positions, cache)
+        logits = first = self.showo.lm_head(hidden[:, -1])
+        for i in range(max_new_tokens):
+            new.append(logits.argmax(-1))
+            done |= new[-1] == self.config.eot
+            if (stop and done.all()) or i + 1 == max_new_tokens:
+                break
+            mask = torch.ones(batch, 1, length + i + 1, dtype=torch.bool, device=self.device)
+            embeds = self.showo.model.embed_tokens(new[-1][:, None])
+            position = torch.tensor([length + i], device=self.device)
+            logits = self.showo.lm_head(self.hidden(embeds, mask, position, cache)[:, -1])
+        return torch.stack(new, 1), first
+
+    @torch.no_grad()
+    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=200, batch_size=8):
+        """Image -> text: list of PIL -> list of strings (greedy decoding).
+
+        The prompt is the one of i2t_loss. (For the VQ variant the original's demo puts one more <eot> and a line break in; no
+        training ever did.)
+        """
+        texts = []
+        asked = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")])
+        for start in range(0, len(images), batch_size):
+            samples = [self.preprocess(image, "i2t") for image in images[start:start + batch_size]]
+            und = torch.stack([f["und"] for f in self.encode(samples, "i2t")])
+            ids = asked.expand(len(und), -1)
+            rows = self._i2t_rows(ids, torch.full_like(ids, IGNORE), und, self._system_ids())
+            for answer in self._continue(rows, und, max_new_tokens)[0].tolist():
+                answer = answer[:answer.index(self.config.eot)] if self.config.eot in answer else answer
+                texts.append(self.tokenizer.decode([i for i in answer if i < self.config.llm_vocab_size],
+                                                   skip_special_tokens=True).strip())
+        return texts
+
+
+def read_weights(folder):
+    """The state dict in a folder of the released layout; the original's loader, too, tries .safetensors before .bin."""
+    for name in ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin"):
+        for path in (folder / name, folder / f"{name}.index.json"):
+            if path.exists():
+                return common.load_state(path)
+    raise InputError(f"no pytorch_model.safetensors, model.safetensors or pytorch_model.bin in {folder}")
+
+
+def write_weights(folder, state, config, name="pytorch_model.safetensors"):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / name, metadata={"format": "pt"})
+
+
+def clip_keys(state):
+    """CLIP checkpoints (transformers 4.x names) -> the names of transformers 5: no prefix `vision_model.`. The hub's file holds
+    the text half of CLIP as well, and position numbers that are no longer stored; both are left out."""
+    if any(k.startswith("vision_model.") for k in state):
+        state = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
+    return {k: v for k, v in state.items() if not k.endswith("position_ids")}
