@@ -1,0 +1,1038 @@
+"""RecA for BAGEL: a mixture of transformers with rectified flow (Qwen2.5-7B x 2 experts + SigLIP NaViT + FLUX autoencoder).
+
+What is special about this architecture. One decoder carries two complete sets of weights. Text and ViT tokens go through the
+*understanding* expert, image latents through the *generation* expert; only attention is joint, so a latent reads the keys and
+values of the picture and the text before it. RecA gives the generation expert nothing but what the understanding side says
+about a picture, and asks for the picture back. ViT, VAE and the understanding expert stay frozen: 6.5 of 14.6 billion
+parameters are trained.
+
+    photo --- resize 224 ---> SigLIP ViT --> [B, M, 1152] --> connector --> [B, M, D] --.
+                                                                                         |  understanding expert, no gradient
+    "Describe the image in detail." ------------------------------> [B, L, D] ---------- + --> keys and values of the context
+                                                                                         |
+    photo --- resize 512..1024 ---> FLUX VAE --> z [B, 16, h, w]                          |  read by attention
+                                                |  x_t = (1 - t) z + t noise              v
+                                                '--> [B, N, 64] --> vae2llm --> [B, N, D] generation expert --> velocity [B, N, 64]
+                                                                                                    target: noise - z
+
+The sequence of one sample: (start, ViT patches, end) (begin, template, end) (start, noisy latents, end). Inside an image everybody
+sees everybody, text is causal, and nobody outside sees the noisy block. Paper: section 4, Table 8 (BAGEL column).
+
+How a step is computed here, and why it gives the original's numbers with less work:
+  * The context never sees the noise, so it runs once, without a graph, and is kept as keys and values, as for sampling.
+  * Its rows would not get a gradient in the original either: that detaches them in every layer. The two markers around the
+    latents do see the latents; they run beside them, in every layer, without a graph.
+  * Rows are sorted once into [understanding | generation]. An expert then is a plain call on its slice; the original scatters and
+    gathers ten times a layer. Images are sorted into groups of equal shape, so attention is one dense call per group, no mask.
+  * All rows of the noisy block have the same rotary position, and rotary attention only knows differences of positions. So positions are
+    counted from there: the block's own rows need no rotation at all, only the (few) keys of the context are turned, once.
+  * The last layer computes no row that nobody reads.
+
+    python reca_bagel.py --data ./images                              RecA on BAGEL-7B-MoT, one 80 GB GPU
+    torchrun --nproc-per-node 8 reca_bagel.py --data ./images         sharded over 8 (FSDP2)
+    python reca_bagel.py --model tiny                                 a toy BAGEL on coloured shapes, CPU, minutes
+    python reca_bagel.py --model sanaka87/BAGEL-RecA --steps 0 --edit singleturn.json --data SOURCES    ImgEdit's images
+
+Legend: B images of a batch (or of a group of equal shapes), D width of the decoder, H query heads, K key/value heads, d size of a head,
+M ViT patches, L text ids, N latent tokens of an image, C channels of a latent token (4 * 16), R rows of a packed pass, S keys seen.
+"""
+import copy
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoTokenizer, Qwen2Config, SiglipVisionConfig
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
+from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
+
+import common
+
+# ======================================================================================================
+# 1. Sizes and hyper-parameters
+# ======================================================================================================
+
+
+@dataclass
+class BagelConfig:
+    """Sizes of BAGEL-7B-MoT (the defaults). Names follow the released json files where those have a name."""
+    vocab_size: int = 152064
+    hidden_size: int = 3584
+    intermediate_size: int = 18944
+    num_hidden_layers: int = 28
+    num_attention_heads: int = 28
+    num_key_value_heads: int = 4
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 1e6
+    # SigLIP so400m/14 at 980 px. vit_config.json says 27 layers, the original builds and stores one less.
+    vit_hidden_size: int = 1152
+    vit_intermediate_size: int = 4304
+    vit_num_hidden_layers: int = 26
+    vit_num_attention_heads: int = 16
+    vit_image_size: int = 980
+    vit_patch_size: int = 14
+    vit_max_num_patch_per_side: int = 70
+    # latents. The original's flag defaults to max_latent_size 32, which does not fit the release.
+    latent_patch_size: int = 2
+    max_latent_size: int = 64
+    # the FLUX.1 autoencoder: no file of the release holds these
+    vae_ch: int = 128
+    vae_ch_mult: tuple = (1, 2, 4, 4)
+    vae_num_res_blocks: int = 2
+    vae_z_channels: int = 16
+    vae_scale_factor: float = 0.3611
+    vae_shift_factor: float = 0.1159
+    # token ids; from_pretrained takes them from the tokenizer
+    bos_token_id: int = 151644          # <|im_start|>, before every text block
+    eos_token_id: int = 151645          # <|im_end|>, after it
+    start_of_image: int = 151652        # <|vision_start|>
+    end_of_image: int = 151653          # <|vision_end|>
+    # how images are resized: (longest side, shortest side); the strides follow from the patches
+    vae_limits: tuple = (1024, 512)
+    vit_limits: tuple = (980, 224)      # when somebody asks about an image; RecA uses und_size for both
+    edit_limits: tuple = (980, 378)     # when an image is edited, as in the original's ImgEdit script
+    image_size: int = 1024              # side of what is painted from a prompt
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def stride(self):
+        """Pixels per latent token and side: 16 in the release."""
+        return 2 ** (len(self.vae_ch_mult) - 1) * self.latent_patch_size
+
+    @property
+    def latent_dim(self):
+        """C: values of a latent token, 2 * 2 * 16 = 64 in the release."""
+        return self.latent_patch_size ** 2 * self.vae_z_channels
+
+
+TINY = BagelConfig(
+    hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    vit_hidden_size=64, vit_intermediate_size=160, vit_num_hidden_layers=2, vit_num_attention_heads=4, vit_image_size=32,
+    vit_patch_size=8, vit_max_num_patch_per_side=4, max_latent_size=4, vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1,
+    vae_z_channels=8, vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
+
+
+@dataclass
+class Recipe:
+    """Table 8 of the paper. The public run: 6 GPUs, packs of about 8 images of 1024 px each, 1000 updates, *all of them warm-up*: the
+    learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). We keep that, it is what was published."""
+    lr: float = 4e-5
+    betas: tuple = (0.9, 0.95)
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    warmup: int = 1000
+    steps: int = 1000
+    und_size: int = 224
+    text_dropout: float = 0.1           # the template is left out for one image in ten; the picture never is
+    timestep_shift: float = 1.0         # in training; 3.0 when sampling
+
+
+# ======================================================================================================
+# 2. The model
+# ======================================================================================================
+
+
+class RMSNorm(nn.RMSNorm):
+    """torch's, with the weight in the rows' precision, so that bf16 rows stay bf16 beside float32 master weights."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotary(positions, config):
+    """positions [R] (any integers, also negative) -> cos, sin [R, d], float32. Kept in float32: the original casts the frequencies to
+    bf16 under FSDP, which blurs far positions; nothing depends on that."""
+    d = config.head_dim
+    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)     # [d/2]
+    angles = (positions[:, None].float() * frequencies).repeat(1, 2)                                                    # [R, d]
+    return angles.cos(), angles.sin()
+
+
+def turn(x, cos, sin):
+    """Rotary embedding, halves rotated: x [..., d], cos and sin broadcast to it."""
+    first, second = x.float().chunk(2, dim=-1)
+    return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
+
+
+def attend(q, k, v, causal):
+    """Dense attention of one group. q [B, H, n, d], k and v [B, K, S, d] -> [B * n, H * d].
+
+    causal: query i of n sees all keys but the last n - 1 - i. Otherwise everybody sees everything, and no mask exists.
+    """
+    mask, n, s = None, q.shape[2], k.shape[2]
+    if causal and 1 < n:
+        mask = torch.ones(n, s, dtype=torch.bool, device=q.device).tril(s - n)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out.transpose(1, 2).reshape(q.shape[0] * n, -1)
+
+
+class MoTLayer(nn.Module):
+    """A Qwen2 decoder layer with two experts. Suffix "": understanding, "_moe_gen": generation, as in the checkpoint.
+
+    Written here because transformers' Qwen2DecoderLayer can hold neither a second set of weights that meets the first in one
+    attention, nor norms on queries and keys (Qwen3 has those, but no biases on q, k, v and again one expert).
+    """
+
+    def __init__(self, c):
+        super().__init__()
+        width, d = c.hidden_size, c.head_dim
+        self.head_dim, self.train_und = d, False
+        mlp = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size)
+        attention = {}
+        for e in ("", "_moe_gen"):
+            attention |= {f"q_proj{e}": nn.Linear(width, c.num_attention_heads * d), f"q_norm{e}": RMSNorm(d, c.rms_norm_eps),
+                          f"k_proj{e}": nn.Linear(width, c.num_key_value_heads * d), f"k_norm{e}": RMSNorm(d, c.rms_norm_eps),
+                          f"v_proj{e}": nn.Linear(width, c.num_key_value_heads * d),
+                          f"o_proj{e}": nn.Linear(c.num_attention_heads * d, width, bias=False)}
+            self.add_module(f"input_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
+            self.add_module(f"post_attention_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
+            self.add_module(f"mlp{e}", Qwen2MLP(mlp))
+        self.self_attn = nn.ModuleDict(attention)
+
+    def project(self, rows, e, rope):
+        """rows [R, D] -> q [R, H, d], k and v [R, K, d]. The norm comes before the rotation."""
+        x = getattr(self, f"input_layernorm{e}")(rows)
+        q, k, v = (self.self_attn[f"{name}_proj{e}"](x).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
+        q, k = self.self_attn[f"q_norm{e}"](q), self.self_attn[f"k_norm{e}"](k)
+        if rope is not None:
+            q, k = (turn(x, *(table[:, None] for table in rope)) for x in (q, k))                     # tables [R, 1, d]
+        return q, k, v
+
+    def finish(self, rows, heard, e):
+        """What an expert does with what its rows heard: rows [R, D], heard [R, H * d] -> [R, D]."""
+        rows = rows + self.self_attn[f"o_proj{e}"](heard)
+        return rows + getattr(self, f"mlp{e}")(getattr(self, f"post_attention_layernorm{e}")(rows))
+
+    def forward(self, und, gen, past, shapes, ropes=(None, None), causal=False, keep=False, out_und=True, out_gen=True):
+        """One block of every image through this layer.
+
+        und [R, D]: rows of the understanding expert, all images one after another; gen [R', D] or None: rows of the generation expert.
+        shapes: one (B, n, N) per group of equal images: each has n und rows and N gen rows, so R = sum of B * n.
+        past: one (keys, values) [B, K, S, d] per group: what its images said before; (None, None) at the beginning.
+        ropes: (cos, sin) for und and for gen, or None where the position is 0. causal: text. keep: return keys and values with
+        this block's appended. out_und / out_gen: whether anybody reads these rows after this layer.
+        Returns (und or None, gen or None, keys and values or None).
+
+        With the understanding expert frozen its rows have no graph at all. That is what the original computes, by detaching q, k, v,
+        attention output and MLP output of these rows in every layer: no gradient flows from the latents through the keys and values
+        of the context, and the residual stream of the markers is a constant that follows the latents' values.
+        """
+        und_graph = torch.is_grad_enabled() and self.train_und
+        with torch.set_grad_enabled(und_graph):
+            q_und, k_und, v_und = self.project(und, "", ropes[0])
+        if gen is not None:
+            q_gen, k_gen, v_gen = self.project(gen, "_moe_gen", ropes[1])
+
+        heard_und, heard_gen, kept = [], [], []
+        u = g = 0                                                                                       # first rows of the group
+        for (count, n, N), (past_k, past_v) in zip(shapes, past):
+            def images(rows, start, length):                                          # [R, heads, d] -> [B, heads, length, d]
+                return rows[start:start + count * length].unflatten(0, (count, length)).transpose(1, 2)
+
+            keys, values = [images(k_und, u, n)], [images(v_und, u, n)]
+            if past_k is not None:
+                keys, values = [past_k] + keys, [past_v] + values
+            if N:
+                keys, values = keys + [images(k_gen, g, N)], values + [images(v_gen, g, N)]
+            keys = torch.cat(keys, dim=2) if len(keys) > 1 else keys[0]                                   # [B, K, S + n + N, d]
+            values = torch.cat(values, dim=2) if len(values) > 1 else values[0]
+            if keep:
+                kept.append((keys, values))
+            # The order of the keys inside an image block (start, end, latents instead of start, latents, end) does not matter: there is no
+            # mask and the position is the same for all of them.
+            if out_und:
+                with torch.set_grad_enabled(und_graph):
+                    heard_und.append(attend(images(q_und, u, n), keys, values, causal))
+            if N and out_gen:
+                heard_gen.append(attend(images(q_gen, g, N), keys, values, False))
+            u, g = u + count * n, g + count * N
+
+        with torch.set_grad_enabled(und_graph):
+            und = self.finish(und, torch.cat(heard_und), "") if out_und else None
+        gen = self.finish(gen, torch.cat(heard_gen), "_moe_gen") if gen is not None and out_gen else None
+        return und, gen, kept if keep else None
+
+
+class PositionTable(nn.Module):
+    """The fixed sine-cosine table [side * side, D]: half of the channels say the column, half the row; sines, then cosines.
+
+    The files hold it; the original drops what they hold and computes it anew, in double precision, and so do we.
+    """
+
+    def __init__(self, side, width):
+        super().__init__()
+        self.side, self.width = side, width
+        self.register_buffer("pos_embed", torch.empty(side * side, width))
+        self.fill()
+
+    def fill(self, device=None):
+        """Computes the table (again): on `device`, or where it is. A table on the meta device stays there."""
+        device = device or self.pos_embed.device
+        if torch.device(device).type != "meta":
+            quarter = self.width // 4
+            angles = np.arange(self.side)[:, None] * 10000.0 ** (-np.arange(quarter) / quarter)                 # [side, D / 4]
+            axis = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()              # [side, D / 2]
+            self.pos_embed = torch.cat([axis.repeat(self.side, 1), axis.repeat_interleave(self.side, 0)], 1).to(device)
+
+    def forward(self, height, width):
+        """-> [height * width, D], row-major. No interpolation: a small image uses the top left corner of the table."""
+        if max(height, width) > self.side:
+            raise common.InputError(f"an image of {height} x {width} tokens exceeds the table of {self.side} x {self.side}: use smaller images")
+        return self.pos_embed.view(self.side, self.side, -1)[:height, :width].flatten(0, 1)
+
+
+class Context:
+    """What a group of images of equal shape has said so far: `images` are their places in the batch; keys and values [B, K, S, d] of
+    each layer; `position` is the next free rotary position (an image takes one, a text one a token)."""
+
+    def __init__(self, images, layers):
+        self.images, self.position = list(images), 0
+        self.kept = [(None, None)] * layers
+
+    def fork(self, shift=0):
+        """A copy that can be continued separately (tensors are shared, never written). shift is added to the images' places."""
+        other = copy.copy(self)
+        other.kept, other.images = list(self.kept), [i + shift for i in self.images]
+        return other
+
+    def seen_from_the_latents(self, config):
+        """The copy that the noisy block reads: keys turned back by `position`, so that the block's own position is 0."""
+        other = self.fork()
+        if self.position and self.kept[0][0] is not None:
+            cos, sin = rotary(torch.tensor([-self.position], device=self.kept[0][0].device), config)
+            other.kept = [(turn(keys, cos, sin), values) for keys, values in self.kept]
+        other.position = 0
+        return other
+
+
+def groups(shapes, layers):
+    """One empty Context per different shape. shapes: one sortable key an image; equal keys share every dense call."""
+    return [Context([i for i, s in enumerate(shapes) if s == shape], layers) for shape in sorted(set(shapes))]
+
+
+# ---- files of the release ------------------------------------------------------------------------------------------------
+
+BASE = "ByteDance-Seed/BAGEL-7B-MoT"
+TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+
+
+def read_config(folder):
+    """llm_config.json, vit_config.json and, where it says something, config.json -> BagelConfig."""
+    read = lambda name: common.read_json(folder / name) if (folder / name).exists() else {}                       # noqa: E731
+    llm, vit, rest = common.read_json(folder / "llm_config.json"), common.read_json(folder / "vit_config.json"), read("config.json")
+    known = {f.name for f in fields(BagelConfig)}
+    values = {k: v for k, v in llm.items() if k in known and not k.endswith("token_id")}
+    values |= {f"vit_{k}": vit[k] for k in VIT_FIELDS}
+    values["vit_num_hidden_layers"] -= 1                        # the last layer is never built, see BagelConfig
+    values |= {k: rest[k] for k in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side") if k in rest}
+    values |= {f"vae_{k}": v for k, v in rest.get("vae_config", {}).items() if f"vae_{k}" in known}
+    values |= {k: v for k, v in rest.get("reca", {}).items() if k in known}
+    return BagelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def write_config(c, folder):
+    """The inverse: the three json files, such that the original reads them too. What it keeps in code stands under "reca"."""
+    llm = {k: getattr(c, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                      "num_key_value_heads", "rms_norm_eps", "rope_theta")}
+    llm |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False,
+            "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
+    vit = {k: getattr(c, f"vit_{k}") for k in VIT_FIELDS}
+    vit |= {"num_hidden_layers": c.vit_num_hidden_layers + 1, "model_type": "siglip_vision_model"}
+    rest = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel", "latent_patch_size": c.latent_patch_size,
+            "max_latent_size": c.max_latent_size, "vit_max_num_patch_per_side": c.vit_max_num_patch_per_side,
+            "vae_config": {k[4:]: v for k, v in asdict(c).items() if k.startswith("vae_") and k != "vae_limits"},
+            "reca": {k: getattr(c, k) for k in ("vae_limits", "vit_limits", "edit_limits", "image_size", "bos_token_id", "eos_token_id",
+                                                "start_of_image", "end_of_image")}}
+    for name, values in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", rest)):
+        (Path(folder) / name).write_text(json.dumps(values, indent=2))
+
+
+def vae_names(c):
+    """Our (diffusers') name of every VAE weight -> its name in ae.safetensors (FLUX's own)."""
+    names = {}
+
+    def add(ours, theirs):
+        names.update({f"vae.{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")})
+
+    def resnet(ours, theirs, shortcut):
+        for layer in ("norm1", "conv1", "norm2", "conv2"):
+            add(f"{ours}.{layer}", f"{theirs}.{layer}")
+        if shortcut:
+            add(f"{ours}.conv_shortcut", f"{theirs}.nin_shortcut")
+
+    levels, mults = len(c.vae_ch_mult), c.vae_ch_mult
+    for part in ("encoder", "decoder"):
+        for ours, theirs in (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out")):
+            add(f"{part}.{ours}", f"{part}.{theirs}")
+        for i in (0, 1):
+            resnet(f"{part}.mid_block.resnets.{i}", f"{part}.mid.block_{i + 1}", False)
+        for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+            add(f"{part}.mid_block.attentions.0.{ours}", f"{part}.mid.attn_1.{theirs}")
+    for i in range(levels):
+        before = mults[max(0, i - 1)]
+        for j in range(c.vae_num_res_blocks):
+            resnet(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}", j == 0 and before != mults[i])
+        # The decoder runs from the last level to the first; FLUX numbers by level, diffusers by order.
+        before, k = mults[min(levels - 1, i + 1)], levels - 1 - i
+        for j in range(c.vae_num_res_blocks + 1):
+            resnet(f"decoder.up_blocks.{k}.resnets.{j}", f"decoder.up.{i}.block.{j}", j == 0 and before != mults[i])
+        if i < levels - 1:
+            add(f"encoder.down_blocks.{i}.downsamplers.0.conv", f"encoder.down.{i}.downsample.conv")
+        if i > 0:
+            add(f"decoder.up_blocks.{k}.upsamplers.0.conv", f"decoder.up.{i}.upsample.conv")
+    return names
+
+
+def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
+    """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at least `shortest`
+    where both can be had (the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168, so RecA's 224 is the *long* side).
+
+    Above max_pixels the original multiplies the sides by the ratio of the *areas*, not its root. At 1024 / 512 and 980 / 224 the bound is
+    never reached; we follow it so that other limits give the same sizes as there.
+    """
+    def scaled(w, h, scale):
+        return tuple(max(stride, round(round(side * scale) / stride) * stride) for side in (w, h))
+
+    w, h = scaled(width, height, max(min(longest / max(width, height), 1.0), shortest / min(width, height)))
+    if w * h > max_pixels:
+        w, h = scaled(w, h, max_pixels / (w * h))
+    if max(w, h) > longest:
+        w, h = scaled(w, h, longest / max(w, h))
+    return w, h
+
+
+class Bagel(nn.Module):
+    """BAGEL with the names of the released checkpoint: state_dict() without `vae.` has the 1223 keys of ema.safetensors."""
+
+    def __init__(self, config=BagelConfig()):
+        super().__init__()
+        c = self.config = config
+        width = c.hidden_size
+        self.language_model = nn.ModuleDict({
+            "model": nn.ModuleDict({
+                "embed_tokens": nn.Embedding(c.vocab_size, width),
+                "layers": nn.ModuleList(MoTLayer(c) for _ in range(c.num_hidden_layers)),
+                "norm": RMSNorm(width, c.rms_norm_eps), "norm_moe_gen": RMSNorm(width, c.rms_norm_eps)}),
+            "lm_head": nn.Linear(width, c.vocab_size, bias=False)})
+        vit = SiglipVisionConfig(hidden_size=c.vit_hidden_size, intermediate_size=c.vit_intermediate_size, layer_norm_eps=1e-6,
+                                 num_attention_heads=c.vit_num_attention_heads, hidden_act="gelu_pytorch_tanh",
+                                 attn_implementation="sdpa")
+        # transformers' SigLIP tower wants square images of one size and a convolution; its layers serve images of any size. The patch
+        # embedding is a Linear in the checkpoint: a patch is flattened as (row, column, channel).
+        self.vit_model = nn.ModuleDict({"vision_model": nn.ModuleDict({
+            "embeddings": nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.vit_patch_size ** 2, c.vit_hidden_size),
+                                         "position_embedding": nn.Embedding((c.vit_image_size // c.vit_patch_size) ** 2, c.vit_hidden_size)}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(SiglipEncoderLayer(vit) for _ in range(c.vit_num_hidden_layers))}),
+            "post_layernorm": nn.LayerNorm(c.vit_hidden_size, eps=1e-6)})})
+        self.connector = nn.ModuleDict({"fc1": nn.Linear(c.vit_hidden_size, width), "fc2": nn.Linear(width, width)})
+        self.vit_pos_embed = PositionTable(c.vit_max_num_patch_per_side, width)
+        self.time_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
+        self.vae2llm, self.llm2vae = nn.Linear(c.latent_dim, width), nn.Linear(width, c.latent_dim)
+        self.latent_pos_embed = PositionTable(c.max_latent_size, width)
+        stages = len(c.vae_ch_mult)
+        self.vae = AutoencoderKL(block_out_channels=[c.vae_ch * m for m in c.vae_ch_mult], layers_per_block=c.vae_num_res_blocks,
+                                 down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages,
+                                 latent_channels=c.vae_z_channels, use_quant_conv=False, use_post_quant_conv=False)
+        # what a run may change
+        self.tokenizer, self.condition, self.und_size = None, "vit", min(Recipe.und_size, c.vit_limits[0])
+        self.text_dropout, self.timestep_shift, self.blur = Recipe.text_dropout, Recipe.timestep_shift, 0
+        self.freeze()
+
+    def freeze(self, train_und=False):
+        """What RecA trains: everything named _moe_gen, the time MLP and the two projections of the latents. train_und=True opens the
+        understanding expert as well (the pretraining of `tiny`, and the fixture that shows what freezing changes)."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
+                                     or train_und and name.startswith("language_model."))
+        for layer in self.blocks():
+            layer.train_und = train_und
+        return self
+
+    @property
+    def device(self):
+        return self.latent_pos_embed.pos_embed.device
+
+    def blocks(self):
+        """The repeated layers, for activation checkpointing, compilation and sharding."""
+        return list(self.language_model["model"]["layers"])
+
+    def parameter_groups(self, weight_decay):
+        """AdamW groups of exactly the parameters that are trained. The original decays all of them alike, by 0."""
+        return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
+
+    # ---- one block of a sequence through the decoder ------------------------------------------------------------------
+
+    def _block(self, contexts, und, gen=None, causal=False, rotate=True, keep=True, read=None):
+        """Run one block of every image. und: per context [B, n, D]; gen: per context [B, N, D], or None.
+
+        rotate: the rows stand at the contexts' position (an image block) or from there on (causal); False: at position 0.
+        keep: the contexts are extended by this block. read: "und" or "gen" to get these rows after the final norm, per context.
+        """
+        model, layers = self.language_model["model"], self.blocks()
+        shapes = [(u.shape[0], u.shape[1], gen[i].shape[1] if gen is not None else 0) for i, u in enumerate(und)]
+        ropes = [None, None]
+        if rotate:
+            def tables(k):                                     # k: 1 for the und rows of a shape, 2 for its gen rows
+                rows = [(c.position + (torch.arange(s[k]) if causal else torch.zeros(s[k]))).repeat(s[0])
+                        for c, s in zip(contexts, shapes)]
+                return rotary(torch.cat(rows).to(self.device), self.config)
+            ropes = [tables(1), tables(2) if gen is not None else None]
+        und = torch.cat([u.flatten(0, 1) for u in und])                                                       # [R, D]
+        gen = torch.cat([g.flatten(0, 1) for g in gen]) if gen is not None else None
+        for i, layer in enumerate(layers):
+            last = i == len(layers) - 1
+            und, gen, kept = layer(und, gen, [c.kept[i] for c in contexts], shapes, ropes, causal, keep,
+                                   out_und=not last or read == "und", out_gen=not last or read == "gen")
+            if keep:
+                for context, pair in zip(contexts, kept):
+                    context.kept[i] = pair
+        if keep:
+            for context, shape in zip(contexts, shapes):
+                context.position += shape[1] if causal else 1
+        if read is None:
+            return None
+        rows = model["norm"](und) if read == "und" else model["norm_moe_gen"](gen)
+        lengths = [s[0] * s[1 if read == "und" else 2] for s in shapes]
+        return [part.unflatten(0, (s[0], -1)) for part, s in zip(rows.split(lengths), shapes)]
+
+    def _words(self, ids):
+        """Token ids (nested list) -> embeddings [..., D]."""
+        return self.language_model["model"]["embed_tokens"](torch.as_tensor(ids, device=self.device))
+
+    def _markers(self, count):
+        """-> [count, 2, D]: the start and the end marker of an image block."""
+        return self._words([[self.config.start_of_image, self.config.end_of_image]] * count)
+
+    def _embed_vit(self, vit):
+        """vit [B, rows, columns, width of the ViT] -> [B, M, D]: the understanding embeddings that RecA conditions on."""
+        x = vit.flatten(1, 2).to(self.connector["fc1"].weight.dtype)
+        x = self.connector["fc2"](F.gelu(self.connector["fc1"](x), approximate="tanh"))
+        return x + self.vit_pos_embed(*vit.shape[1:3]).to(x.dtype)
+
+    def _embed_time(self, t):
+        """t [B] in [0, 1] -> [B, D], once per image. The sinusoid takes t itself (not 1000 t), cosines first."""
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)                 # [B, 128]
+        return self.time_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], -1).to(self.vae2llm.weight.dtype))
+
+    def _embed_latents(self, x, grid, t):
+        """x [B, N, C], t [B] -> [B, N, D]."""
+        x = self.vae2llm(x.to(self.vae2llm.weight.dtype))
+        return x + self._embed_time(t)[:, None].to(x.dtype) + self.latent_pos_embed(*grid).to(x.dtype)
+
+    # ---- what extends a context ---------------------------------------------------------------------------------------
+
+    def _read_vit(self, contexts, vits):
+        """A ViT block for every image: start, patches, end; one rotary position, everybody sees everybody."""
+        rows = []
+        for context in contexts:
+            patches, marks = self._embed_vit(torch.stack([vits[i] for i in context.images])), self._markers(len(context.images))
+            rows.append(torch.cat([marks[:, :1], patches.to(marks.dtype), marks[:, 1:]], dim=1))                  # [B, M + 2, D]
+        self._block(contexts, rows)
+
+    def _read_text(self, contexts, ids, read=None):
+        """A text block for every image: begin, ids, end; causal. ids: per image, markers included; empty: no block at all."""
+        contexts = [c for c in contexts if ids[c.images[0]]]
+        if contexts:
+            return self._block(contexts, [self._words([ids[i] for i in c.images]) for c in contexts], causal=True, read=read)
+        if dist.is_initialized():      # sharded: the other ranks gather the layers' weights for their texts, so this one must take part
+            self._block([Context([0], len(self.blocks()))], [self._words([[self.config.bos_token_id]])], keep=False)
+
+    def _read_latents(self, contexts, latents, grids):
+        """A clean image for every context: t = 0, generation expert, everybody sees everybody."""
+        und = [self._markers(len(c.images)) for c in contexts]
+        gen = [self._embed_latents(torch.stack([latents[i] for i in c.images]), grids[c.images[0]],
+                                   torch.zeros(len(c.images), device=self.device)) for c in contexts]
+        self._block(contexts, und, gen)
+
+    def _velocity(self, contexts, x, grids, t):
+        """The noisy block: x list of [N, C] (an image each), t [images] -> list of velocities [N, C].
+
+        contexts as seen_from_the_latents. Nothing is kept: the block is computed anew for every x.
+        """
+        und = [self._markers(len(c.images)) for c in contexts]
+        gen = [self._embed_latents(torch.stack([x[i] for i in c.images]), grids[c.images[0]], t[c.images]) for c in contexts]
+        rows = self._block(contexts, und, gen, rotate=False, keep=False, read="gen")
+        out = [None] * len(x)
+        for context, velocity in zip(contexts, rows):
+            for i, v in zip(context.images, self.llm2vae(velocity)):
+                out[i] = v
+        return out
+
+    # ---- the frozen encoders ------------------------------------------------------------------------------------------
+
+    def _vit(self, pixels):
+        """pixels [B, 3, height, width], sides divisible by the patch -> features [B, rows, columns, width of the ViT]."""
+        p, vit = self.config.vit_patch_size, self.vit_model["vision_model"]
+        rows, columns, side = pixels.shape[2] // p, pixels.shape[3] // p, self.config.vit_max_num_patch_per_side
+        # [B, 3, rows, p, columns, p] -> [B, rows * columns, p * p * 3]
+        x = pixels.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
+        ids = torch.arange(rows, device=x.device)[:, None] * side + torch.arange(columns, device=x.device)
+        embed = vit["embeddings"]
+        x = embed["patch_embedding"](x.to(embed["patch_embedding"].weight.dtype)) + embed["position_embedding"](ids.flatten())
+        for layer in vit["encoder"]["layers"]:
+            x = layer(x, None)
+        return vit["post_layernorm"](x).unflatten(1, (rows, columns))
+
+    def _moments(self, pixels):
+        """pixels [B, 3, height, width] in [-1, 1] -> mean and logvar [B, 16, height / 8, width / 8], float32."""
+        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        return posterior.mean.float(), posterior.logvar.float()
+
+    def _latent(self, mean, logvar, noise):
+        """A sample of the posterior, normalised. RecA draws it anew at every step."""
+        c = self.config
+        return c.vae_scale_factor * (mean + (0.5 * logvar).exp() * noise - c.vae_shift_factor)
+
+    def _tokens(self, latent):
+        """latent [16, 2 h, 2 w] -> [h * w, C], a token holding (row, column, channel) of its patch."""
+        p = self.config.latent_patch_size
+        h, w = latent.shape[1] // p, latent.shape[2] // p
+        return latent[:, :h * p, :w * p].unflatten(2, (w, p)).unflatten(1, (h, p)).permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
+
+    def _untokens(self, tokens, grid):
+        """[h * w, C] -> latent [16, 2 h, 2 w], the inverse of _tokens."""
+        p, (h, w) = self.config.latent_patch_size, grid
+        return tokens.view(h, w, p, p, -1).permute(4, 0, 2, 1, 3).reshape(-1, h * p, w * p)
+
+    @torch.no_grad()
+    def _decode(self, latents):
+        """List of latents [16, h, w] -> list of pixels [3, 8 h, 8 w] in about [-1, 1]."""
+        c = self.config
+        return [self.vae.decode((z[None] / c.vae_scale_factor + c.vae_shift_factor).to(self.vae.dtype)).sample[0].float() for z in latents]
+
+    # ==================================================================================================
+    # 3. Loading and saving
+    # ==================================================================================================
+
+    @classmethod
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, frozen_dtype=None):
+        """source: "ByteDance-Seed/BAGEL-7B-MoT", "sanaka87/BAGEL-RecA", a folder in that layout, or "tiny" (random weights).
+
+        dtype: precision of the weights that RecA trains; frozen_dtype: of all others (default: bf16 on a GPU, else dtype).
+        Every tensor goes from the file to its device by itself, in its final precision: the host never holds a copy of the model
+        (the original builds two float32 copies per process, 117 GB each). Strict in names and shapes, except that the two position
+        tables may be missing. Raises InputError.
+        """
+        device = torch.device(device)
+        if source == "tiny":
+            model = cls(copy.deepcopy(TINY)).to(device, dtype)
+            model.tokenizer = common.tiny_tokenizer(("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"))
+            model._take_ids()
+            return model
+        frozen_dtype = frozen_dtype or (torch.bfloat16 if device.type == "cuda" else dtype)
+        folder = base = common.hub_folder(source, ["*.json", "*.txt", "ema.safetensors", "ae.safetensors", "model_bf16.safetensors"])
+        weights = next((folder / n for n in ("ema.safetensors", "model_bf16.safetensors", "model.safetensors") if (folder / n).exists()), None)
+        if weights is None:
+            raise common.InputError(f"{folder} holds no ema.safetensors (nor model_bf16.safetensors): not a BAGEL checkpoint")
+        if not (folder / "llm_config.json").exists():             # BAGEL-RecA publishes its weights only; the rest is the base model's
+            base = common.hub_folder(BASE, ["*.json", "*.txt", "ae.safetensors"])
+        with torch.device("meta"):
+            model = cls(read_config(base))
+        model.freeze()
+        trained = {name for name, p in model.named_parameters() if p.requires_grad}
+        model._read(weights, {name: name for name in model.state_dict() if not name.startswith("vae.")},
+                    lambda name: dtype if name in trained else frozen_dtype, device, optional=TABLES)
+        model._read(base / "ae.safetensors", vae_names(model.config), lambda name: frozen_dtype, device)
+        for table in (model.latent_pos_embed, model.vit_pos_embed):
+            table.fill(device)
+        if (base / "tokenizer_config.json").exists() or (base / "tokenizer.json").exists():
+            model.tokenizer = AutoTokenizer.from_pretrained(base)
+            model._take_ids()
+        return model.eval()
+
+    def _read(self, path, names, dtype, device, optional=()):
+        """File `path` into this model: names maps our names to the file's. dtype: function of our name."""
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                own, stored, state = self.state_dict(), set(file.keys()), {}
+                missing = sorted(k for k in names.values() if k not in stored and k not in optional)
+                unexpected = sorted(stored - set(names.values()))
+                wrong = sorted(k for name, k in names.items() if k in stored and math.prod(file.get_slice(k).get_shape()) != own[name].numel()
+                               or k in stored and file.get_slice(k).get_shape()[0] != own[name].shape[0])
+                for what, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", wrong)):
+                    if keys:
+                        raise common.InputError(f"{path} {what} {len(keys)} keys: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}")
+                for name, key in names.items():
+                    if key in optional:
+                        continue                                                            # computed, see PositionTable
+                    # The 1 x 1 convolutions of the VAE's attention are linears in diffusers: [out, in, 1, 1] -> [out, in].
+                    state[name] = file.get_tensor(key).to(dtype(name)).view(own[name].shape)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise common.InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
+        except Exception as error:
+            if isinstance(error, common.InputError):
+                raise
+            raise common.InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        self.load_state_dict(state, strict=False, assign=True)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+
+    def _take_ids(self):
+        for field, token in (("bos_token_id", "<|im_start|>"), ("eos_token_id", "<|im_end|>"),
+                             ("start_of_image", "<|vision_start|>"), ("end_of_image", "<|vision_end|>")):
+            setattr(self.config, field, self.tokenizer.convert_tokens_to_ids(token))
+
+    def save_pretrained(self, folder, dtype=None):
+        """Writes the released layout: ema.safetensors (with the two tables), ae.safetensors (FLUX names), configs, tokenizer.
+
+        dtype: None keeps the precision, torch.bfloat16 gives the 29 GB file that ComfyUI-BAGEL (models/bagel/BAGEL-7B-MoT/ema.safetensors)
+        and the original inferencer expect. Sharded weights are gathered one by one; all ranks must call, rank 0 writes.
+        """
+        folder, state = Path(folder), {}
+        names = vae_names(self.config)
+        for name, tensor in self.state_dict().items():
+            tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+            if common.world()[0] == 0:
+                state[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+        if common.world()[0] != 0:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        vae = {key: state.pop(name) for name, key in names.items()}
+        vae = {key: t[:, :, None, None] if t.dim() == 2 else t for key, t in vae.items()}
+        save_file(state, folder / "ema.safetensors", {"format": "pt"})
+        save_file({key: t.contiguous() for key, t in vae.items()}, folder / "ae.safetensors", {"format": "pt"})
+        write_config(self.config, folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+    # ==================================================================================================
+    # 4. The embedding-conditioned prompt
+    # ==================================================================================================
+    #   (start) ViT patches (end)  (begin) template (end)  (start) noisy latents (end)
+    # No system text, no roles, no question mark: the template stands where a question about the image would stand, and the picture where
+    # a caption would be answered.
+
+    def set_und(self, size=None, blur=None):
+        """The paper's ablations: longest (and shortest) side of what the ViT sees, and blurring it."""
+        self.und_size, self.blur = size or self.und_size, blur or self.blur
+
+    def _resized(self, image, limits, stride):
+        return image.resize(fit(*image.size, *limits, stride), Image.BICUBIC)
+
+    def preprocess(self, image, task, rng=None):
+        """PIL RGB (None: a text without image) -> {"vit": [3, h, w], "vae": [3, H, W]} in [-1, 1], as far as the task needs them.
+
+        recon: the ViT sees the photo at und_size, the VAE at 512 to 1024; t2i: VAE only; i2t: ViT only, at 224 to 980. Sizes follow the
+        photo, nothing is cropped, so rng is not used.
+        """
+        c, pixels = self.config, {}
+        if image is None:
+            return pixels
+        if task == "i2t" or task == "recon" and self.condition == "vit":
+            limits = (self.und_size, self.und_size) if task == "recon" else c.vit_limits
+            pixels["vit"] = common.to_tensor(self._resized(image, limits, c.vit_patch_size))
+            if self.blur > 1 and task == "recon":
+                small = F.interpolate(pixels["vit"][None], scale_factor=1 / self.blur, mode="bilinear")
+                pixels["vit"] = F.interpolate(small, size=pixels["vit"].shape[1:], mode="bilinear")[0]
+        if task != "i2t":
+            pixels["vae"] = common.to_tensor(self._resized(image, c.vae_limits, c.stride))
+        return pixels
+
+    @torch.no_grad()
+    def encode(self, samples, task):
+        """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width], "mean", "logvar": [16, h, w]}.
+
+        Images of one size are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey borders leak into
+        the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest of the step is the same.)
+        """
+        out = [{} for _ in samples]
+        for kind, encoder, names in (("vit", self._vit, ("vit",)), ("vae", self._moments, ("mean", "logvar"))):
+            by_size = {}
+            for i, sample in enumerate(samples):
+                if kind in sample:
+                    by_size.setdefault(sample[kind].shape, []).append(i)
+            for places in by_size.values():
+                result = encoder(torch.stack([samples[i][kind] for i in places]).to(self.device))
+                for name, values in zip(names, result if isinstance(result, tuple) else (result,)):
+                    for i, value in zip(places, values):
+                        out[i][name] = value
+        return out
+
+    def _text_ids(self, text):
+        """A text block: begin, ids, end."""
+        return [self.config.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"], self.config.eos_token_id]
+
+    def _contexts(self, lengths, vits=None, grids=None):
+        """Empty contexts, one per different (ViT grid, text length, latent grid). Each part: one value an image, or None."""
+        parts = [[tuple(v.shape[:2]) if v is not None else () for v in vits] if vits else None, lengths, grids]
+        return groups(list(zip(*[part if part is not None else [()] * len(lengths) for part in parts])), len(self.blocks()))
+
+    # ==================================================================================================
+    # 5. The losses
+    # ==================================================================================================
+
+    def draw(self, features, rng=None):
+        """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal, and per image
+        vae_noise and condition_noise [16, h, w] and flow_noise [N, C]."""
+        rng = rng or common.Rng.fresh(len(features))
+        draws = {name: [] for name in ("text_kept", "timestep_normal", "vae_noise", "condition_noise", "flow_noise")}
+        for f, g in zip(features, rng.images):
+            shape, (h, w) = f["mean"].shape, self._grid(f["mean"])
+            draws["text_kept"].append(bool(torch.rand((), generator=g) >= self.text_dropout))
+            draws["timestep_normal"].append(torch.randn((), generator=g))
+            draws["vae_noise"].append(torch.randn(shape, generator=g))
+            draws["flow_noise"].append(torch.randn(h * w, self.config.latent_dim, generator=g))
+            draws["condition_noise"].append(torch.randn(shape, generator=g) if self.condition == "vae" else None)
+        return draws
+
+    def _grid(self, latent):
+        """latent [16, h, w] -> its tokens' (rows, columns)."""
+        return tuple(side // self.config.latent_patch_size for side in latent.shape[1:])
+
+    def _flow_terms(self, features, ids, draws, condition):
+        """The rectified flow of one batch: -> (velocities, targets, timesteps), lists of [N, C] and a tensor [B].
+
+        x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal, shifted. ids: text blocks with markers ([] = dropped).
+        condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image).
+        """
+        noises = [noise.to(self.device) for noise in draws["flow_noise"]]
+        latents = [self._tokens(self._latent(f["mean"], f["logvar"], n.to(self.device))) for f, n in zip(features, draws["vae_noise"])]
+        grids = [self._grid(f["mean"]) for f in features]
+        vits = [f["vit"] for f in features] if condition == "vit" else None
+        contexts = self._contexts([len(i) for i in ids], vits, grids)
+        if condition == "vit":
+            self._read_vit(contexts, vits)
+        elif condition == "vae":
+            clean = [self._tokens(self._latent(f["mean"], f["logvar"], n.to(self.device))) for f, n in zip(features, draws["condition_noise"])]
+            self._read_latents(contexts, clean, grids)
+        self._read_text(contexts, ids)
+        contexts = [c.seen_from_the_latents(self.config) for c in contexts]
+        t = torch.stack([torch.as_tensor(u) for u in draws["timestep_normal"]]).to(self.device).sigmoid()
+        t = self.timestep_shift * t / (1 + (self.timestep_shift - 1) * t)
+        x = [(1 - ti) * z + ti * noise for ti, z, noise in zip(t, latents, noises)]
+        return self._velocity(contexts, x, grids, t), [noise - z for z, noise in zip(latents, noises)], t
+
+    def _flow_loss(self, features, ids, draws, condition):
+        velocities, targets, _ = self._flow_terms(features, ids, draws, condition)
+        total = sum((v.float() - target).square().mean(-1).sum() for v, target in zip(velocities, targets))
+        return common.global_mean(total, sum(len(v) for v in velocities))
+
+    def recon_loss(self, features, templates, draws=None, rng=None):
+        """RecA (paper, equation 2): paint the image that these understanding embeddings describe.
+
+        features: encode(.., "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar: squared error of
+        the velocity, mean over 64 channels and over all latent tokens of all ranks, so large images weigh more (as in the original).
+        """
+        draws = draws or self.draw(features, rng)
+        ids = [self._text_ids(t) if kept else [] for t, kept in zip(templates, draws["text_kept"])]
+        return self._flow_loss(features, ids, draws, self.condition)
+
+    def t2i_loss(self, features, captions, draws=None, rng=None):
+        """Text to image: caption, noisy latents. RecA never uses it (lambda_t2i = 0); it is what supervised fine-tuning would train."""
+        draws = draws or self.draw(features, rng)
+        ids = [self._text_ids(t) if kept else [] for t, kept in zip(captions, draws["text_kept"])]
+        return self._flow_loss(features, ids, draws, None)
+
+    def i2t_loss(self, features, conversations, draws=None, rng=None):
+        """Cross-entropy of the answers' tokens: ViT block, then a text block per question and per answer, all causal.
+
+        In RecA the understanding expert is frozen, so this is a measure and has no gradient; freeze(train_und=True) gives it one.
+        features without "vit" are texts without an image. The loss is the mean over all answer tokens (end marker included) of all ranks.
+        """
+        ids, labels = [], []
+        for turns in conversations:
+            ids.append([])
+            labels.append([])
+            for question, answer in turns:
+                for text, learn in ((question, False), (answer, True)):
+                    block = self._text_ids(text) if text else []              # row j predicts id j + 1 of its block; the end predicts nothing
+                    labels[-1] += [i if learn else -100 for i in block[1:]] + [-100] * bool(block)
+                    ids[-1] += block
+        return self._answer_loss([f.get("vit") for f in features], ids, labels)
+
+    def _answer_loss(self, vits, ids, labels):
+        contexts = self._contexts([len(i) for i in ids], vits)
+        with_image = [c for c in contexts if vits[c.images[0]] is not None]
+        if with_image:
+            self._read_vit(with_image, vits)
+        rows = self._read_text(contexts, ids, read="und")
+        total, count = 0.0, 0
+        for context, hidden in zip(contexts, rows):                                                             # hidden [B, L, D]
+            target = torch.tensor([labels[i] for i in context.images], device=self.device)
+            keep = target != -100
+            logits = self.language_model["lm_head"](hidden[keep])                      # only the rows that are asked
+            total = total + F.cross_entropy(logits.float(), target[keep], reduction="sum")
+            count += int(keep.sum())
+        return common.global_mean(total, count)
+
+    # ==================================================================================================
+    # 6. Inference
+    # ==================================================================================================
+
+    @staticmethod
+    def _guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
+        """Guidance of one image, [N, C] each. v_text: velocity without the last text; v_image: without the images (or None).
+
+        A guided velocity is too long; `renorm` shrinks it back to |v|: "global" one factor an image (the original takes one factor a
+        *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a token after the text guidance
+        and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1 switches it off.
+        """
+        def shrink(w):
+            axes = (0, 1) if renorm == "global" else -1
+            length = [torch.linalg.vector_norm(y, dim=axes, keepdim=True) for y in (v, w)]
+            return w * (length[0] / (length[1] + 1e-8)).clamp(renorm_min, 1.0)
+
+        w = v_text + text_scale * (v - v_text)
+        if renorm == "text_channel":
+            w = shrink(w)
+        if v_image is not None:
+            w = v_image + image_scale * (w - v_image)
+        return w if renorm == "text_channel" else shrink(w)
+
+    @torch.no_grad()
+    def _sample(self, contexts, text_free, image_free, grids, noise, *, num_steps, timestep_shift, guidance_scale, image_guidance_scale,
+                interval, renorm, renorm_min, progress=False, trace=None):
+        """Euler steps of the flow from noise (t = 1) to latents (t = 0): list of [N, C] in and out.
+
+        The three context sets (with everything, without the last text, without images) were read once. At a guided step the three passes
+        share their rows and run as one batch; each stands at the position of its own context, which seen_from_the_latents takes care of.
+        num_steps 50 gives 49 evaluations, as in the original. trace: a list that receives (t, x, velocity) of every step.
+        """
+        if renorm not in ("global", "channel", "text_channel"):
+            raise common.InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
+        count, x = len(grids), [n.to(self.device) for n in noise]
+        sets = [[c.seen_from_the_latents(self.config).fork(k * count) for c in each] for k, each in enumerate((contexts, text_free, image_free))]
+        times = torch.linspace(1, 0, num_steps)
+        times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
+        for t, after in tqdm(list(zip(times[:-1].tolist(), times[1:].tolist())), disable=not progress, desc="sample", leave=False):
+            # A text scale of 1 or less switches all guidance off, the image one too, as in the original.
+            guided = interval[0] < t <= interval[1] and guidance_scale > 1
+            passes = 1 + guided + (guided and image_guidance_scale > 1)
+            v = self._velocity(sum(sets[:passes], []), x * passes, grids * passes, torch.full((count * passes,), t, device=self.device))
+            v = [vi.float() for vi in v]
+            if guided:
+                v = [self._guide(*v[i::count][:2], v[i::count][2] if passes == 3 else None, guidance_scale, image_guidance_scale, renorm, renorm_min)
+                     for i in range(count)]
+            if trace is not None:
+                trace.append((t, x, v))
+            x = [xi - vi * (t - after) for xi, vi in zip(x, v)]
+        return x
+
+    def _paint(self, contexts, text_free, image_free, grids, seed, draws, **sampler):
+        """Contexts -> PIL images. draws: {"noise": [N, C] per image} or None (from seed: one integer, or one per image)."""
+        seeds = seed if isinstance(seed, (list, tuple)) else [common.stable_seed(seed, i) for i in range(len(grids))]
+        noise = draws["noise"] if draws and "noise" in draws else [
+            torch.randn(h * w, self.config.latent_dim, generator=torch.Generator().manual_seed(s)) for (h, w), s in zip(grids, seeds)]
+        latents = self._sample(contexts, text_free, image_free, grids, noise, **sampler)
+        # (x / 2 + 1 / 2) clamped, times 255, truncated: BAGEL's rounding
+        return [Image.fromarray(((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
+                for pixels in self._decode([self._untokens(z, g) for z, g in zip(latents, grids)])]
+
+    def _target_grid(self, size):
+        """(height, width) in pixels, or one side -> (rows, columns) of latent tokens. Raises InputError."""
+        height, width = (size, size) if isinstance(size, int) else size
+        s, most = self.config.stride, self.config.stride * self.config.max_latent_size
+        if height % s or width % s or not 0 < height <= most or not 0 < width <= most:
+            raise common.InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples of {s}, at most {most}")
+        return height // s, width // s
+
+    @torch.no_grad()
+    def generate(self, prompts, *, seed=0, draws=None, progress=False, size=None, guidance_scale=4.0, num_steps=50, timestep_shift=3.0,
+                 interval=(0.4, 1.0), renorm="global", renorm_min=0.0, trace=None):
+        """Text to image: list of texts -> list of PIL images of `size` (pixels, default 1024). The settings are the original notebook's;
+        GenEval's script differs in interval=(0, 1). The text-free context is empty, its latents stand at position 0."""
+        return self._generate([self._text_ids(p) for p in prompts], self._target_grid(size or self.config.image_size), seed, draws,
+                              num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, image_guidance_scale=1.0,
+                              interval=interval, renorm=renorm, renorm_min=renorm_min, progress=progress, trace=trace)
+
+    def _generate(self, ids, grid, seed, draws, **sampler):
+        contexts = self._contexts([len(i) for i in ids])
+        self._read_text(contexts, ids)
+        empty = [Context(range(len(ids)), len(self.blocks()))]
+        return self._paint(contexts, empty, [], [grid] * len(ids), seed, draws, **sampler)
+
+    @torch.no_grad()
+    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, size=None, guidance_scale=4.0, image_guidance_scale=2.0,
+                    num_steps=50, timestep_shift=3.0, interval=(0.0, 1.0), renorm="text_channel", renorm_min=1.0, trace=None):
+        """Image to image through the understanding embeddings alone (ViT at und_size, then a template): list of PIL in and out.
+
+        size: of the output, default the VAE's size for the photo. The settings are the notebook's, whose ViT sees more (518 px) than in training.
+        """
+        samples = [self.preprocess(image, "recon") for image in images]
+        features = self.encode(samples, "recon")
+        texts = templates or [common.SEED_TEMPLATE] * len(images)
+        grids = [self._target_grid(size or tuple(s["vae"].shape[1:])) for s in samples]
+        return self._from_images(features, [self._text_ids(t) for t in texts], grids, self.condition == "vae", self.condition == "vit", seed, draws,
+                                 num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, interval=interval, renorm=renorm,
+                                 image_guidance_scale=image_guidance_scale, renorm_min=renorm_min, progress=progress, trace=trace)
+
+    @torch.no_grad()
+    def edit(self, images, instructions, *, seed=0, draws=None, progress=False, size=None, guidance_scale=4.0, image_guidance_scale=2.0,
+             num_steps=50, timestep_shift=3.0, interval=(0.0, 1.0), renorm="text_channel", renorm_min=0.0, trace=None):
+        """Edit images by instruction: VAE block, ViT block, text. Settings of the original's ImgEdit script (its command line has
+        an image guidance of 1.5, its notebook and its function 2.0). size: default that of the input, by the VAE's rule.
+
+        The photo is resized for the VAE first, and the ViT sees the resized photo, as in the original inferencer.
+        """
+        c, samples = self.config, []
+        for image in images:
+            image = self._resized(image, c.vae_limits, c.stride)
+            samples.append({"vae": common.to_tensor(image), "vit": common.to_tensor(self._resized(image, c.edit_limits, c.vit_patch_size))})
+        grids = [self._target_grid(size or tuple(s["vae"].shape[1:])) for s in samples]
+        return self._from_images(self.encode(samples, "edit"), [self._text_ids(i) for i in instructions], grids, True, True, seed, draws,
+                                 num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, interval=interval, renorm=renorm,
+                                 image_guidance_scale=image_guidance_scale, renorm_min=renorm_min, progress=progress, trace=trace)
+
+    def _from_images(self, features, ids, grids, with_vae, with_vit, seed, draws, **sampler):
+        """Contexts of edit and reconstruct: (VAE block) (ViT block) text; without the text; without the images. Each block is read once:
+        the text-free context is what the full one was before its text."""
+        draws = draws or {}
+        if with_vae and "vae_noise" not in draws:
+            seeds = seed if isinstance(seed, (list, tuple)) else [common.stable_seed(seed, i) for i in range(len(grids))]
+            draws["vae_noise"] = [torch.randn(f["mean"].shape, generator=torch.Generator().manual_seed(common.stable_seed(s, "condition")))
+                                  for f, s in zip(features, seeds)]
+        sources = [self._grid(f["mean"]) if with_vae else () for f in features]
+        contexts = self._contexts([len(i) for i in ids], [f["vit"] for f in features] if with_vit else None, list(zip(sources, grids)))
+        if with_vae:
+            latents = [self._tokens(self._latent(f["mean"], f["logvar"], n.to(self.device))) for f, n in zip(features, draws["vae_noise"])]
+            self._read_latents(contexts, latents, sources)
+        if with_vit:
+            self._read_vit(contexts, [f["vit"] for f in features])
+        text_free = [context.fork() for context in contexts]
+        self._read_text(contexts, ids)
+        image_free = self._contexts([len(i) for i in ids], None, grids)
+        self._read_text(image_free, ids)
+        return self._paint(contexts, text_free, image_free, grids, seed, draws, **sampler)
+
+    @torch.no_grad()
+    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=512):
+        """Image to text, greedy: ViT block (224 to 980 px), question, answer. List of PIL -> list of str."""
+        features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
+        answers = self._describe([f["vit"] for f in features], [self._text_ids(question)] * len(images), max_new_tokens)
+        return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+    def _describe(self, vits, ids, max_new_tokens):
+        """-> list of lists of new ids, without begin and end. All images decode together until the last one has ended."""
+        contexts = self._contexts([len(i) for i in ids], vits)
+        self._read_vit(contexts, vits)
+        self._read_text(contexts, ids)
+        order = [i for context in contexts for i in context.images]
+        answers, said = [[] for _ in ids], torch.full((len(ids),), self.config.bos_token_id, device=self.device)
+        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
+        for _ in range(max_new_tokens):
+            rows = self._block(contexts, [self._words(said[c.images][:, None]) for c in contexts], causal=True, read="und")
+            logits = self.language_model["lm_head"](torch.cat([r[:, 0] for r in rows]))                        # [B, vocabulary]
+            said[order] = logits.argmax(-1)
+            done |= said == self.config.eos_token_id
+            if bool(done.all()):
+                break
+            for answer, token, ended in zip(answers, said.tolist(), done.tolist()):
+                if not ended:
+                    answer.append(token)
+        return answers
