@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from tqdm import tqdm
 from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, DynamicCache, PhiConfig, PhiForCausalLM
 
 import common
@@ -105,6 +106,56 @@ class ShowoConfig:
     mask_token = property(lambda self: self.first_code + self.codebook_size)
     vocab_size = property(lambda self: self.mask_token + 1)                         # 58,498
 
+
+TINY = ShowoConfig(
+    image_size=64, codebook_bits=10, hidden=128, layers=3, heads=4, intermediate=384, max_positions=512,
+    clip_hidden=96, clip_intermediate=192, clip_layers=3, clip_heads=4, clip_image_size=32, clip_patch=8,
+    # GroupNorm has 32 groups, so widths are multiples of 32; no residual block where the image is still 64 pixels wide.
+    vq_ch=32, vq_enc_mult=(1, 1, 1, 2, 2), vq_enc_res=(0, 1, 1, 1, 1), vq_dec_mult=(1, 1, 1, 2, 2), vq_dec_res=(0, 1, 1, 1, 1),
+    recon_text=64, max_text=96, max_prompt=48)
+CONFIGS = {
+    "showlab/show-o-w-clip-vit-512x512": ShowoConfig(),
+    "showlab/show-o-w-clip-vit": ShowoConfig(image_size=256),
+    "showlab/show-o-512x512": ShowoConfig(w_clip_vit=False, max_text=381),
+    "showlab/show-o": ShowoConfig(w_clip_vit=False, image_size=256, max_text=381),
+    "tiny": TINY,
+    "tiny-vq": dataclasses.replace(TINY, w_clip_vit=False),
+}
+
+
+@dataclass
+class Recipe:
+    """The paper's run (Table 8) in our steps. The defaults are those at 512 px.
+
+    One of our steps is one batch of each loss with a weight not 0; the original accumulates 5 of them for a weight update and
+    counts updates: its "5K steps" are 5,000 updates = 25,000 of our steps, its warm-up of 1,000 is in updates, as ours. Its cosine
+    ends at update 1,000,000 at 512 px (so it is a constant) and at 10,000 at 256 px (0.59 of the peak at the end of the run).
+    Weights are float32, computation is bf16, gradients are not clipped.
+    """
+    steps: int = 25_000
+    batch: int = 2
+    accum: int = 5
+    lr: float = 5e-7
+    betas: tuple = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    warmup: int = 1000
+    horizon: int = 1_000_000
+    clip: float = 0.0
+    lambda_recon: float = 1.0
+    lambda_i2t: float = 1.0
+    lambda_t2i: float = 0.0
+    i2t_data: str = None
+    guidance_scale: float = 5.0             # of GenEval and DPG-Bench
+    sampling_steps: int = 50
+
+
+RECIPE_256 = Recipe(batch=4, horizon=10_000)
+RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=50, horizon=0, clip=1.0, i2t_data="shapes", guidance_scale=1.0,
+                     sampling_steps=8)
+RECIPES = {name: RECIPE_TINY if c is TINY or name == "tiny-vq" else RECIPE_256 if c.image_size == 256 else Recipe()
+           for name, c in CONFIGS.items()}
+DEFAULT = "showlab/show-o-w-clip-vit-512x512"
 
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
@@ -341,7 +392,25 @@ class Showo(nn.Module):
             part.requires_grad_(False)
         self.train_embeddings_in_recon = False       # see recon_loss
         self.flex = False                            # flex_attention instead of a dense mask in the losses
-        self.und_size, self.blur = (c.clip_image_size if c.w_clip_vit else c.image_size // 2), 0     # see encode
+        self.set_und()
+
+    def set_und(self, size=None, blur=None):
+        """What the understanding side of RecA sees of an image (paper, F.2). size: pixels per side. CLIP variant: 336, nothing else. VQ
+        variant: a multiple of 16; default half of the image, or all of it where it is blurred. blur: a factor, or None."""
+        c = self.config
+        size = size or (c.clip_image_size if c.w_clip_vit else c.image_size if blur else c.image_size // 2)
+        if c.w_clip_vit and size != c.clip_image_size:
+            raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (the VQ variants take any multiple of 16)")
+        if size % 16 and not c.w_clip_vit or size > c.image_size and not c.w_clip_vit:
+            raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
+        if blur and not 1 <= blur <= c.image_size // 2:
+            raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
+        self.und_size, self.blur = size, blur
+
+    def set_flex(self, on=True):
+        """flex_attention in the losses: a sparse mask instead of a dense one. Meant for GPUs, where the kernel is compiled."""
+        self.flex = on
+        self.showo.set_attn_implementation("flex_attention" if on else "sdpa")
 
     def frozen(self):
         return [self.magvit] + ([self.clip] if self.config.w_clip_vit else [])
@@ -404,9 +473,7 @@ class Showo(nn.Module):
         VQ variant: `und_size` pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model
         knows), or, with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its detail.
         """
-        if self.config.w_clip_vit:
-            return common.resize(pixels, self.config.clip_image_size)
-        return common.blur(pixels, self.blur) if self.blur else common.resize(pixels, self.und_size)
+        return common.resize(common.blur(pixels, self.blur) if self.blur else pixels, self.und_size)
 
     @torch.no_grad()
     def encode(self, samples, task):
@@ -454,8 +521,11 @@ class Showo(nn.Module):
         source: a hub id (showlab/show-o, show-o-512x512, show-o-w-clip-vit, show-o-w-clip-vit-512x512, sanaka87/Show-o-RecA,
         sanaka87/Show-o-512x512-RecA), or a folder in that layout: config.json and pytorch_model.safetensors or .bin.
         Tokenizer, CLIP and MAGVIT-v2 are taken from the sub-folders that save_pretrained writes, else from the hub.
+        "tiny", "tiny-vq": random weights (the command line pretrains them on the toy world first).
         dtype: of language model, projector and CLIP; MAGVIT-v2 stays float32. InputError for keys that do not fit.
         """
+        if source in ("tiny", "tiny-vq"):
+            return cls.random(source, device).eval()
         folder = common.hub_folder(source, ["config.json", "pytorch_model*"])
         config = cls._read_config(folder)
 
@@ -467,6 +537,8 @@ class Showo(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(text)
         except (OSError, ValueError) as error:
             raise InputError(f"no text tokenizer in {text}: {str(error).splitlines()[0]}") from error
+        for note in ("is_local", "local_files_only"):            # where it was read from; would be written into the next checkpoint
+            tokenizer.init_kwargs.pop(note, None)
         # Built without memory, then filled: initialising 1.5 billion weights at random takes longer than reading them.
         with torch.device("meta"):
             model = cls(config, tokenizer)
@@ -481,6 +553,18 @@ class Showo(nn.Module):
         for module in [model.showo, *([model.mm_projector, model.clip] if config.w_clip_vit else [])]:
             module.to(dtype)
         return model.eval()
+
+    @classmethod
+    def random(cls, name, device="cpu"):
+        """The sizes of a released model (a key of CONFIGS) or of a tiny one, with random weights and a word-level tokenizer. No download."""
+        if name not in CONFIGS:
+            raise InputError(f"no sizes known for {name}: choose one of {', '.join(CONFIGS)}")
+        tokenizer, config = common.tiny_tokenizer(("<|endoftext|>",)), CONFIGS[name]
+        if name.startswith("tiny"):
+            config = dataclasses.replace(config, llm_vocab_size=len(tokenizer), eot=len(tokenizer) - 1)
+            config.system_len = len(tokenizer(SYSTEM_PROMPT)["input_ids"])
+        with torch.device(device):
+            return cls(config, tokenizer)
 
     @staticmethod
     def _read_config(folder):
@@ -544,7 +628,7 @@ class Showo(nn.Module):
 
     def _recon_rows(self, texts, tokens, codes, und):
         """The RecA prompt. texts: B lists of ids; tokens: [B, N] ids, partly masked; codes: [B, N] labels (IGNORE: none);
-        und: [B, n] codes of the small image, ignored in the CLIP variant.
+        und: [B, n] codes of the small image; CLIP variant: not looked at, its rows are put in later (see embed).
 
         CLIP variant: the CLIP rows are open to every position, also to those before them. Text is causal; the N image tokens see
         everything in front of them and each other, but not the closing <eoi>. Padding stands between text and <soi> (the
@@ -568,7 +652,7 @@ class Showo(nn.Module):
             rows.last[:, -1 - c.num_tokens:-1] = length - 2
         else:
             self._must_fit(texts, c.max_text)
-            und, pads = und.cpu(), [c.max_text - len(t) for t in texts]
+            und, pads = und.cpu() + c.first_code, [c.max_text - len(t) for t in texts]
             front = [torch.tensor([c.pad] * n + [c.mmu, c.soi, *und[i].tolist(), c.eoi, *texts[i]]) for i, n in enumerate(pads)]
             rows = Rows.causal(torch.cat([torch.stack(front), soi, tokens, eoi], 1))
             self._hide_front(rows, pads)
@@ -632,6 +716,9 @@ class Showo(nn.Module):
 
     def _text_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _recon_text(self, template):
+        return self._text_ids(f"USER: \n {template} ASSISTANT:")
 
     def _conversation(self, turns):
         """[(question, answer), ...] -> (ids, labels): "USER: q ASSISTANT: a<|endoftext|>USER: ...", answers and their end are
@@ -697,7 +784,7 @@ class Showo(nn.Module):
         table learns from it; both are trained by L_i2t alone. Whether that was meant or not, the released weights were made
         so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant the table does learn.
         """
-        return self._recon_loss(features, [self._text_ids(f"USER: \n {t} ASSISTANT:") for t in templates], draws, rng)
+        return self._recon_loss(features, [self._recon_text(t) for t in templates], draws, rng)
 
     def _recon_loss(self, features, texts, draws=None, rng=None):
         return self._cross_entropy(*self._recon_inputs(features, texts, draws, rng),
@@ -707,7 +794,7 @@ class Showo(nn.Module):
         draws = draws or self._mask_draws(rng, len(features))
         und = torch.stack([f["und"] for f in features])
         tokens, labels = self._mask_tokens(torch.stack([f["codes"] for f in features]), draws)
-        return self._recon_rows(texts, tokens, labels, und + self.config.first_code), und
+        return self._recon_rows(texts, tokens, labels, und), und
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """L_i2t: next-token prediction of the answers in conversations about an image (LLaVA data); keeps understanding alive.
@@ -745,14 +832,14 @@ class Showo(nn.Module):
 # ======================================================================================================
 
     @torch.no_grad()
-    def _sample(self, prompt, empty, und=None, steps=50, guidance_scale=5.0, temperature=1.0, draws=None, rng=None, progress=False,
+    def _sample(self, prompt, empty, und=None, num_steps=50, guidance_scale=5.0, temperature=1.0, draws=None, rng=None, progress=False,
                 watch=None):
         """MaskGIT sampling with guidance -> codes int64 [B, N].
 
         prompt, empty: Rows that end with <soi> N masked tokens <eoi> (empty: without a condition, or None: no guidance).
-        In each of `steps` steps every masked token is drawn from its guided distribution, then the least certain draws are masked
-        again, so that a cosine of the tokens is left. draws: "drawn_ids" [steps, B, N] (the codes themselves) and
-        "gumbel_uniform" [steps, B, N]; rng: else they are drawn from there. watch(step, tokens, probabilities): for tests.
+        In each of `num_steps` steps every masked token is drawn from its guided distribution, then the least certain draws are masked
+        again, so that a cosine of the tokens is left. draws: "drawn_ids" [num_steps, B, N] (the codes themselves) and
+        "gumbel_uniform" [num_steps, B, N]; rng: else they are drawn from there. watch(step, tokens, probabilities): for tests.
 
         Text never sees the image, so what stands in front of <soi> is computed once and its keys and values are kept; each step
         runs only the N + 2 positions of the image, guided and unguided rows in one batch.
@@ -769,7 +856,7 @@ class Showo(nn.Module):
         weight, bias = (p[c.first_code:c.mask_token] for p in (self.showo.lm_head.weight, self.showo.lm_head.bias))
 
         tokens = torch.full((batch, c.num_tokens), c.codebook_size, device=self.device)         # codes; K = masked
-        for step in common.tqdm(range(steps), desc="sampling", disable=not progress):
+        for step in tqdm(range(num_steps), desc="sampling", disable=not progress, leave=False):
             image = self.showo.model.embed_tokens(tokens + c.first_code).repeat(len(embeds) // batch, 1, 1)
             image = torch.cat([embeds[:, front:front + 1], image, embeds[:, -1:]], 1)           # [B or 2B, N + 2, D]
             hidden = self.hidden(image, mask[:, front:], rows.positions[front:], cache)[:, 1:-1]
@@ -791,7 +878,7 @@ class Showo(nn.Module):
             masked = tokens == c.codebook_size
             drawn = torch.where(masked, drawn, tokens)
             # How many stay masked: a cosine of all tokens, at least one, and at least one fewer than now.
-            ratio = (step + 1) / steps
+            ratio = (step + 1) / num_steps
             keep = (c.num_tokens * torch.cos(torch.tensor(ratio) * math.pi * 0.5)).floor().long().to(self.device)
             keep = torch.minimum(masked.sum(-1, keepdim=True) - 1, keep).clamp(min=1)
             # Certainty: log probability plus Gumbel noise. Its temperature falls as a *product* over the steps (so it is nearly
@@ -812,37 +899,36 @@ class Showo(nn.Module):
         pixels = ((self.magvit.decode(codes).clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
         return [Image.fromarray(p) for p in pixels]
 
-    def _sampled(self, prompts, rows, unds, seed, draws, batch_size, settings):
-        """Samples images for Rows that `rows(slice)` builds, `batch_size` at a time; the draws of an image do not depend on it."""
+    def _sampled(self, count, rows, unds, seed, draws, batch_size, settings):
+        """`count` images for the prompts that rows(slice) builds, batch_size at a time; an image's draws do not depend on that."""
+        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
         images = []
-        for start in range(0, len(prompts), batch_size):
-            part = slice(start, start + batch_size)
-            count = len(prompts[part])
-            rng = Rng(seed, "sample", positions=range(start, start + count))
+        for start in range(0, count, batch_size):
+            part = slice(start, min(start + batch_size, count))
             some = {k: v[:, part] for k, v in draws.items()} if draws else None
+            rng = Rng.sampling(seeds[part], part.stop - start) if draws is None else None
             prompt, empty = rows(part)
-            with torch.no_grad():
-                codes = self._sample(prompt, empty, None if unds is None else unds[part], draws=some, rng=rng, **settings)
-                images += self._images(codes)
+            codes = self._sample(prompt, empty, None if unds is None else unds[part], draws=some, rng=rng, **settings)
+            images += self._images(codes)
         return images
 
-    def generate(self, prompts, *, seed=0, draws=None, progress=False, steps=50, guidance_scale=5.0, temperature=1.0, batch_size=8):
-        """Text -> images: list of strings -> list of PIL images. The defaults are those of the published benchmarks.
+    def generate(self, prompts, *, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None, progress=False, batch_size=8):
+        """Text to image: list of strings -> list of PIL images. The defaults are those of the published benchmarks.
 
-        Image i depends on prompt i, seed and i alone. guidance_scale g: (1 + g) conditional - g unconditional logits; 0: none.
-        draws: see _sample.
+        guidance_scale g: logits (1 + g) with prompt - g without; 0: no guidance. seed: image i is drawn from seed + i, or a list with
+        one seed an image; draws: see _sample.
         """
         def rows(part):
             texts = [self._text_ids(p) for p in prompts[part]]
             blank, slots = self._blank(len(texts)), self.config.max_prompt
             return (self._t2i_rows(texts, blank, slots=slots),
                     self._t2i_rows([[]] * len(texts), blank, slots=slots) if guidance_scale > 0 else None)
-        settings = dict(steps=steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
-        return self._sampled(prompts, rows, None, seed, draws, batch_size, settings)
+        settings = dict(num_steps=num_steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
+        return self._sampled(len(prompts), rows, None, seed, draws, batch_size, settings)
 
-    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, steps=50, guidance_scale=5.0, temperature=1.0,
+    def reconstruct(self, images, *, templates=None, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None, progress=False,
                     batch_size=8):
-        """Image -> image: the RecA prompt with every token masked, sampled. list of PIL -> list of PIL.
+        """Image to image: the RecA prompt with every token masked, sampled. list of PIL -> list of PIL.
 
         templates: list of instructions, one an image (None: the seed template). The unguided rows are the empty text-to-image
         prompt, moved so that its image tokens have the same positions (the original leaves reconstruction half finished; rotary
@@ -853,13 +939,13 @@ class Showo(nn.Module):
             [self.preprocess(image, "recon") for image in images[i:i + batch_size]], "recon")])
 
         def rows(part):
-            texts = [self._text_ids(f"USER: \n {t} ASSISTANT:") for t in templates[part]]
+            texts = [self._recon_text(t) for t in templates[part]]
             blank = self._blank(len(texts))
-            prompt = self._recon_rows(texts, blank, torch.full_like(blank, IGNORE), und[part] + self.config.first_code)
+            prompt = self._recon_rows(texts, blank, torch.full_like(blank, IGNORE), und[part])
             slots = prompt.ids.shape[1] - self.config.num_tokens - 3
             return prompt, self._t2i_rows([[]] * len(texts), blank, slots=slots) if guidance_scale > 0 else None
-        settings = dict(steps=steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
-        return self._sampled(images, rows, und, seed, draws, batch_size, settings)
+        settings = dict(num_steps=num_steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
+        return self._sampled(len(images), rows, und, seed, draws, batch_size, settings)
 
     @torch.no_grad()
     def _continue(self, rows, und, max_new_tokens, stop=True):
@@ -923,3 +1009,32 @@ def clip_keys(state):
     if any(k.startswith("vision_model.") for k in state):
         state = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
     return {k: v for k, v in state.items() if not k.endswith("position_ids")}
+
+# ======================================================================================================
+# 7. main()
+# ======================================================================================================
+
+
+def flags(parser):
+    """What only this architecture has."""
+    group = parser.add_argument_group("Show-o only")
+    group.add_argument("--recon-trains-embeddings", action="store_true",
+                       help="CLIP variant: L_recon also trains mm_projector and the embedding table (the original does not, see recon_loss)")
+    group.add_argument("--flex", action="store_true", help="flex_attention instead of dense masks (GPU)")
+
+
+def prepare(model, args):
+    """Called by common.run before training; returns nothing more for the Trainer."""
+    if args.flex and model.device.type != "cuda":
+        raise InputError("--flex needs a GPU: on a CPU flex_attention has no backward pass")
+    model.train_embeddings_in_recon = args.recon_trains_embeddings
+    model.set_flex(args.flex)
+    return {}
+
+
+def main():
+    common.run(Showo, common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags), pretrain_toy, prepare)
+
+
+if __name__ == "__main__":
+    common.cli(main)

@@ -1,7 +1,7 @@
 """Show-o: equality with the reference implementation (fixture), released key lists, prompt layouts, files, sampler, resume."""
 import json
-import math
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -281,7 +281,7 @@ def test_parity_showo_sampler(clip_model, config, golden):
         assert torch.equal(tokens + c.first_code, golden[f"sample.step{step}.input_ids"][:, -c.num_tokens - 1:-1])
         if f"sample.step{step}.probs" in golden:
             close(probs, golden[f"sample.step{step}.probs"])
-    codes = clip_model._sample(cond, uncond, steps=steps, guidance_scale=config["guidance"], draws=given, watch=watch)
+    codes = clip_model._sample(cond, uncond, num_steps=steps, guidance_scale=config["guidance"], draws=given, watch=watch)
     assert seen == list(range(steps))
     assert torch.equal(codes, golden["sample.codes"])
 
@@ -296,3 +296,251 @@ def test_parity_showo_caption(clip_model, config, golden):
     new, first = clip_model._continue(rows, und, config["caption_new"], stop=False)
     close(first[0], golden["caption.first_logits"])
     assert torch.equal(new[0], golden["caption.new_ids"])
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, manifest", [("showlab/show-o-w-clip-vit-512x512", "showo_clip"), ("showlab/show-o-w-clip-vit", "showo_clip"),
+                                            ("showlab/show-o-512x512", "showo_vq"), ("showlab/show-o", "showo_vq")])
+def test_released_keys_showo(name, manifest):
+    """Names and shapes of every weight at the released sizes, strictly: language model, tokenizer, CLIP (4.x names)."""
+    def listed(file):
+        return {k: list(v) for k, v in json.loads((MANIFESTS / f"{file}.json").read_text()).items()}
+    with torch.device("meta"):
+        model = Showo(reca_showo.CONFIGS[name])
+    assert {k: list(v.shape) for k, v in model.released_state().items()} == listed(manifest)
+    assert {k: list(v.shape) for k, v in model.magvit.state_dict().items()} == listed("magvitv2")
+    assert model.config.vocab_size == 58498 and model.config.mask_token == 58497 and model.config.first_code == 50305
+    if model.config.w_clip_vit:
+        names = {f"vision_model.{k}": list(v.shape) for k, v in model.clip.state_dict().items()}
+        assert names == listed("clip_vit_l14_336_vision")
+        on_hub = dict.fromkeys([*names, "vision_model.embeddings.position_ids", "text_model.x", "logit_scale"])
+        assert reca_showo.clip_keys(on_hub).keys() == model.clip.state_dict().keys()
+
+
+def contents(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny-vq"])
+def tiny(request):
+    torch.manual_seed(0)
+    return Showo.from_pretrained(request.param)
+
+
+def test_showo_save_load_save(tiny, tmp_path):
+    """The folder holds everything, loads without a network, and is written again byte for byte."""
+    tiny.save_pretrained(tmp_path / "a")
+    again = Showo.from_pretrained(str(tmp_path / "a"))
+    again.save_pretrained(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert again.config == reca_showo.Showo._read_config(tmp_path / "b")
+    with torch.no_grad():
+        ids = torch.arange(24)[None]
+        assert torch.equal(again.showo(input_ids=ids).logits, tiny.showo(input_ids=ids).logits)      # rotary buffers, too
+    image = common.draw_scene([(0, 1, 2)], 64)
+    for task in ("recon", "i2t"):
+        ours, theirs = (m.encode([m.preprocess(image, task)], task)[0] for m in (tiny, again))
+        assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_showo_loads_bin(tiny, tmp_path):
+    """The hub's files are .bin; CLIP there comes with its text half; a half-precision file is read into float32."""
+    tiny.save_pretrained(tmp_path)
+    (tmp_path / "pytorch_model.safetensors").unlink()
+    torch.save({k: v.half() for k, v in tiny.released_state().items()}, tmp_path / "pytorch_model.bin")
+    (tmp_path / "magvitv2" / "pytorch_model.safetensors").unlink()
+    torch.save(tiny.magvit.state_dict(), tmp_path / "magvitv2" / "pytorch_model.bin")
+    if tiny.config.w_clip_vit:
+        (tmp_path / "clip" / "model.safetensors").unlink()
+        state = {f"vision_model.{k}": v for k, v in tiny.clip.state_dict().items()}
+        state |= {"vision_model.embeddings.position_ids": torch.arange(3), "text_model.encoder.weight": torch.ones(2), "logit_scale": torch.ones(())}
+        torch.save(state, tmp_path / "clip" / "pytorch_model.bin")
+    # the released config.json knows none of our sizes; those of a tiny model cannot be guessed, so they stay
+    again = Showo.from_pretrained(str(tmp_path))
+    for (name, a), b in zip(tiny.state_dict().items(), again.state_dict().values()):
+        assert a.dtype == b.dtype
+        assert torch.equal(a.half().float() if name.startswith(("showo.", "mm_projector.")) else a, b), name
+
+
+def test_showo_released_config_needs_nothing_of_ours(tmp_path):
+    released = {"w_clip_vit": True, "vocab_size": 58498, "llm_vocab_size": 50295, "llm_model_path": "microsoft/phi-1_5", "codebook_size": 8192,
+                "num_vq_tokens": 256, "load_from_showo": True, "mask_token_id": 58497}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    assert Showo._read_config(tmp_path) == reca_showo.CONFIGS["showlab/show-o-w-clip-vit"]
+    (tmp_path / "config.json").write_text(json.dumps(released | {"w_clip_vit": False, "num_vq_tokens": 1024}))
+    assert Showo._read_config(tmp_path) == reca_showo.CONFIGS["showlab/show-o-512x512"]
+    for bad in (released | {"vocab_size": 50000}, {"model_type": "phi"}):
+        (tmp_path / "config.json").write_text(json.dumps(bad))
+        with pytest.raises(common.InputError):
+            Showo._read_config(tmp_path)
+
+
+def test_showo_strict_keys(tiny, tmp_path):
+    tiny.save_pretrained(tmp_path)
+    state = load_file(tmp_path / "pytorch_model.safetensors")
+    state["showo.model.surprise"] = state.pop("showo.lm_head.bias")
+    reca_showo.write_weights(tmp_path, state, json.loads((tmp_path / "config.json").read_text()))
+    with pytest.raises(common.InputError, match="showo.lm_head.bias"):
+        Showo.from_pretrained(str(tmp_path))
+
+
+# ---- prompt layouts --------------------------------------------------------------------------------------------------
+
+
+def words(model, ids):
+    """Ids -> readable list; runs of image tokens, CLIP rows and padding are counted."""
+    c, names = model.config, {}
+    names |= {c.pad: "[PAD]", c.soi: "<soi>", c.eoi: "<eoi>", c.t2i: "<t2i>", c.mmu: "<mmu>", c.eot: "<eot>", IGNORE: "clip", c.mask_token: "mask"}
+    out = []
+    for i in ids.tolist():
+        word = names.get(i) or ("code" if i >= c.first_code else model.tokenizer.convert_ids_to_tokens(i))
+        if out and out[-1][0] == word:
+            out[-1][1] += 1
+        else:
+            out.append([word, 1])
+    return [w if n == 1 else f"{n} {w}" for w, n in out]
+
+
+def test_showo_prompt_layouts(tiny):
+    c, n = tiny.config, tiny.config.num_tokens
+    image = common.draw_scene([(0, 1, 2)], 64)
+    feature, = tiny.encode([tiny.preprocess(image, "recon")], "recon")
+    draws = {"timesteps": torch.zeros(1), "scores": torch.arange(n)[None] / n}                    # u = 0: everything masked
+    rows, _ = tiny._recon_inputs([feature], [tiny._recon_text("Describe the image in detail.")], draws)
+    text = ["<eot>", "user", ":", "\n", "describe", "the", "image", "in", "detail", ".", "assistant", ":", "<eot>"]
+    if c.w_clip_vit:
+        assert words(tiny, rows.ids[0]) == ["<mmu>", "<soi>", f"{c.num_clip} clip", "<eoi>", *text, f"{c.recon_text - 3 - len(text)} [PAD]",
+                                            "<soi>", f"{n} mask", "<eoi>"]
+        assert rows.ids.shape[1] == c.recon_text + c.num_clip + n + 2
+    else:
+        given = (tiny.und_size // 16) ** 2
+        assert words(tiny, rows.ids[0]) == [f"{c.max_text - len(text)} [PAD]", "<mmu>", "<soi>", f"{given} code", "<eoi>", *text,
+                                            "<soi>", f"{n} mask", "<eoi>"]
+        assert rows.ids.shape[1] == c.max_text + 1 + given + 2 + n + 2
+    rows = tiny._t2i_rows([tiny._text_ids("red circle"), []], tiny._blank(2), slots=5)
+    assert words(tiny, rows.ids[0]) == ["[PAD]", "<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>", f"{n} mask", "<eoi>"]
+    assert words(tiny, rows.ids[1]) == ["3 [PAD]", "<t2i>", "2 <eot>", "<soi>", f"{n} mask", "<eoi>"]
+    rows = tiny._t2i_rows([tiny._text_ids("red circle and blue cross")], tiny._blank(1), slots=4)        # too long: cut and closed
+    assert words(tiny, rows.ids[0])[:6] == ["<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>"]
+    ids, labels = tiny._conversation([("What is it?", "a red circle"), ("Where?", "top-left")])
+    assert words(tiny, torch.tensor(ids)) == ["user", ":", *tiny.tokenizer.convert_ids_to_tokens(tiny._text_ids("What is it?")), "assistant", ":",
+                                              "a", "red", "circle", "<eot>", "user", ":", *tiny.tokenizer.convert_ids_to_tokens(
+                                                  tiny._text_ids("Where?")), "assistant", ":", "top-left", "<eot>"]
+    answers = [tiny.tokenizer.convert_ids_to_tokens(i) for i in labels if i != IGNORE]
+    assert answers == ["a", "red", "circle", "<|endoftext|>", "top-left", "<|endoftext|>"]
+    feature, = tiny.encode([tiny.preprocess(image, "i2t")], "i2t")
+    rows = tiny._i2t_rows(torch.tensor([ids]), torch.tensor([labels]), feature["und"][None], tiny._system_ids())
+    system = tiny.tokenizer.convert_ids_to_tokens(tiny._system_ids())
+    image_part = f"{c.num_clip} clip" if c.w_clip_vit else f"{n} code"
+    assert [w for w in words(tiny, rows.ids[0])[:len(system) + 4]] == ["<mmu>", *system, "<soi>", image_part, "<eoi>"] + (
+        ["user"] if len(words(tiny, rows.ids[0])[:len(system) + 4]) > len(system) + 4 else [])
+    assert tiny.config.w_clip_vit == bool(system)
+
+
+def test_showo_template_too_long(tiny):
+    image = common.draw_scene([(0, 1, 2)], 64)
+    features = tiny.encode([tiny.preprocess(image, "recon")], "recon")
+    with pytest.raises(common.InputError, match="shorten"):
+        tiny.recon_loss(features, ["red " * 200])
+
+
+def test_showo_padding_may_be_left_out(tiny):
+    """A row in a batch with longer rows (so with padding columns) gives the loss that it gives alone."""
+    scenes = [[(0, 1, 2)], [(1, 2, 3), (3, 0, 1)]]
+    images = [common.draw_scene(s, 64) for s in scenes]
+    templates = ["Describe the image in detail.", "Please write a description of the scene shown here as precisely as you can."]
+    features = tiny.encode([tiny.preprocess(i, "recon") for i in images], "recon")
+    n = tiny.config.num_tokens
+    draws = {"timesteps": torch.zeros(2), "scores": torch.rand(2, n)}                              # as many tokens in both
+    with torch.no_grad():
+        both = tiny.recon_loss(features, templates, draws)
+        single = [tiny.recon_loss([features[i]], [templates[i]], {k: v[i:i + 1] for k, v in draws.items()}) for i in range(2)]
+    assert both.item() == pytest.approx(sum(s.item() for s in single) / 2, rel=1e-5)
+
+
+# ---- the rest of the public surface -----------------------------------------------------------------------------------
+
+
+def test_showo_flex_attention_equals_dense(tiny):
+    """The same rows as a flex block mask, and the same loss through the compiled kernel (on a CPU it has no backward)."""
+    image = common.draw_scene([(0, 1, 2), (2, 3, 4)], 64)
+    features = tiny.encode([tiny.preprocess(image, "recon")] * 2, "recon")
+    draws = {"timesteps": torch.tensor([0.3, 0.8]), "scores": torch.rand(2, tiny.config.num_tokens)}
+    rows, _ = tiny._recon_inputs(features, [tiny._recon_text("Describe the image in detail."), tiny._recon_text("Describe this picture.")], draws)
+    rows = rows.without_padding(tiny.config.pad)
+    block, dense = rows.block_mask(), rows.attention()
+    length = dense.shape[1]
+    b, q, k = (torch.arange(m).view(s) for m, s in ((2, (-1, 1, 1)), (length, (1, -1, 1)), (length, (1, 1, -1))))
+    assert torch.equal(block.mask_mod(b, torch.tensor(0), q, k), dense)
+    if shutil.which("g++") is None:
+        pytest.skip("torch.compile needs a C++ compiler")
+    templates = ["Describe the image in detail.", "Describe this picture."]
+    with torch.no_grad():
+        expected = tiny.recon_loss(features, templates, draws)
+        tiny.set_flex()
+        ours = tiny.recon_loss(features, templates, draws)
+        tiny.set_flex(False)
+    assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_showo_sampling_is_per_image(tiny):
+    """An image depends on its prompt and its seed, not on the batch; guidance and its absence both run."""
+    prompts = ["red circle", "blue cross top-left", "green square"]
+    together = tiny.generate(prompts, num_steps=3, guidance_scale=2.0, seed=5)
+    alone = tiny.generate(prompts[1:2], num_steps=3, guidance_scale=2.0, seed=[6], batch_size=1)
+    assert together[1].tobytes() == alone[0].tobytes() and together[0].size == (64, 64)
+    image = common.draw_scene([(0, 1, 2)], 64)
+    assert len(tiny.reconstruct([image, image], num_steps=2, guidance_scale=0.0)) == 2
+    a, b = (tiny.reconstruct([image], num_steps=3, seed=s)[0].tobytes() for s in (1, 1))
+    assert a == b
+
+
+def test_showo_describe_equals_uncached(tiny):
+    """The KV cache changes nothing: greedy decoding with a full forward for each token gives the same ids."""
+    images = [common.draw_scene(s, 64) for s in ([(0, 1, 2)], [(1, 2, 3), (3, 0, 1)])]
+    und = torch.stack([f["und"] for f in tiny.encode([tiny.preprocess(i, "i2t") for i in images], "i2t")])
+    asked = torch.tensor([tiny._text_ids("USER: Describe the image in detail. ASSISTANT:")]).expand(2, -1)
+    rows = tiny._i2t_rows(asked, torch.full_like(asked, IGNORE), und, tiny._system_ids())
+    new, _ = tiny._continue(rows, und, 5, stop=False)
+    with torch.no_grad():
+        ids = asked
+        for step in range(5):
+            rows = tiny._i2t_rows(ids, torch.full_like(ids, IGNORE), und, tiny._system_ids())
+            logits = tiny.showo.lm_head(tiny.hidden(tiny.embed(rows, und), rows.attention(), rows.positions)[:, -1])
+            assert torch.equal(logits.argmax(-1), new[:, step])
+            ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
+    texts = tiny.describe(images, max_new_tokens=4)
+    assert len(texts) == 2 and all(isinstance(t, str) for t in texts)
+
+
+def test_showo_parameter_groups(tiny):
+    decayed, free = tiny.parameter_groups(0.01)
+    names = {id(p): n for n, p in tiny.named_parameters()}
+    assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0.0
+    assert all("bias" in names[id(p)] for p in free["params"]) and not any("bias" in names[id(p)] for p in decayed["params"])
+    trained = {names[id(p)] for g in (decayed, free) for p in g["params"]}
+    assert trained == tiny.released_state().keys()                                                # not CLIP, not the tokenizer
+
+
+def test_showo_und_size_and_blur():
+    model = Showo(reca_showo.CONFIGS["tiny-vq"])
+    shown = torch.rand(1, 3, 64, 64) * 2 - 1
+    for settings, side in (({}, 32), ({"size": 64}, 64), ({"size": 16}, 16), ({"blur": 8}, 64), ({"size": 32, "blur": 4}, 32)):
+        model.set_und(**settings)
+        feature, = model.encode([{"pixels": shown[0]}], "recon")
+        assert model.shown(shown).shape[-1] == side and len(feature["und"]) == (side // 16) ** 2
+    model.set_und(size=64)
+    feature, = model.encode([{"pixels": shown[0]}], "recon")
+    assert torch.equal(feature["und"], feature["codes"])                       # full size: the answer stands in the prompt (F.2)
+    for bad in ({"size": 24}, {"size": 128}, {"blur": 64}):
+        with pytest.raises(common.InputError):
+            model.set_und(**bad)
+    with pytest.raises(common.InputError, match="32 pixels only"):
+        Showo(reca_showo.CONFIGS["tiny"]).set_und(size=64)
+
+
+def test_showo_text_only_conversations_are_left_out(tiny):
+    with pytest.raises(ValueError):
+        tiny.preprocess(None, "i2t")
