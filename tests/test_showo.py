@@ -1,12 +1,12 @@
 """Show-o: equality with the reference implementation (fixture), released key lists, prompt layouts, files, sampler, resume."""
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.nn.attention.flex_attention import flex_attention
 
 import common
 import reca_showo
@@ -463,8 +463,9 @@ def test_showo_padding_may_be_left_out(tiny):
 # ---- the rest of the public surface -----------------------------------------------------------------------------------
 
 
-def test_showo_flex_attention_equals_dense(tiny):
-    """The same rows as a flex block mask, and the same loss through the compiled kernel (on a CPU it has no backward)."""
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
+def test_showo_flex_attention_equals_dense(tiny, monkeypatch):
+    """The same rows as a flex block mask, and the same loss through flex_attention."""
     image = common.draw_scene([(0, 1, 2), (2, 3, 4)], 64)
     features = tiny.encode([tiny.preprocess(image, "recon")] * 2, "recon")
     draws = {"timesteps": torch.tensor([0.3, 0.8]), "scores": torch.rand(2, tiny.config.num_tokens)}
@@ -474,8 +475,9 @@ def test_showo_flex_attention_equals_dense(tiny):
     length = dense.shape[1]
     b, q, k = (torch.arange(m).view(s) for m, s in ((2, (-1, 1, 1)), (length, (1, -1, 1)), (length, (1, 1, -1))))
     assert torch.equal(block.mask_mod(b, torch.tensor(0), q, k), dense)
-    if shutil.which("g++") is None:
-        pytest.skip("torch.compile needs a C++ compiler")
+    # Compiling the kernel for a CPU is slow and fragile, so it runs uncompiled here; on a CPU it has no backward.
+    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention",
+                        lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more))
     templates = ["Describe the image in detail.", "Describe this picture."]
     with torch.no_grad():
         expected = tiny.recon_loss(features, templates, draws)
