@@ -96,7 +96,7 @@ def test_parity_harmon_understanding(model, features):
     latents = torch.stack([f["latents"] for f in features])
     B, h, w, C = latents.shape
     close(model.mar.encode(latents.view(B, h * w, C), (h, w)), GOLDEN["und.x_enc"])
-    close(model.understand(latents), GOLDEN["und.z_enc"])
+    close(model.understand(features), GOLDEN["und.z_enc"])
 
 
 # ---- losses ----------------------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_parity_harmon_generation_loss(model, features, task, monkeypatch):
 
     close(log["encode"][-1][1], expected["x_enc_visible"])
     # Ours has the padding at the end of each row, theirs in the middle: what is left without it must be the same.
-    embeddings, _, length = log["assemble"][0][1]
+    embeddings, length, _ = log["assemble"][0][1]
     all_hidden = model.hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
     read = log["hidden_states"][0][1]
     for i, valid in enumerate(expected["llm_attention_mask"].bool()):
@@ -144,7 +144,7 @@ def test_parity_harmon_i2t_loss(model, features, monkeypatch):
     watch(monkeypatch, log, model, "hidden_states")
     loss = loss_of(model, features, "image2text")
     close(loss, GOLDEN["image2text.loss"], 1e-5)
-    embeddings, _, length = log["assemble"][0][1]
+    embeddings, length, _ = log["assemble"][0][1]
     all_hidden = model.hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
     for i in range(len(embeddings)):
         n = length[i]
@@ -198,7 +198,7 @@ def test_parity_harmon_sampler(model, monkeypatch):
     watch(monkeypatch, log, model, "paint")
     watch(monkeypatch, log, model.mar, "encode")
     with torch.no_grad():
-        branches = [model.assemble(ids[half], mask[half])[::2] for half in (slice(0, n), slice(n, 2 * n))]
+        branches = [model.assemble(ids[half], mask[half])[:2] for half in (slice(0, n), slice(n, 2 * n))]
         latents = model.sample(branches, SPEC["sample_iters"], SPEC["sample_cfg"], temperature=SPEC["sample_temperature"],
                                draws=sampler_draws())
         pixels = model.decode_latents(latents)
