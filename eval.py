@@ -608,19 +608,18 @@ def judge_all(out, items, problems, tools):
                 todo.append(item)
             else:
                 values[item.id] = value
-        progress = tqdm(total=len(good), initial=len(values), desc=f"{tools.args.benchmark} {out.name}", unit="item", dynamic_ncols=True)
-        for item, reply, value, error in tools.judge.answers(todo) if todo else ():
-            record = {"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
-                      "prompt": item.prompt, "reply": reply}
-            if error:
-                record["error"] = error
-                failed[item.id] = error.split(" (")[0]
-            else:
-                values[item.id] = value
-                record["mark"] = item.mark(value) if item.mark else None
-            journal.add(record)
-            progress.update()
-        progress.close()
+        with tqdm(total=len(good), initial=len(values), desc=f"{tools.args.benchmark} {out.name}", unit="item", dynamic_ncols=True) as progress:
+            for item, reply, value, error in tools.judge.answers(todo) if todo else ():
+                record = {"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
+                          "prompt": item.prompt, "reply": reply}
+                if error:
+                    record["error"] = error
+                    failed[item.id] = error.split(" (")[0]
+                else:
+                    values[item.id] = value
+                    record["mark"] = item.mark(value) if item.mark else None
+                journal.add(record)
+                progress.update()
     for item in items:                                       # in the order of the work, whichever thread was first
         if item.id in failed:
             problems.add(failed[item.id], item.id)
@@ -930,24 +929,23 @@ def geneval(out, args, tools):
                 results[name] = (metadata["tag"], index, record["correct"])
             elif name in prints:
                 todo.append((name, key, index, metadata, path))
-        progress = tqdm(total=len(checked), initial=len(results), desc=f"geneval {out.name}", unit="image", dynamic_ncols=True)
         batch = []
-        for entry in [*todo, None]:                                  # images of one size share a batch; None flushes the last one
-            image = open_image(entry[4].read_bytes()) if entry else None
-            if batch and (entry is None or image.size != batch[0][1].size or len(batch) == tools.batch(8)):
-                detector = tools.get("detector", lambda: Detector(args.detector, tools.device))
-                for ((name, key, index, metadata, path), picture), found in zip(batch, detector([b[1] for b in batch])):
-                    kept = {c: [found[c][i] for i in keep_detections(found[c], metadata["tag"])] for c in found}
-                    correct, reason = geneval_decide(metadata, kept, lambda objects, c: tools.clip.colors(picture, objects, c))
-                    results[name] = (metadata["tag"], index, correct)
-                    journal.add({"id": name, "key": key, "file": os.path.relpath(path, out), "tag": metadata["tag"], "prompt": metadata["prompt"],
-                                 "correct": correct, "reason": reason, "mark": float(correct),
-                                 "details": {c: [[*o["box"], round(o["score"], 4)] for o in objects] for c, objects in kept.items() if objects}})
-                progress.update(len(batch))
-                batch = []
-            if entry:
-                batch.append((entry, image))
-        progress.close()
+        with tqdm(total=len(checked), initial=len(results), desc=f"geneval {out.name}", unit="image", dynamic_ncols=True) as progress:
+            for entry in [*todo, None]:                              # images of one size share a batch; None flushes the last one
+                image = open_image(entry[4].read_bytes()) if entry else None
+                if batch and (entry is None or image.size != batch[0][1].size or len(batch) == tools.batch(8)):
+                    detector = tools.get("detector", lambda: Detector(args.detector, tools.device))
+                    for ((name, key, index, metadata, path), picture), found in zip(batch, detector([b[1] for b in batch])):
+                        kept = {c: [found[c][i] for i in keep_detections(found[c], metadata["tag"])] for c in found}
+                        correct, reason = geneval_decide(metadata, kept, lambda objects, c: tools.clip.colors(picture, objects, c))
+                        results[name] = (metadata["tag"], index, correct)
+                        journal.add({"id": name, "key": key, "file": os.path.relpath(path, out), "tag": metadata["tag"], "prompt": metadata["prompt"],
+                                     "correct": correct, "reason": reason, "mark": float(correct),
+                                     "details": {c: [[*o["box"], round(o["score"], 4)] for o in objects] for c, objects in kept.items() if objects}})
+                    progress.update(len(batch))
+                    batch = []
+                if entry:
+                    batch.append((entry, image))
     summary = geneval_summary([results[name] for name in sorted(results)])
     values = {column: percent(summary["tasks"].get(tag)) for tag, column in GENEVAL_TASKS.items()}
     extra = {"image_accuracy": percent(summary["image_accuracy"]), "prompt_accuracy_any": percent(summary["prompt_accuracy_any"]), "stack": stack}
@@ -1783,7 +1781,7 @@ def summarize(label, folders, results, columns):
 def markdown(benchmark, rows):
     """The table as the paper prints it; the first row is the baseline. Differences are those of the printed numbers."""
     decimals = benchmark.decimals if isinstance(benchmark.decimals, dict) else dict.fromkeys(benchmark.columns, benchmark.decimals)
-    columns = [c for c in benchmark.columns if any(r["mean"][c] is not None for r in rows)] or list(benchmark.columns)
+    columns = list(benchmark.columns)
 
     def delta(row, c):
         a, b = row["mean"][c], rows[0]["mean"][c]

@@ -205,7 +205,7 @@ def tiny(tmp_path_factory):
             self.post_init()
     backbone = tf.SwinConfig(image_size=64, patch_size=4, embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2], window_size=4,
                              out_features=["stage1", "stage2", "stage3", "stage4"])
-    detector = Instances(tf.Mask2FormerConfig(backbone_config=backbone, feature_size=16, mask_feature_size=16, hidden_dim=16, encoder_layers=1,
+    detector = Instances(tf.Mask2FormerConfig(backbone_config=backbone, feature_size=32, mask_feature_size=32, hidden_dim=32, encoder_layers=1,
                                               encoder_feedforward_dim=16, decoder_layers=2, num_attention_heads=2, dim_feedforward=16,
                                               num_queries=12, num_labels=80))
     with torch.no_grad():                                            # random classes are all near 1/81: sharpen, so that some pass 0.3
@@ -687,3 +687,358 @@ def test_journal_repairs_only_the_last_line(tmp_path, capsys):
     path.write_bytes(b'{"id": "a"}\nrubbish\n{"id": "b"}\n')
     with pytest.raises(ev.InputError, match="line 2"):
         ev.Journal(path)
+
+
+# ---- the other benchmarks, from files to table ---------------------------------------------------------
+
+
+def dpg_folder(root):
+    rows = [["a", 1, "0", "entity - whole (x)", "is it there?"], ["a", 2, "1", "attribute - color (x)", "is it red?"], ["b", 1, "0", "global (y)", "is it a photo?"]]
+    with open(root / "dpg.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["item_id", "text", "keywords", "proposition_id", "dependency", "category_broad", "category_detailed", "tuple", "question_natural_language"])
+        writer.writerows([i, "t", "k", q, d, "c", "c", t, n] for i, q, d, t, n in rows)
+    return root / "out"
+
+
+def colour(payload):
+    """The mean colour of the last image in a request: shows which crop was sent."""
+    parts = [c["image_url"]["url"] for c in payload["messages"][-1]["content"] if c["type"] == "image_url"]
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(parts[-1].split(",")[1]))).convert("RGB")).mean((0, 1)).round().tolist()
+
+
+def test_dpg_grid_is_cut_into_four(tmp_path, capsys):
+    """The judge says no about red crops: each of the four samples is asked separately, and a failed parent takes its child along."""
+    out = dpg_folder(tmp_path)
+    for name, tones in (("a", ["red", "lime", "blue", "white"]), ("b", ["red"] * 4)):
+        grid = Image.new("RGB", (64, 64))
+        for k, tone in enumerate(tones):
+            grid.paste(tone, (32 * (k % 2), 32 * (k // 2), 32 * (k % 2) + 32, 32 * (k // 2) + 32))
+        out.mkdir(exist_ok=True)
+        grid.save(out / f"{name}.png")
+    with Judge(lambda n, p: "No." if colour(p) == [255, 0, 0] and "there" in json.dumps(p) else "Yes, it is.") as judge:
+        common = ["--questions", tmp_path / "dpg.csv", "--judge-url", judge.url, "--judge", "stand-in"]
+        assert not run("dpg", out, *common, ok=False) and "--grid" in capsys.readouterr().err
+        assert run("dpg", out, *common, "--grid", 32)
+    text = capsys.readouterr().out
+    assert "Judge: stand-in (endpoint). The paper's is mPLUG-large VQA: do not compare" in text
+    assert "| 87.50 |" in text                                                                # a: (0 + 1 + 1 + 1) / 4, b: 1
+    assert len(judge.requests) == 4 * 2 + 4
+    assert scores(out / "eval/dpg")["rows"][0]["seeds"][0]["extra"]["categories"] == {"attribute": 100.0, "entity": 75.0, "global": 100.0}
+
+
+def test_dpg_separate_files_and_a_local_judge(tmp_path, tiny, capsys):
+    """RecA's layout, the tiny Qwen2.5-VL as judge through the command line: its babble is no yes or no, so nothing is scored, and it says so."""
+    out = dpg_folder(tmp_path)
+    for name in ("a_0", "a_1", "b_0", "zzz_0"):
+        save(out / f"{name}.png", len(name))
+    common = ["--questions", tmp_path / "dpg.csv", "--judge", tiny / "qwen", "--device", "cpu", "--samples", "2"]
+    assert run("dpg", out, *common)
+    text = capsys.readouterr().out
+    assert "| out" not in text and "–" in text and "0 of 4 scored" in text
+    assert "1 x image of no known prompt: zzz_0.png" in text and "prompt without its 2 images: b (1)" in text and "5 x malformed reply" in text
+    assert not run("dpg", out, *common, "--strict", ok=False)
+
+
+COMP_SOURCE = 'def main(prompt_name):\n    other = f"short {prompt_name}"\n    text = (f"How well does it fit: \\"{prompt_name}\\"? " f"Answer {{score}} as JSON.")\n'
+
+
+def test_compbench(tmp_path, capsys):
+    """Ids repeat between categories; Complex is the mean of three, Overall of all ten; the paper's table has the models as columns."""
+    names = ["color", "shape", "texture", "spatial", "non-spatial", "numeracy", "3d_spatial", "complex", "complex_action", "complex_spatial"]
+    rows = [{"Question": f"{c} prompt", "Category": c, "Question_id": 701} for c in names]
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    (tmp_path / "qwen_eval.py").write_text(COMP_SOURCE)
+    for i, c in enumerate(names):
+        for model in ("base", "reca"):
+            save(tmp_path / model / c / ("samples/701.jpg" if i % 2 else "701.png"), i)
+    def behave(number, payload):
+        content = payload["messages"][0]["content"]
+        assert content[0]["type"] == "image_url" and payload["max_tokens"] == 512 and payload["temperature"] == 0        # image first
+        text = content[1]["text"]
+        assert text.startswith('How well does it fit: "') and "Answer {score}" in text
+        return json.dumps({"score": 10 * [c + " prompt" in text and text.count(c) > 0 and f'"{c} prompt"' in text for c in names].index(True)})
+    with Judge(behave) as judge:
+        assert run("compbench", tmp_path / "base", tmp_path / "reca", "--prompts", tmp_path / "val.json", "--judge-prompt", tmp_path / "qwen_eval.py",
+                   "--judge-url", judge.url, "--out", tmp_path / "result")
+    text = (tmp_path / "result/scores.md").read_text()
+    assert f"| Category | {tmp_path / 'base'} | {tmp_path / 'reca'} |" in text
+    assert "| Complex | 80.00 | 80.00 (0.00) |" in text and "| Overall | 45.00 | 45.00 (0.00) |" in text and "Qwen/Qwen2.5-VL-32B-Instruct (endpoint)." in text
+
+
+def test_imgedit(tmp_path, capsys):
+    types = list(ev.IMGEDIT)
+    edits = {str(i): {"id": f"src/{i}.jpg", "prompt": f"edit {i}", "edit_type": t} for i, t in enumerate([*types, types[0]])}
+    (tmp_path / "edits.json").write_text(json.dumps(edits))
+    (tmp_path / "judge.json").write_text(json.dumps({t: f"Rate {t}: <edit_prompt>" for t in types}))
+    for i in range(len(edits)):
+        save(tmp_path / f"sources/src/{i}.jpg", i)
+        save(tmp_path / f"out/{i}.png", 50 + i)
+    def behave(number, payload):
+        text, source, result = payload["messages"][0]["content"]
+        assert source["image_url"]["url"].startswith("data:image/jpeg") and result["image_url"]["url"].startswith("data:image/png")
+        assert "temperature" not in payload and re.match(r"Rate \w+: edit \d", text["text"])
+        k = int(text["text"][-1])
+        return f"Brief reasoning: fine\nA: {1 + k % 5}\nB: {1 + k % 5}\nC: {1 + k % 5}" + ("\nD: 5" if k == 3 else "")        # 3: four ratings, not three
+    with Judge(behave) as judge:
+        assert run("imgedit", tmp_path / "out", "--prompts", tmp_path / "edits.json", "--judge-prompt", tmp_path / "judge.json",
+                   "--sources", tmp_path / "sources", "--judge-url", judge.url, "--reask", "0")
+    text, row = capsys.readouterr().out, scores(tmp_path / "out/eval/imgedit")["rows"][0]
+    assert "| Bg. | Style | Adj. | Ext. | Rem. | Rep. | Add | Comp. | Act. | Ovr. |" in text and "malformed reply: 3" in text
+    assert row["mean"]["Bg."] == 3.0 and row["mean"]["Ext."] is None                          # keys 0 and 9: (1 + 5) / 2
+    assert row["mean"]["Ovr."] == pytest.approx(round((1 + 2 + 3 + 5 + 1 + 2 + 3 + 4 + 5) / 9, 2))
+
+
+def test_gedit(tmp_path, capsys):
+    """Two calls an edit; the result is resized to the source; only English rows; the table's last line is the difference to the baseline."""
+    rows = [{"key": f"k{i}", "task_type": g, "instruction": f"do {i}", "instruction_language": lang, "Intersection_exist": True}
+            for i, g in enumerate(ev.GEDIT_GROUPS) for lang in ("en", "cn")]
+    (tmp_path / "edits.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "vie.py").write_text('_context_no_delimit = "CONTEXT"\n_prompts_0shot_two_image_edit_rule = "EDIT"\n_prompts_0shot_tie_rule_SC = "SC <instruction>"\n'
+                                     '_prompts_0shot_rule_PQ = "PQ"\nraise SystemExit\n')
+    for model in ("base", "reca"):
+        for i, g in enumerate(ev.GEDIT_GROUPS):
+            save(tmp_path / model / f"gen_image/fullset/{g}/en/k{i}.png", i, (32, 32))
+            save(tmp_path / model / f"gen_image/fullset/{g}/en/k{i}_SRCIMG.png", 50 + i, (64, 48))
+    def behave(number, payload):
+        text, *pictures = payload["messages"][0]["content"]
+        sizes = [Image.open(io.BytesIO(base64.b64decode(p["image_url"]["url"].split(",")[1]))).size for p in pictures]
+        assert set(sizes) == {(64, 48)} and all(p["image_url"]["url"].startswith("data:image/jpeg") for p in pictures) and payload["max_tokens"] == 1400
+        if text["text"].startswith("CONTEXT\nEDIT\nSC do "):
+            assert len(pictures) == 2
+            return '{"score": [9, 4], "reasoning": "x"}'
+        assert text["text"] == "CONTEXT\nPQ" and len(pictures) == 1
+        return "[9, 10]"
+    with Judge(behave) as judge:
+        assert run("gedit", f"BAGEL={tmp_path / 'base'}", f"RecA={tmp_path / 'reca'}", "--prompts", tmp_path / "edits.jsonl", "--judge-prompt", tmp_path / "vie.py",
+                   "--judge-url", judge.url)
+    text = capsys.readouterr().out
+    assert "| BAGEL | 4.00 | 9.00 | 6.00 |" in text and "| RecA | 4.00 | 9.00 | 6.00 |\n| vs. BAGEL | 0.00 | 0.00 | 0.00 |" in text
+    assert len(judge.requests) == 44
+
+
+def test_pope(tmp_path, capsys):
+    questions = [{"question_id": i, "image": f"{i % 4}.jpg", "text": "Is it?", "category": c} for i, c in enumerate(["random", "popular", "adversarial"] * 4)]
+    (tmp_path / "llava_pope_test.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    for c in ("random", "popular", "adversarial"):
+        mine = [q for q in questions if q["category"] == c]
+        (tmp_path / f"coco_pope_{c}.json").write_text("\n".join(json.dumps({"image": q["image"], "label": ["yes", "no"][k % 2]}) for k, q in enumerate(mine)))
+    right = {q["question_id"]: ["Yes", "No"][q["question_id"] // 3 % 2] for q in questions}
+    answers = [{"question_id": i, "answer": a} for i, a in reversed(right.items())]            # in any order
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    common = ["pope", tmp_path / "answers.jsonl", "--questions", tmp_path / "llava_pope_test.jsonl", "--labels", tmp_path]
+    assert run(*common) and "| 100.0 | 100.0 |" in capsys.readouterr().out
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, [{"id": 77, "answer": "x"}, *answers[1:], answers[3]])))
+    assert run(*common)
+    text = capsys.readouterr().out
+    assert "(partial)" in text and "11 of 12" in text and "no known question: 77" in text and "without an answer: 11" in text and "answered twice" in text
+    assert not run(*common, "--strict", ok=False)
+    assert not run(*common[:4], ok=False) and "--labels" in capsys.readouterr().err
+
+
+def test_mme_prepared_answered_and_scored(tmp_path, capsys):
+    """--prepare writes the question file that --describe reads; scoring its answers gives the perception sum."""
+    (tmp_path / "q").mkdir()
+    for task in ev.MME_PERCEPTION + ev.MME_COGNITION:
+        (tmp_path / "q" / f"{task}.txt").write_text("1.jpg\tIs A?\tYes\n1.jpg\tIs B?\tNo\n2.jpg\tIs A?\tYes\n2.jpg\tIs B?\tNo\n")
+        save(tmp_path / "images" / task / "images" / "1.jpg")
+    assert run("mme", "--questions", tmp_path / "q", "--images", tmp_path / "images", "--prepare", tmp_path / "mme.jsonl")
+    rows = [json.loads(line) for line in (tmp_path / "mme.jsonl").read_text().splitlines()]
+    assert len(rows) == 56 and rows[0] == {"question_id": "existence/0", "image": "existence/images/1.jpg", "text": f"Is A? {ev.SHORT}", "task": "existence"}
+    answers = [{"question_id": r["question_id"], "answer": "Yes." if "A?" in r["text"] else "yes"} for r in rows]          # one of two right
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q") and "| 500 |" in capsys.readouterr().out
+    assert scores(tmp_path / "eval/mme")["rows"][0]["seeds"][0]["extra"]["cognition"] == 200
+
+
+def test_gqa_mmmu_seed(tmp_path, capsys):
+    (tmp_path / "gqa.json").write_text(json.dumps({"1": {"question": "What?", "imageId": "n1", "answer": "man"}, "2": {"question": "Who?", "imageId": "n2", "answer": "cat"}}))
+    (tmp_path / "gqa_answers.jsonl").write_text('{"question_id": "1", "answer": "Man\\n"}\n{"question_id": "2", "answer": "cat."}\n')
+    assert run("gqa", tmp_path / "gqa_answers.jsonl", "--questions", tmp_path / "gqa.json") and "| 50.0 |" in capsys.readouterr().out
+    mmmu = [{"id": "validation_Art_1", "question": "Which? <image 1>", "options": "['red', 'blue']", "answer": "B", "question_type": "multiple-choice", "image_1": "a.png"},
+            {"id": "validation_Art_2", "question": "How many?", "options": "[]", "answer": "3", "question_type": "open", "image_1": "b.png"}]
+    (tmp_path / "mmmu.jsonl").write_text("\n".join(map(json.dumps, mmmu)))
+    (tmp_path / "mmmu_answers.jsonl").write_text('{"id": "validation_Art_1", "answer": "(B)"}\n{"id": "validation_Art_2", "answer": "It is 3."}\n')
+    assert run("mmmu", tmp_path / "mmmu_answers.jsonl", "--questions", tmp_path / "mmmu.jsonl") and "| 100.0 |" in capsys.readouterr().out
+    assert run("mmmu", "--questions", tmp_path / "mmmu.jsonl", "--prepare", tmp_path / "p.jsonl")
+    first = json.loads((tmp_path / "p.jsonl").read_text().splitlines()[0])
+    assert first["text"] == f"Which? <image 1>\nA. red\nB. blue\n{ev.LETTER}" and first["image"] == "a.png" and "answer" not in first
+    seed = {"questions": [{"question_id": i, "data_id": f"{i}.jpg", "data_type": kind, "question": "Which?", "choice_a": "1", "choice_b": "2", "choice_c": "3",
+                           "choice_d": "4", "answer": "A", "question_type_id": 1} for i, kind in ((1, "image"), (2, "image"), (3, "video"))]}
+    (tmp_path / "seed.json").write_text(json.dumps(seed))
+    (tmp_path / "seed_answers.jsonl").write_text('{"id": 1, "answer": "A."}\n{"id": 2, "answer": "none of them"}\n')
+    assert run("seed", tmp_path / "seed_answers.jsonl", "--questions", tmp_path / "seed.json") and "| 50.0 |" in capsys.readouterr().out
+
+
+def test_string_benchmarks_load_no_torch(tmp_path):
+    (tmp_path / "gqa.json").write_text(json.dumps({"1": {"question": "What?", "imageId": "n1", "answer": "man"}}))
+    (tmp_path / "answers.jsonl").write_text('{"question_id": "1", "answer": "man"}\n')
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import eval; eval.main(sys.argv[2:]); "
+            "assert not {'torch', 'transformers', 'common'} & set(sys.modules), 'loaded'")
+    subprocess.run([sys.executable, "-c", code, str(ROOT), "gqa", str(tmp_path / "answers.jsonl"), "--questions", str(tmp_path / "gqa.json")], check=True)
+
+
+def test_recon(tmp_path, tiny, capsys):
+    for i in range(3):
+        save(tmp_path / "src" / f"{i}.jpg", i, (96, 64))                                       # the output is square: the source's centre is compared
+        picture(i, (96, 64)).crop((16, 0, 80, 64)).save((tmp_path / "out").mkdir(exist_ok=True) or tmp_path / "out" / f"{i}.png")
+    save(tmp_path / "out/2.png", 77)
+    assert run("recon", tmp_path / "out", "--sources", tmp_path / "src", "--clip", tiny / "clip", "--device", "cpu")
+    images = scores(tmp_path / "out/eval/recon")["rows"][0]["seeds"][0]["extra"]["images"]
+    assert images["0.jpg"]["PSNR"] > 30 > 20 > images["2.jpg"]["PSNR"] and images["0.jpg"]["SSIM"] > 0.9 > images["2.jpg"]["SSIM"]
+    assert images["0.jpg"]["CLIP"] > 0.99
+    assert run("recon", tmp_path / "out", "--sources", tmp_path / "src", "--clip", "none") and capsys.readouterr().out.splitlines()[-1].endswith("| – |")
+
+
+def test_psnr_and_ssim_by_hand():
+    rng = np.random.default_rng(0)
+    a = rng.integers(0, 256, (20, 24, 3), np.uint8)
+    b = np.clip(a.astype(int) + rng.integers(-9, 10, a.shape), 0, 255).astype(np.uint8)
+    assert ev.psnr(a, a) == 100 and ev.ssim(a, a) == pytest.approx(1)
+    assert ev.psnr(a, b) == pytest.approx(10 * math.log10(255 ** 2 / np.mean((a - b.astype(float)) ** 2)))
+    g = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
+    window = np.outer(g, g) / np.outer(g, g).sum()
+    x, y = (v[3:14, 5:16, 1].astype(float) for v in (a, b))                                    # one window of the green channel, written out
+    mx, my = (window * x).sum(), (window * y).sum()
+    vx, vy, cov = (window * (x - mx) ** 2).sum(), (window * (y - my) ** 2).sum(), (window * (x - mx) * (y - my)).sum()
+    expected = (2 * mx * my + 6.5025) * (2 * cov + 58.5225) / ((mx ** 2 + my ** 2 + 6.5025) * (vx + vy + 58.5225))
+    assert ev.ssim(a[3:14, 5:16, 1:2], b[3:14, 5:16, 1:2]) == pytest.approx(expected)
+
+
+def test_shapes(tmp_path, capsys):
+    import common
+    rng = np.random.default_rng(0)
+    scenes = [common.random_scene(rng, 1 + k % 2) for k in range(8)]
+    out = tmp_path / "out"
+    out.mkdir()
+    for k, scene in enumerate(scenes):
+        common.draw_scene(scene if k else common.random_scene(np.random.default_rng(5), 3), 64).save(out / f"{k:05d}.png")         # picture 0 is wrong
+    (tmp_path / "captions.txt").write_text("\n".join(common.caption(s) for s in scenes) + "\n")
+    assert run("shapes", out, "--prompts", tmp_path / "captions.txt")
+    row = scores(out / "eval/shapes")["rows"][0]["mean"]
+    assert row["All"] == 87.5 and row["Two"] == row["Position"] == row["Attri."] == 100 and row["Single"] <= 100
+    assert row["Overall"] == pytest.approx(100 * common.score_generations(scenes, [Image.open(out / f"{k:05d}.png") for k in range(8)])["overall"])
+    src = tmp_path / "src"
+    src.mkdir()
+    for k in range(8):
+        common.draw_scene(scenes[k], 64).save(src / f"{k:05d}.png")
+    assert run("shapes", out, "--sources", src) and scores(out / "eval/shapes")["rows"][0]["mean"]["Recon."] == 87.5
+    assert run("contact-sheet", out, "--failed") and "1 marked as failed" in capsys.readouterr().out
+
+
+# ---- missing, corrupt, too many ------------------------------------------------------------------------
+
+
+def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, capsys):
+    out = geneval_folder(tmp_path)
+    (out / "00000/samples/00001.png").unlink()                                                 # missing
+    data = (out / "00001/samples/00000.png").read_bytes()
+    (out / "00001/samples/00000.png").write_bytes(data[:len(data) // 2])                        # truncated
+    (out / "00002/samples/00001.png").write_bytes(b"")                                         # empty
+    save(out / "00003/samples/00002.png", 5)                                                   # one too many
+    save(out / "00003/samples/extra.jpg", 5)                                                   # ignored officially
+    for file in (out / "00004/samples").iterdir():
+        file.unlink()
+    save(out / "00077/samples/00000.png", 5)                                                   # beyond the prompt file
+    meta = json.loads((out / "00005/metadata.jsonl").read_text())
+    (out / "00005/metadata.jsonl").write_text(json.dumps({**meta, "prompt": "another"}))       # another prompt than the file's
+    common = ["geneval", out, "--samples", 2, "--detector", tiny / "mask2former", "--clip", tiny / "clip", "--device", "cpu", "--prompts", tmp_path / "prompts.jsonl"]
+    assert not run(*common, "--strict", ok=False)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ") and not (out / "eval/geneval/scores.json").exists()
+    assert run(*common)
+    text = capsys.readouterr().out
+    for part in ("prompt without its 2 images: 00000 (1), 00003 (3), 00004 (0)", "2 x unreadable image", "not the prompt file's: 00005",
+                 "beyond the prompt file: 00077", "not <digits>.png", "(partial)", "6 of 12 scored"):
+        assert part in text and part.replace("(partial)", "error").replace("6 of 12 scored", "error") in error + "error", part
+    row = scores(out / "eval/geneval")["rows"][0]
+    assert row["mean"]["Position"] is None and row["mean"]["Overall"] is None and row["partial"]
+    assert row["seeds"][0]["problems"]["unreadable image"][0].endswith("00001/samples/00000.png")
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["pope", "answers.jsonl", "--questions", "nothing.jsonl"], "cannot read nothing.jsonl"),
+    (["gqa", "folder", "--questions", "q.json"], "wants an answer file"),
+    (["recon", "answers.jsonl", "--sources", "folder"], "wants a folder"),
+    (["recon", "folder", "--sources", "folder"], "no image in it"),
+    (["recon", "folder"], "--sources"),
+    (["gqa", "answers.jsonl", "--questions", "bad.jsonl"], "line 2 is not JSON"),
+    (["gqa", "noanswer.jsonl", "--questions", "q.json"], 'line 1 has no "answer"'),
+    (["wise", "folder", "--prompts", "q.json", "--judge-prompt", "q.json", "--judge-url", "ftp://x"], "is this the benchmark's own file"),
+    (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--judge-url", "http://127.0.0.1:9/v1"], "no judge text"),
+    (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "ftp://x"], "must look like"),
+    (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "not Python source"),
+    (["geneval", "folder", "--limit", "0"], "not above 0"),
+    (["geneval", "folder"], "no GenEval folder"),
+    (["gqa", "a=answers.jsonl", "a=answers.jsonl", "--questions", "q.json"], "same name"),
+])
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for name, text in (("answers.jsonl", '{"id": "1", "answer": "x"}'), ("noanswer.jsonl", '{"id": "1"}'), ("bad.jsonl", '{"a": 1}\n{"a"'),
+                       ("q.json", '{"1": {"question": "q", "imageId": "i", "answer": "x"}}'), ("judge.txt", "{prompt} {explanation}"), ("broken.py", "def ("),
+                       ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]')):
+        (tmp_path / name).write_text(text)
+    save(tmp_path / "folder" / "1.png") if arguments[0] == "wise" else None
+    assert not run(*arguments, ok=False)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and message in error[0], error
+
+
+# ---- tables, seeds, the contact sheet ------------------------------------------------------------------
+
+
+def answer_file(path, share):
+    """Ten GQA answers of which `share` are right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(json.dumps({"id": str(i), "answer": "x" if i < share else "y"}) for i in range(10)))
+    return path
+
+
+def test_table_of_baseline_and_reca_with_seeds(tmp_path, capsys):
+    (tmp_path / "q.json").write_text(json.dumps({str(i): {"question": "q", "imageId": "i", "answer": "x"} for i in range(10)}))
+    base = [answer_file(tmp_path / f"b{s}/a.jsonl", 4 + s) for s in range(3)]                  # 40, 50, 60
+    reca = [answer_file(tmp_path / f"r{s}/a.jsonl", 7 + 2 * s) for s in range(2)]              # 70, 90
+    assert run("gqa", "base=" + ",".join(map(str, base)), "RecA=" + ",".join(map(str, reca)), "--questions", tmp_path / "q.json", "--out", tmp_path / "r")
+    text = capsys.readouterr().out
+    assert "| Model | GQA |" in text and "| base | 50.0 ± 10.0 |" in text and f"| RecA | 80.0 ± {math.sqrt(200):.1f} (+30.0) |" in text
+    result = scores(tmp_path / "r")
+    assert result["rows"][1]["std"]["GQA"] == pytest.approx(math.sqrt(200)) and len(result["rows"][0]["seeds"]) == 3 and result["rows"][0]["n"] == 30
+    assert (tmp_path / "r/scores.md").read_text().strip() in text
+
+
+def test_seed_folders_are_found(tmp_path):
+    for s in (0, 1, 10):
+        (tmp_path / f"model/seed{s}").mkdir(parents=True)
+    assert [p.name for p in ev.parse_outputs([str(tmp_path / "model")])[0][1]] == ["seed0", "seed1", "seed10"]
+    (tmp_path / "a=b").mkdir()                                                                 # a path with = in its name is a path
+    assert ev.parse_outputs([str(tmp_path / "a=b")])[0][1] == [tmp_path / "a=b"]
+
+
+def test_deltas_read_as_in_the_papers_tables():
+    def row(label, *values):
+        return {"label": label, "partial": False, "mean": dict(zip(("A", "B"), values))}
+    brackets = ev.markdown(ev.Benchmark(None, ("A", "B"), 1), [row("x", 97.21, 40.0), row("y", 98.19, 39.96)])
+    assert brackets.splitlines()[2:] == ["| x | 97.2 | 40.0 |", "| y | 98.2 (+1.0) | 40.0 (0.0) |"]
+    lines = ev.markdown(ev.Benchmark(None, ("A", "B"), 2, "row"), [row("x", 3.38, None), row("y", 3.75, 1.0)]).splitlines()
+    assert lines[3:] == ["| y | 3.75 | 1.00 |", "| vs. x | +0.37 | – |"]
+
+
+def test_contact_sheet_marks_failures(tmp_path, capsys):
+    """Right green, failed red, unscored grey; a picture that has gone since it was scored is shown as missing."""
+    out = tmp_path / "out"
+    for k in range(3):
+        save(out / f"{k:05d}/samples/00000.png", k)
+        (out / f"{k:05d}/metadata.jsonl").write_text(json.dumps({"tag": "t", "prompt": f"prompt number {k}"}))
+    journal = ev.Journal(out / "eval/geneval/items.jsonl")
+    for k, mark in ((0, 1.0), (1, 0.0), (7, 1.0)):
+        journal.add({"id": str(k), "file": f"{k:05d}/samples/00000.png", "prompt": f"prompt number {k}", "mark": mark})
+    journal.close()
+    assert run("contact-sheet", out, "--cell", 96, "--columns", 4, "--out", tmp_path / "sheet.png")
+    assert "4 of 4 images, 1 marked as failed" in capsys.readouterr().out
+    sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+    frames = [tuple(sheet[5, 108 * k + 50]) for k in range(4)]                                 # the upper edge of each frame
+    assert frames == [(0x2e, 0x7d, 0x32), (0xc6, 0x28, 0x28), (0x99, 0x99, 0x99), (0xc6, 0x28, 0x28)]
+    assert (sheet[103:140, 108:200] != 255).any()                                              # a caption below
+    assert run("contact-sheet", out, "--failed") and (out / "eval/contact_sheet.png").exists()
+    assert "1 of 1 images" in capsys.readouterr().out
