@@ -1,9 +1,9 @@
 """RecA for Harmon: one masked autoencoder that both understands and generates, tied together by a language model.
 
-Harmon (arXiv 2503.21979) looks at an image and paints it with the same encoder, that of MAR (masked autoregression, arXiv
-2406.11838). Its tokens are the latents of a KL VAE. Seen without a mask they are the understanding embeddings; with most of
-them hidden they are the context from which the language model and MAR's decoder predict the rest. A token is a vector of
-16 real numbers and not an index, so the last part is a small diffusion model that paints one token at a time.
+Harmon (arXiv 2503.21979) looks at an image and paints it with the same encoder, that of MAR (masked autoregression,
+arXiv 2406.11838). Its tokens are the latents of a KL VAE. Seen without a mask they are the understanding embeddings;
+with most of them hidden they are the context from which the language model and MAR's decoder predict the rest. A token
+is a vector of 16 real numbers, not an index, so the last part is a small diffusion model that paints single tokens.
 
 RecA's step (paper, equation 2) on B images of 512 px: N = 32 x 32 tokens, E = 64 buffer tokens, V of the N visible.
 
@@ -24,8 +24,8 @@ RecA's step (paper, equation 2) on B images of 512 px: N = 32 x 32 tokens, E = 6
                                           |  rows of the hidden tokens
                               diffusion MLP: which noise is in x_t?  ->  L_recon
 
-Text to image (L_t2i) is the same without the understanding embeddings. Image to text (L_i2t) is the understanding half and the
-language model's head. Everything but the VAE is trained, and as both halves share it the paper keeps lambda_i2t = 1 here.
+Text to image (L_t2i) is the same without the understanding embeddings; image to text (L_i2t) is the understanding half
+and the language model's head. All but the VAE is trained, and as both halves share it the paper keeps lambda_i2t = 1.
 
     python reca_harmon.py --model tiny                       everything in minutes on a CPU, no downloads
     python reca_harmon.py --data ./images --steps 5000       RecA on Harmon-1.5B
@@ -38,7 +38,7 @@ Legend of the shape comments:
     B images     N = h*w tokens of an image     C = 16 numbers of a token     S side of the image in pixels
     E buffer tokens     V visible tokens     M masked tokens, V + M = N
     De, Dd widths of MAR's encoder and decoder     W width of the diffusion MLP     D width of the language model
-    L ids of a prompt     K embeddings of an image     G generated tokens     T places of a sequence     R rows that are read
+    L ids of a prompt    K embeddings of an image    G generated tokens    T places of a sequence    R of them, read
 """
 import functools
 import json
@@ -132,10 +132,10 @@ RELEASED = {                            # what --model accepts beside hub ids an
 class Recipe:
     """The paper's run (Table 8) in our steps.
 
-    The original counts micro-batches, in the order recon, recon, i2t, i2t, and moves the weights after four. One of our steps is
-    one batch of each loss; so two steps are one update (accum = 2, as in Table 8), and the paper's "5K" are 2500 steps or 1250
-    updates. Its warm-up of 500 is 125 updates. Its cosine ends at micro-batch 50000, update 12500, of which the
-    run sees the first tenth: the learning rate is still at 0.98 of its peak when it stops.
+    The original counts micro-batches, in the order recon, recon, i2t, i2t, and moves the weights after four. One of
+    our steps is one batch of each loss; so two steps are one update (accum = 2, as in Table 8), and the paper's "5K"
+    are 2500 steps or 1250 updates. Its warm-up of 500 is 125 updates. Its cosine ends at micro-batch 50000, update
+    12500, of which the run sees the first tenth: the learning rate is still at 0.98 of its peak when it stops.
     """
 
     steps: int = 2500
@@ -159,8 +159,8 @@ RECIPES = {"harmon-1.5b": Recipe(), "harmon-0.5b": Recipe(steps=1500, batch=96)}
 # ======================================================================================================
 # 2. The model
 # ======================================================================================================
-# The VAE is diffusers', the language model transformers'. MAR is in neither library; its blocks are timm's, which the checkpoints
-# name and which is not among our packages. A ViT block is short enough to be read here.
+# The VAE is diffusers', the language model transformers'. MAR is in neither library; its blocks are timm's, which the
+# checkpoints name and which is not among our packages. A ViT block is short enough to be read here.
 
 
 def take(x, index):
@@ -178,7 +178,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)     # each [B, heads, K, D/heads]
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # each [B, heads, K, D/heads]
         x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
         return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
 
@@ -210,13 +210,17 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def projector(width_in, width, width_out):
+    return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width_out))
+
+
 class DiffusionBlock(nn.Module):
     """Residual block of the diffusion MLP: y (timestep and condition) sets shift, scale and gate. x, y [rows, W]"""
 
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+        self.mlp = projector(width, width, width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x, y):
@@ -233,7 +237,7 @@ class DiffusionMLP(nn.Module):
 
     def __init__(self, channels, z_width, width, layers):
         super().__init__()
-        self.time_embed = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
+        self.time_embed = nn.ModuleDict({"mlp": projector(256, width, width)})
         self.cond_embed = nn.Linear(z_width, width)
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(layers))
@@ -264,9 +268,9 @@ class MAR(nn.Module):
         super().__init__()
         c, self.config = config, config
         places, De, Dd = c.table_size ** 2, c.encoder_width, c.decoder_width
-        # A leftover of class-conditional MAR: in every checkpoint, never read. The original lets weight decay shrink it.
+        # A leftover of class-conditional MAR, in every checkpoint but never read. (The original's weight decay shrinks it.)
         self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)
-        self.fake_latent = nn.Parameter(torch.empty(1, De))     # one vector for all buffer places; positions tell them apart
+        self.fake_latent = nn.Parameter(torch.empty(1, De))     # in all buffer places; positions tell them apart
         self.z_proj = nn.Linear(c.latent_channels, De)
         self.z_proj_ln = nn.LayerNorm(De, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, c.buffer_size + places, De))
@@ -278,7 +282,8 @@ class MAR(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(Dd, c.decoder_heads, c.dropout) for _ in range(c.decoder_layers))
         self.decoder_norm = nn.LayerNorm(Dd, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, places, Dd))
-        self.diffloss = nn.ModuleDict({"net": DiffusionMLP(c.latent_channels, Dd, c.diffusion_width, c.diffusion_layers)})
+        head = DiffusionMLP(c.latent_channels, Dd, c.diffusion_width, c.diffusion_layers)
+        self.diffloss = nn.ModuleDict({"net": head})
         self.reset_parameters()
 
     def reset_parameters(self):
@@ -297,7 +302,7 @@ class MAR(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def positions(self, table, grid):
-        """A table [1, places, D] stretched bilinearly to grid = (h, w) -> [1, h*w, D]. (512 px: from 16 x 16 to 32 x 32.)"""
+        """A table [1, places, D] stretched bilinearly to grid = (h, w) -> [1, h*w, D]. At 512 px: 16 x 16 to 32 x 32."""
         side = self.config.table_size
         if grid == (side, side):
             return table
@@ -316,7 +321,7 @@ class MAR(nn.Module):
             latents, places = take(latents, visible), take(places, visible)
         x = self.z_proj(latents.to(self.z_proj.weight.dtype)) + places
         buffer = (self.fake_latent + buffer_positions).expand(B, -1, -1)
-        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))                   # the norm comes after the positions, not before
+        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))               # the norm comes after the positions, not before
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
@@ -338,9 +343,9 @@ class MAR(nn.Module):
 def diffusion_schedule(steps, device):
     """Tables of the cosine diffusion with `steps` of its 1000 timesteps kept: {name: float32 [steps]}.
 
-    abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) of the signal's variance is left at time u: x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise.
-    With fewer steps the betas follow from the abars that are kept, and `original` holds their numbers among the 1000, which are
-    what the network was trained with. Computed in float64, rounded once.
+    abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) of the signal's variance is left at time u: x_t = sqrt(abar) x_0 + sqrt(1
+    - abar) noise. With fewer steps the betas follow from the abars that are kept, and `original` holds their numbers
+    among the 1000, which are what the network was trained with. Computed in float64, rounded once.
     """
     def abar(u):
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
@@ -359,7 +364,7 @@ def diffusion_schedule(steps, device):
         "alphas_cumprod": now, "betas": betas, "original": np.array(kept),
         "signal": np.sqrt(now), "noise": np.sqrt(1 - now),                                      # x_0, noise -> x_t
         "x0_from_xt": np.sqrt(1 / now), "x0_from_noise": np.sqrt(1 / now - 1),                  # and back
-        "mean_x0": betas * np.sqrt(before) / (1 - now),                                         # mean of q(x_{t-1} | x_t, x_0)
+        "mean_x0": betas * np.sqrt(before) / (1 - now),                                  # mean of q(x_{t-1} | x_t, x_0)
         "mean_xt": (1 - before) * np.sqrt(1 - betas) / (1 - now),
         "log_beta": np.log(betas), "log_posterior": np.log(posterior),
     }
@@ -370,7 +375,8 @@ def diffusion_schedule(steps, device):
 def denoising_step(at, x_t, noise, v):
     """p(x_{t-1} | x_t) as the network sees it -> its mean and log-variance, [rows, C] each.
 
-    at: the tables at timestep t ([rows, 1], or scalars); x_t [rows, C]; noise, v [rows, C]: the two halves of the network's output.
+    at: the tables at timestep t ([rows, 1], or scalars); x_t [rows, C]; noise, v [rows, C]: the two halves of the
+    network's output.
     """
     x_0 = at["x0_from_xt"] * x_t - at["x0_from_noise"] * noise               # not clipped: latents are not pixels
     part = (v + 1) / 2                                                       # 0: the posterior's variance, 1: beta
@@ -382,11 +388,11 @@ def diffusion_terms(net, x_0, z, t, noise):
     """MAR's diffusion loss, its two terms for each row: x_0, noise [rows, C], z [rows, Dd], t [rows] -> mse, vb [rows].
 
     mse  mean squared error of the predicted noise: the simple loss.
-    vb   the variational bound in bits, to train the variance only (the noise is detached in it): the KL between the true and the
-         predicted step; at t = 0 the likelihood of x_0 under a Gaussian in bins of 1/255. Bins that fit 8-bit pixels mean little
-         for latents, but the released models were trained with this loss, so it is followed.
+    vb   the variational bound in bits, to train the variance only (the noise is detached in it): the KL between the
+         true and the predicted step; at t = 0 the likelihood of x_0 under a Gaussian in bins of 1/255. Bins that fit
+         8-bit pixels mean little for latents, but the released models were trained with this loss.
 
-    The arithmetic is float32 also under autocast (in the original the mse is bf16 there); only the MLP itself may be bf16.
+    The arithmetic is float32 also under autocast (the original's mse is bf16 there); only the MLP itself may be bf16.
     """
     tables = diffusion_schedule(1000, x_0.device)
     with torch.autocast(x_0.device.type, enabled=False):
@@ -438,20 +444,20 @@ class Harmon(nn.Module):
         super().__init__()
         c, self.config = config, config
         levels = len(c.vae_mult)
-        # diffusers' class expresses MAR's KL-16 exactly: attention in the encoder's last level and in the middles, nowhere else.
+        # diffusers' class expresses KL-16 exactly: attention is in the encoder's last level and the middles only.
         self.vae = AutoencoderKL(
             block_out_channels=[c.vae_width * m for m in c.vae_mult], layers_per_block=c.vae_blocks,
             latent_channels=c.latent_channels, norm_num_groups=32,
             down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
             up_block_types=["UpDecoderBlock2D"] * levels).requires_grad_(False)
         self.llm = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=c.vocab_size, hidden_size=c.llm_width, intermediate_size=c.llm_mlp, num_hidden_layers=c.llm_layers,
-            num_attention_heads=c.llm_heads, num_key_value_heads=c.llm_kv_heads, rms_norm_eps=c.rms_norm_eps,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, tie_word_embeddings=c.tied_head,
-            bos_token_id=None, eos_token_id=None, use_cache=False))
+            vocab_size=c.vocab_size, hidden_size=c.llm_width, intermediate_size=c.llm_mlp,
+            num_hidden_layers=c.llm_layers, num_attention_heads=c.llm_heads, num_key_value_heads=c.llm_kv_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.rms_norm_eps,
+            tie_word_embeddings=c.tied_head, bos_token_id=None, eos_token_id=None, use_cache=False))
         self.mar = MAR(c)
-        self.proj_in = nn.Sequential(nn.Linear(c.encoder_width, c.llm_width), nn.SiLU(), nn.Linear(c.llm_width, c.llm_width))
-        self.proj_out = nn.Sequential(nn.Linear(c.llm_width, c.llm_width), nn.SiLU(), nn.Linear(c.llm_width, c.encoder_width))
+        self.proj_in = projector(c.encoder_width, c.llm_width, c.llm_width)
+        self.proj_out = projector(c.llm_width, c.llm_width, c.encoder_width)
         self.tokenizer = None                               # from_pretrained sets it; what takes ids does without
         self.set_und()
 
@@ -473,11 +479,12 @@ class Harmon(nn.Module):
 
     def blocks(self):
         """What repeats, for torch.compile and activation checkpointing."""
-        return [*self.llm.model.layers, *self.mar.encoder_blocks, *self.mar.decoder_blocks, *self.mar.diffloss["net"].res_blocks]
+        mar = self.mar
+        return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss["net"].res_blocks]
 
     def parameter_groups(self, weight_decay):
-        """AdamW groups of all that is trained. The original's rule: no decay for one-dimensional tensors, for biases, and for the
-        whole diffusion MLP; so embeddings, position tables and the mask token do decay."""
+        """AdamW groups of all that is trained. The original's rule: no decay for one-dimensional tensors, for biases,
+        and for the whole diffusion MLP; so embeddings, position tables and the mask token do decay."""
         decay, no_decay = [], []
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -490,13 +497,14 @@ class Harmon(nn.Module):
 
         embeddings [B, T, D], rows [B, R] -> [B, R, D]
 
-        Attention is causal and padding stands at the end of a row (section 4), where nothing before it can see it: no mask is
-        needed, and the fast causal kernels apply. All layers but the last run whole. The last needs keys and values of every
-        place, but queries and the MLP only where its output is read: at about 200 of 1320 places in a reconstruction.
+        Attention is causal and padding stands at the end of a row (section 4), where nothing before it can see it: no
+        mask is needed, and the fast causal kernels apply. All layers but the last run whole. The last needs keys and
+        values of every place, but queries and the MLP only where its output is read: at about 200 of 1320 places in a
+        reconstruction.
         """
         llm = self.llm.model
         rope = llm.rotary_emb(embeddings, torch.arange(embeddings.shape[1], device=embeddings.device)[None])
-        cos, sin = (table[0] for table in rope)                                                             # [T, D/heads]
+        cos, sin = (table[0] for table in rope)                                                           # [T, D/heads]
         x = embeddings
         for layer in llm.layers[:-1]:
             x = layer(x, attention_mask=None, position_embeddings=rope)
@@ -510,7 +518,7 @@ class Harmon(nn.Module):
         k, v = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
         q = q * cos[rows][:, None] + rotate_half(q) * sin[rows][:, None]
         k = k * cos + rotate_half(k) * sin
-        k, v = (y.repeat_interleave(attention.num_key_value_groups, dim=1) for y in (k, v))     # heads share keys and values
+        k, v = (y.repeat_interleave(attention.num_key_value_groups, dim=1) for y in (k, v))    # shared by several heads
         earlier = torch.arange(x.shape[1], device=x.device) <= rows[..., None]                              # [B, R, T]
         attended = F.scaled_dot_product_attention(q, k, v, attn_mask=earlier[:, None])
         x = take(x, rows) + attention.o_proj(attended.transpose(1, 2).flatten(2))
@@ -529,8 +537,9 @@ class Harmon(nn.Module):
                 a folder or a file         what save_pretrained wrote, or any of the above
                 "owner/name:F", "DIR:F"    one weights file where there are several
                 "tiny"                     random weights, no files
-        Weights are .pth, .bin or .safetensors, whole or in shards, with or without the VAE (`vae.*`). Where there is no VAE the
-        released kl16.ckpt is fetched, and where there is no tokenizer that of Qwen2.5. InputError where something does not fit.
+        Weights are .pth, .bin or .safetensors, whole or in shards, with or without the VAE (`vae.*`). Where there is
+        no VAE the released kl16.ckpt is fetched, and where there is no tokenizer that of Qwen2.5. InputError where
+        something does not fit.
         """
         source = str(source)
         if source == "tiny":
@@ -543,15 +552,16 @@ class Harmon(nn.Module):
         state = read_weights(folder, file)
         vae = {key.removeprefix("vae."): state.pop(key) for key in list(state) if key.startswith("vae.")}
         if not vae:
-            local = (folder / "kl16.ckpt").is_file()
-            vae = common.load_state((folder if local else common.hub_folder("wusize/harmon", ["kl16.ckpt"])) / "kl16.ckpt")
+            found = (folder / "kl16.ckpt").is_file()
+            vae_folder = folder if found else common.hub_folder("wusize/harmon", ["kl16.ckpt"])
+            vae = common.load_state(vae_folder / "kl16.ckpt")
         model = cls.from_states(read_config(folder, state), state, vae, str(folder))
         model.tokenizer = find_tokenizer(folder, model.config)
         return model.to(device, dtype).eval()
 
     @classmethod
     def random(cls, name, device="cpu"):
-        """Random weights at one of the sizes in CONFIGS, made on the device, and a stand-in tokenizer: for tiny and --bench."""
+        """Random weights at a size in CONFIGS, made on the device, and a stand-in tokenizer: for tiny and --bench."""
         if name not in CONFIGS:
             raise InputError(f"no such size: {name} (there are {', '.join(CONFIGS)})")
         tokenizer = common.tiny_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
@@ -563,23 +573,24 @@ class Harmon(nn.Module):
 
     @classmethod
     def from_states(cls, config, state, vae, name="checkpoint"):
-        """A model from the dict of a harmon_*.pth and that of kl16.ckpt. Strict: InputError names missing and unexpected keys."""
+        """A model from the dicts of harmon_*.pth and kl16.ckpt. Strict: InputError names missing and unexpected keys."""
         with torch.device("meta"):                          # shapes only: no time and no memory for random weights
             model = cls(config)
         state = dict(state)
         head, embedding = state.get("llm.lm_head.weight"), state.get("llm.model.embed_tokens.weight")
         if config.tied_head and embedding is not None:      # the tied head may be listed or not
             if head is not None and not torch.equal(head, embedding):
-                raise InputError(f"{name}: llm.lm_head.weight must equal llm.model.embed_tokens.weight, to which it is tied")
+                raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs from it")
             state["llm.lm_head.weight"] = embedding
         # kl16.ckpt may hold more than the VAE (the original loads it non-strictly); what is the VAE's must be complete.
-        vae = {k: v for k, v in vae.items() if k.split(".")[0] in ("encoder", "decoder", "quant_conv", "post_quant_conv")}
+        vae = {k: v for k, v in vae.items() if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
         for what, own, given in ((name, model.released_state(), state), (f"the VAE of {name}", model.vae_state(), vae)):
             missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
             wrong = sorted(k for k in own.keys() & given.keys() if own[k].shape != given[k].shape)
             for problem, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", wrong)):
                 if keys:
-                    raise InputError(f"{what} {problem} {len(keys)} keys: {', '.join(keys[:4])}{' ...' * (len(keys) > 4)}")
+                    more = " ..." * (len(keys) > 4)
+                    raise InputError(f"{what} {problem} {len(keys)} keys: {', '.join(keys[:4])}{more}")
         shapes = {key: value.shape for key, value in model.vae.state_dict().items()}
         state.update({"vae." + key: vae[kl16].reshape(shapes[key]) for key, kl16 in kl16_names(model.vae).items()})
         # clone: the tensors of a torch file are a map of the file, which may be replaced while the model lives.
@@ -598,11 +609,12 @@ class Harmon(nn.Module):
                 for key, name in kl16_names(self.vae).items()}
 
     def save_pretrained(self, folder):
-        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, and beside them a config.json and the tokenizer, so
-        that from_pretrained(folder) needs nothing else."""
+        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, and beside them a config.json and
+        the tokenizer, so that from_pretrained(folder) needs nothing else."""
         folder = Path(folder)
-        for file, state in ((f"{self.config.name}.pth", self.released_state()), ("kl16.ckpt", {"model": self.vae_state()})):
-            with common.atomic(folder / file) as path, open(path, "wb") as stream:   # into a stream: torch would store the path
+        files = {f"{self.config.name}.pth": self.released_state(), "kl16.ckpt": {"model": self.vae_state()}}
+        for file, state in files.items():
+            with common.atomic(folder / file) as path, open(path, "wb") as stream:     # not to the path: torch would store it
                 torch.save(state, stream)
         with common.atomic(folder / "config.json") as path:
             path.write_text(json.dumps({"reca_harmon": asdict(self.config)}, indent=1) + "\n")
@@ -612,14 +624,16 @@ class Harmon(nn.Module):
     # ==================================================================================================
     # 4. The embedding-conditioned prompt
     # ==================================================================================================
-    # The heart of RecA: the model's own embeddings of an image stand where a caption would, in the chat template in which it learned
-    # to describe images, and the image that is to come follows.
+    # The heart of RecA: the model's own embeddings of an image stand where a caption would, in the chat template in
+    # which it learned to describe images, and the image that is to come follows.
     #
-    #   <|im_start|>user \n\n [N image, E buffer] Describe the image in detail. <|im_end|> \n <|im_start|>assistant \n [V visible, E buffer]
+    #   <|im_start|>user \n\n [image, buffer] Describe the image in detail.<|im_end|> \n
+    #   <|im_start|>assistant \n [visible tokens, buffer]
 
     def set_und(self, size=None, blur=None):
-        """The paper's ablations: the image is given to the understanding pass at size x size (a multiple of 16; the paper, section 3,
-        keeps it small so that meaning and not detail is passed on), or blurred by a factor (F.2). What is reconstructed stays sharp."""
+        """The paper's ablations: the image is given to the understanding pass at size x size (a multiple of 16; the
+        paper, section 3, keeps it small so that meaning and not detail is passed on), or blurred by a factor (F.2).
+        What is reconstructed stays sharp."""
         if size and size % self.stride:
             raise InputError(f"--und-size must be a multiple of {self.stride}")
         self.und_size, self.blur = size, blur
@@ -649,9 +663,9 @@ class Harmon(nn.Module):
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """Preprocessed images -> what the frozen VAE makes of each: {"latents": float32 [h, w, C]}, h = w = S/16, and in the
-        ablations "und_latents", those of what is given to the understanding pass."""
-        pixels = torch.stack([sample["pixels"] for sample in samples]).to(self.device)                      # [B, 3, S, S]
+        """Preprocessed images -> what the frozen VAE makes of each: {"latents": float32 [h, w, C]}, h = w = S/16, and
+        in the ablations "und_latents", those of what is given to the understanding pass."""
+        pixels = torch.stack([sample["pixels"] for sample in samples]).to(self.device)                    # [B, 3, S, S]
         features = {"latents": self.encode_pixels(pixels)}
         if task == "recon" and (self.und_size or self.blur):
             pixels = common.blur(pixels, self.blur) if self.blur else pixels
@@ -662,7 +676,7 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def encode_pixels(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> latents [B, h, w, C]: the mean of the posterior, never a sample, scaled."""
-        mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean                                  # [B, C, h, w]
+        mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean                                # [B, C, h, w]
         return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
 
     @torch.no_grad()
@@ -673,13 +687,14 @@ class Harmon(nn.Module):
     def understand(self, features):
         """Understanding embeddings: B dicts of `encode` -> [B, K, D], K = N + E.
 
-        MAR's encoder on the whole image. It has the buffer first; the language model gets it last, where causal attention lets the
-        buffer see the image. Gradients that come back from any loss are multiplied by grad_scale, so that the understanding pass
-        changes slowly; the values, and the generation pass through the same encoder, are not scaled.
+        MAR's encoder on the whole image. It has the buffer first; the language model gets it last, where causal
+        attention lets the buffer see the image. Gradients that come back from any loss are multiplied by grad_scale,
+        so that the understanding pass changes slowly; the values, and the generation pass through the same encoder,
+        are not scaled.
         """
         latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])
         _, h, w, _ = latents.shape
-        x = self.proj_in(self.mar.encode(latents.flatten(1, 2), (h, w)))                                    # [B, E+N, D]
+        x = self.proj_in(self.mar.encode(latents.flatten(1, 2), (h, w)))                                   # [B, E+N, D]
         if x.requires_grad:
             x.register_hook(lambda gradient: gradient * self.config.grad_scale)
         return x.roll(-self.config.buffer_size, dims=1)
@@ -691,9 +706,9 @@ class Harmon(nn.Module):
         image [B, K, D] or None, generated [B, G, D] or None
         -> embeddings [B, T, D], length [B] without the padding, places [B, L] of the ids in the sequence
 
-        The original leaves the padding between prompt and generated tokens, masks it, and has positions skip it. Here it moves to
-        the end of the row: positions are plainly 0, 1, 2 ..., and no mask is needed, as causal attention does not look ahead. What is
-        computed for the tokens is the same.
+        The original leaves the padding between prompt and generated tokens, masks it, and has positions skip it. Here
+        it moves to the end of the row: positions are plainly 0, 1, 2 ..., and no mask is needed, as causal attention
+        does not look ahead. What is computed for the tokens is the same.
         """
         B, L = ids.shape
         K, G = (0 if x is None else x.shape[1] for x in (image, generated))
@@ -710,7 +725,8 @@ class Harmon(nn.Module):
         if G:
             start = (length - G)[:, None]
             parts, targets = [*parts, generated], [*targets, start + torch.arange(G, device=ids.device)]
-        # The targets of a row are a permutation; its inverse says what stands at each place. (The marker's is T, which is cut off.)
+        # The targets of a row are a permutation; its inverse says what stands at each place. (The marker's is T,
+        # which is cut off.)
         source = torch.cat(targets, dim=1).argsort(dim=1)[:, :T]
         return take(torch.cat(parts, dim=1), source), length, places
 
@@ -722,8 +738,9 @@ class Harmon(nn.Module):
     def recon_prompt(self, template):
         """The ids of RecA's prompt, with the marker.
 
-        Two newlines before the image, one id for Qwen, as in the original's training data. Its other prompts (and its demo) have one:
-        it looks like an accident, but the released RecA models were trained so, and it is followed here in training and use.
+        Two newlines before the image, one id for Qwen, as in the original's training data. Its other prompts (and its
+        demo) have one: it looks like an accident, but the released RecA models were trained so, and it is followed
+        here in training and use.
         """
         return (self.tokens(USER + "\n") + [IMAGE_MARKER] + self.tokens(template + END))[:128]
 
@@ -733,15 +750,16 @@ class Harmon(nn.Module):
 
     def t2i_prompt(self, caption=None):
         """Text to image; without a caption, what guidance moves away from."""
-        return self.tokens(USER + ("Generate an image." if caption is None else f"Generate an image: {caption.strip()}") + END)[:1024]
+        text = "Generate an image." if caption is None else f"Generate an image: {caption.strip()}"
+        return self.tokens(USER + text + END)[:1024]
 
     def question(self, text):
         """The first turn of a conversation: the image, a newline, the question."""
         return self.tokens(USER) + [IMAGE_MARKER] + self.tokens("\n" + text + END)
 
     def conversation(self, turns):
-        """[(question, answer), ...] -> ids, labels. Labels are the answers, each with the end of its turn; the newline between turns
-        is none. At most 1472 ids, as in the original."""
+        """[(question, answer), ...] -> ids, labels. Labels are the answers, each with the end of its turn; the newline
+        between turns is none. At most 1472 ids, as in the original."""
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
             asked = self.tokens(USER + question + END) if i else self.question(question)
@@ -775,7 +793,8 @@ class Harmon(nn.Module):
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image: supervised fine-tuning, and RecA mixed with it. In RecA itself lambda_t2i = 0.
 
-        A tenth of the captions is dropped, to train what guidance moves away from. Arguments and result as in recon_loss.
+        A tenth of the captions is dropped, to train what guidance moves away from. Arguments and result as in
+        recon_loss.
         """
         draws = draws or self.generation_draws(features, rng)
         rows = [self.t2i_prompt(None if drop else caption) for drop, caption in zip(draws["drop"].tolist(), captions)]
@@ -793,13 +812,14 @@ class Harmon(nn.Module):
         return self._i2t_loss_from_ids(features, ids, mask, labels)
 
     def generation_draws(self, features, rng=None):
-        """All random draws of recon_loss or t2i_loss on B images. But for num_masked, an image's do not depend on its batch.
+        """All random draws of recon_loss or t2i_loss on B images. But for num_masked, an image's do not depend on its
+        batch.
 
         drop [B]                whether the text is dropped, one in ten
         orders [B, N]           a permutation of the tokens; the first num_masked of it are masked
-        num_masked              N times a ratio, rounded up. One ratio for the batch, so that the visible tokens of all images fit into one
-                                tensor: normal(1, 0.25) truncated to [0.7, 1], by the inverse of the distribution function
-        t [4*B*N], noise [4*B*N, C]   for all tokens, also those not masked. Row r belongs to repeat r // (B*N) and to
+        num_masked              N times a ratio, rounded up. The ratio is normal(1, 0.25) truncated to [0.7, 1], one for the
+                                batch, so that the visible tokens of all its images fit into one tensor
+        t [4*B*N], noise [4*B*N, C]    of all tokens, also those not masked. Row r belongs to repeat r // (B*N) and to
                                 image and token divmod(r % (B*N), N)
         """
         rng = rng or Rng.fresh(len(features))
@@ -819,7 +839,8 @@ class Harmon(nn.Module):
         return self._generation_loss(features, ids, mask, draws, None)
 
     def _generation_loss(self, features, ids, mask, draws, image):
-        """The masked part of the images, given their visible part and prompts. image [B, K, D] for the markers in ids, or None."""
+        """The masked part of the images, given their visible part and prompts. image [B, K, D] for the markers in ids,
+        or None."""
         latents = torch.stack([f["latents"] for f in features])
         B, h, w, C = latents.shape
         N, repeats, M = h * w, self.config.diffusion_repeats, int(draws["num_masked"].flatten()[0])
@@ -836,28 +857,31 @@ class Harmon(nn.Module):
         hidden = self.hidden_states(embeddings, rows).roll(E, dims=1)                   # buffer first again
         z = self.mar.decode(u + self.proj_out(hidden), (h, w), visible)                 # [B, N, Dd]
 
-        # The original evaluates the diffusion head for all tokens and multiplies those that were visible by zero. Here they are
-        # left out, with the same result. Each token is noised `repeats` times.
+        # The original evaluates the diffusion head for all tokens and multiplies those that were visible by zero.
+        # Here they are left out, with the same result. Each token is noised `repeats` times.
         t = draws["t"].view(repeats, B, N).gather(2, masked.expand(repeats, B, M)).flatten()                # [4*B*M]
         noise = take(draws["noise"].view(repeats * B, N, C), masked.repeat(repeats, 1)).flatten(0, 1)       # [4*B*M, C]
         masked = masked.to(self.device)
-        x_0, z = (take(x, masked).flatten(0, 1).repeat(repeats, 1) for x in (latents, z))                   # [4*B*M, C or Dd]
+        x_0, z = (take(x, masked).flatten(0, 1).repeat(repeats, 1) for x in (latents, z))             # [4*B*M, C or Dd]
         mse, vb = diffusion_terms(self.mar.diffloss["net"], x_0, z, t.to(self.device), noise.to(self.device))
         return global_mean((mse + vb).sum(), mse.numel())
 
     def _i2t_loss_from_ids(self, features, ids, mask, labels):
         embeddings, _, places = self.assemble(ids, mask, self.understand(features))
-        # A label is predicted one place before its own. The rows of an image with fewer labels are filled up and dropped again.
+        # A label is predicted one place before its own. The rows of an image with fewer labels are filled up and
+        # dropped again.
         wanted = (labels != IGNORED) & mask
-        first = (~wanted).long().argsort(dim=1, stable=True)[:, :max(1, int(wanted.sum(1).max()))]          # [B, R] of the L
+        first = (~wanted).long().argsort(dim=1, stable=True)[:, :max(1, int(wanted.sum(1).max()))]     # [B, R] of the L
         valid, rows = wanted.gather(1, first), (places.gather(1, first) - 1).clamp(min=0)                   # [B, R]
-        hidden, labels = self.hidden_states(embeddings, rows)[valid], labels.gather(1, first)[valid]        # [labels, D], [labels]
+        hidden, labels = self.hidden_states(embeddings, rows)[valid], labels.gather(1, first)[valid]      # [labels, D]
 
         def cross_entropy(hidden, labels):
             return F.cross_entropy(self.llm.lm_head(hidden).float(), labels, reduction="sum")
 
-        # 151936 logits a label are the largest tensor of the step: made for 1024 labels at a time, and again in the backward.
-        total = sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in zip(hidden.split(1024), labels.split(1024)))
+        # 151936 logits a label are the largest tensor of the step: made for 1024 labels at a time, and again in the
+        # backward.
+        parts = zip(hidden.split(1024), labels.split(1024))
+        total = sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts)
         return global_mean(total, valid.sum())
 
     # ==================================================================================================
@@ -879,9 +903,11 @@ class Harmon(nn.Module):
 
     @inference
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, **settings):
-        """Image to image: PIL images -> PIL images painted from nothing but their understanding embeddings. Settings as in generate.
+        """Image to image: PIL images -> PIL images painted from nothing but their understanding embeddings. Settings
+        as in generate.
 
-        All tokens start masked. Guidance moves away from "Generate an image." without the image, as in the original's demo.
+        All tokens start masked. Guidance moves away from "Generate an image." without the image, as in the original's
+        demo.
         """
         templates = templates or [common.SEED_TEMPLATE] * len(images)
         features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
@@ -910,13 +936,15 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def sample(self, branches, num_steps=64, guidance_scale=3.0, guidance_schedule="constant", temperature=1.0, seed=0,
                draws=None, progress=False):
-        """MAR's sampler: branches [(embeddings [n, T, D], length [n])] of n prompts and of n unconditional ones -> latents [n, h, w, C].
+        """MAR's sampler: branches [(embeddings [n, T, D], length [n])] of n prompts and of n unconditional ones ->
+        latents [n, h, w, C].
 
-        Every step predicts a condition for all places from what is there, and the diffusion head paints the next tokens of a random
-        order: few at first, N cos(pi/2 k/num_steps) are still masked after k steps.
+        Every step predicts a condition for all places from what is there, and the diffusion head paints the next
+        tokens of a random order: few at first, N cos(pi/2 k/num_steps) are still masked after k steps.
 
-        draws: "orders" [n, N], "iter{k}.init_noise" [n*P, C], "iter{k}.step_noise" [diffusion steps, n*P, C], noisiest first. Rows
-        beyond these are ignored: the original draws for the unconditional half too, and drops what it paints there.
+        draws: "orders" [n, N], "iter{k}.init_noise" [n*P, C], "iter{k}.step_noise" [diffusion steps, n*P, C], noisiest
+        first. Rows beyond these are ignored: the original draws for the unconditional half too, and drops what it
+        paints there.
         """
         c = self.config
         branches = branches[:1] if guidance_scale == 1 else branches
@@ -925,8 +953,8 @@ class Harmon(nn.Module):
         rng = Rng(0, "sample", positions=[seed + i for i in range(n)] if isinstance(seed, int) else seed)
         orders = (rng.permutation(N) if draws is None else draws["orders"][:n]).to(self.device)
 
-        # Keys and values of the prompts, once. Here padding stays between a prompt and its tokens, since a cache has one length:
-        # the tokens are masked from it, and count their positions from their prompt's own end.
+        # Keys and values of the prompts, once. Here padding stays between a prompt and its tokens, since a cache has
+        # one length: the tokens are masked from it, and count their positions from their prompt's own end.
         T = max(embeddings.shape[1] for embeddings, _ in branches)
         prompts = torch.cat([F.pad(embeddings, (0, 0, 0, T - embeddings.shape[1])) for embeddings, _ in branches])
         length = torch.cat([length for _, length in branches])[:, None]                                     # [B*n, 1]
@@ -938,15 +966,15 @@ class Harmon(nn.Module):
         for k in tqdm(range(num_steps), disable=not progress, leave=False):
             planned = max(1, min(left - 1, math.floor(N * math.cos(math.pi / 2 * (k + 1) / num_steps))))
             following = 0 if k == num_steps - 1 else planned
-            if following == left:                                       # more steps than tokens: this one has nothing to do
+            if following == left:                                   # more steps than tokens: this one has nothing to do
                 continue
             visible = orders[:, left:].sort(dim=1).values                                                   # [n, V]
             now = orders[:, following:left].sort(dim=1).values                                              # [n, P]
             left, P = following, now.shape[1]
 
             # Both branches see the same tokens, so the encoder runs once for both.
-            u = self.mar.encode(latents, grid, visible)                                                     # [n, E+V, De]
-            generated = self.proj_in(u).roll(-E, dims=1).repeat(B, 1, 1)                                    # [B*n, G, D]
+            u = self.mar.encode(latents, grid, visible)                                                   # [n, E+V, De]
+            generated = self.proj_in(u).roll(-E, dims=1).repeat(B, 1, 1)                                   # [B*n, G, D]
             G = generated.shape[1]
             hidden = self.llm.model(
                 inputs_embeds=generated, past_key_values=cache, use_cache=True,
@@ -954,11 +982,11 @@ class Harmon(nn.Module):
                 position_ids=length + torch.arange(G, device=self.device)).last_hidden_state.roll(E, dims=1)
             cache.crop(-G)                                              # forget the tokens, keep the prompt
             z = self.mar.decode(u.repeat(B, 1, 1) + self.proj_out(hidden), grid, visible.repeat(B, 1))
-            z = take(z, now.repeat(B, 1)).flatten(0, 1)                                                     # [B*n*P, Dd]
+            z = take(z, now.repeat(B, 1)).flatten(0, 1)                                                    # [B*n*P, Dd]
 
             if draws is None:
                 first = rng.normal(P, c.latent_channels).flatten(0, 1)                                      # [n*P, C]
-                later = rng.normal(c.diffusion_steps, P, c.latent_channels).transpose(0, 1).flatten(1, 2)   # [., n*P, C]
+                later = rng.normal(c.diffusion_steps, P, c.latent_channels).transpose(0, 1).flatten(1, 2)  # [., n*P, C]
             else:
                 first, later = draws[f"iter{k}.init_noise"], draws[f"iter{k}.step_noise"][:, :n * P]
             scale = 1 + (guidance_scale - 1) * (N - planned) / N if guidance_schedule == "linear" else guidance_scale
@@ -967,7 +995,8 @@ class Harmon(nn.Module):
         return latents.unflatten(1, grid)
 
     def paint(self, z, guidance_scale, temperature, first, later):
-        """The diffusion head's sampler. z [rows, Dd], or with guidance [2 rows, Dd]; first [rows, C] and later [steps, rows, C]: noise
+        """The diffusion head's sampler. z [rows, Dd], or with guidance [2 rows, Dd]; first [rows, C] and later [steps,
+        rows, C]: noise
         -> tokens [rows, C]. Guidance acts on the predicted noise; the variance is the conditional branch's."""
         steps, (rows, C) = len(later), first.shape
         tables = diffusion_schedule(steps, first.device)
@@ -991,54 +1020,60 @@ SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special
 
 
 def read_weights(folder, file):
-    """The state dict in a folder: of the named file, or of the only checkpoint there is (shards through their index)."""
+    """The state dict in a folder: of the named file, or of the only checkpoint there is (shards through their
+    index)."""
     for pattern in [file] if file else ("*.index.json", "*.pth", "*.safetensors", "*.bin"):
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            raise InputError(f"{folder} holds several checkpoints ({', '.join(f.name for f in found[:4])}): name one, {folder}:FILE")
+            names = ", ".join(path.name for path in found[:4])
+            raise InputError(f"{folder} holds several checkpoints ({names}): name one as {folder}:FILE")
         if found:
             return common.load_state(found[0])
     raise InputError(f"{folder} holds no {file or 'checkpoint (harmon_*.pth, *.safetensors or *.bin)'}")
 
 
 def read_config(folder, state):
-    """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes, but are known for the
-    released widths. The config.json of other repositories is not read: its keys are not known.)"""
+    """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes, but are
+    known for the released widths. The config.json of other repositories is not read: its keys are not known.)"""
     path = folder / "config.json"
     settings = common.read_json(path).get("reca_harmon") if path.is_file() else None
     if settings:
         try:
-            return HarmonConfig(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
-        except TypeError as error:
+            return HarmonConfig(**{**settings, "vae_mult": tuple(settings["vae_mult"])})
+        except (TypeError, KeyError) as error:
             raise InputError(f"{path}: {error}") from error
     widths = [state[key].shape[1] if key in state else None for key in ("proj_in.2.weight", "mar.fake_latent")]
     for config in CONFIGS.values():
         if widths == [config.llm_width, config.encoder_width] and config.name != "harmon_tiny":
             return config
-    raise InputError(f"{folder} is no released Harmon (widths of language model and MAR: {widths}), and has no config.json of ours")
+    raise InputError(f"{folder} is no released Harmon (widths {widths}) and has no config.json of ours: cannot tell its sizes")
 
 
 def find_tokenizer(folder, config):
-    """The tokenizer in the folder, else that of the released sizes' language model. Other sizes do without: they take ids only."""
+    """The tokenizer in the folder, else that of the released sizes' language model. Other sizes do without: they take
+    ids only."""
     if not (folder / "tokenizer_config.json").is_file():
         source = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}.get(config.llm_width)
         if source is None:
             return None
         folder = common.hub_folder(source, SMALL_FILES)
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for origin in ("is_local", "local_files_only"):         # where it came from is nothing that save_pretrained should write
+        tokenizer.init_kwargs.pop(origin, None)
+    return tokenizer
 
 
 def kl16_names(vae):
-    """{name in diffusers' AutoencoderKL: name in kl16.ckpt}. They differ in names only, and in that kl16.ckpt counts the decoder's
-    levels from the finest and diffusers from the coarsest."""
+    """{name in diffusers' AutoencoderKL: name in kl16.ckpt}. They differ in names only, and in that kl16.ckpt counts
+    the decoder's levels from the finest and diffusers from the coarsest."""
     levels, names = len(vae.config.block_out_channels), {}
     for key in vae.state_dict():
         name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
         for diffusers, kl16 in (
-                ("mid_block.attentions.0", "mid.attn_1"), ("down_blocks", "down"), ("resnets", "block"), ("attentions", "attn"),
-                ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"), ("conv_shortcut", "nin_shortcut"),
-                ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
+                ("mid_block.attentions.0", "mid.attn_1"), ("down_blocks", "down"), ("resnets", "block"),
+                ("attentions", "attn"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
+                ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
                 ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
             name = name.replace(diffusers, kl16)
         names[key] = name
