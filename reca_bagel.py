@@ -39,18 +39,25 @@ M ViT patches, L text ids, N latent tokens of an image, C channels of a latent t
 import copy
 import json
 import math
-from dataclasses import asdict, dataclass, fields
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoTokenizer, Qwen2Config, SiglipVisionConfig
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
@@ -128,17 +135,32 @@ TINY = BagelConfig(
 @dataclass
 class Recipe:
     """Table 8 of the paper. The public run: 6 GPUs, packs of about 8 images of 1024 px each, 1000 updates, *all of them warm-up*: the
-    learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). We keep that, it is what was published."""
+    learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). We keep that, it is what was published.
+
+    One step here is one update there, given 6 GPUs (torchrun --nproc-per-node 6). On one GPU the same run is --accum 6 --steps 6000.
+    The original keeps an average of the weights (EMA 0.9999), whose README advises against using it: after 1000 updates 90% of it is
+    still the old model. There is none here.
+    """
     lr: float = 4e-5
     betas: tuple = (0.9, 0.95)
     eps: float = 1e-15
     weight_decay: float = 0.0
     clip: float = 1.0
     warmup: int = 1000
+    horizon: int = 0                    # constant after the warm-up
     steps: int = 1000
+    batch: int = 8
+    accum: int = 1
+    lambda_recon: float = 1.0
+    lambda_i2t: float = 0.0             # the understanding expert is frozen: there is nothing to hold on to
+    lambda_t2i: float = 0.0
     und_size: int = 224
-    text_dropout: float = 0.1           # the template is left out for one image in ten; the picture never is
-    timestep_shift: float = 1.0         # in training; 3.0 when sampling
+
+
+DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
+RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32, und_size=32)}
+TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
+TIMESTEP_SHIFT = 1.0                    # in training; 3.0 when sampling
 
 
 # ======================================================================================================
@@ -326,7 +348,7 @@ def groups(shapes, layers):
 
 # ---- files of the release ------------------------------------------------------------------------------------------------
 
-BASE = "ByteDance-Seed/BAGEL-7B-MoT"
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
@@ -419,6 +441,8 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 class Bagel(nn.Module):
     """BAGEL with the names of the released checkpoint: state_dict() without `vae.` has the 1223 keys of ema.safetensors."""
 
+    condition = "vit"               # what RecA conditions on; "vae" is the paper's Table 7 (set for the whole class by --condition)
+
     def __init__(self, config=BagelConfig()):
         super().__init__()
         c = self.config = config
@@ -449,8 +473,8 @@ class Bagel(nn.Module):
                                  down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages,
                                  latent_channels=c.vae_z_channels, use_quant_conv=False, use_post_quant_conv=False)
         # what a run may change
-        self.tokenizer, self.condition, self.und_size = None, "vit", min(Recipe.und_size, c.vit_limits[0])
-        self.text_dropout, self.timestep_shift, self.blur = Recipe.text_dropout, Recipe.timestep_shift, 0
+        self.tokenizer, self.und_size = None, min(Recipe.und_size, c.vit_limits[0])
+        self.text_dropout, self.timestep_shift, self.blur = TEXT_DROPOUT, TIMESTEP_SHIFT, 0
         self.freeze()
 
     def freeze(self, train_und=False):
@@ -630,17 +654,14 @@ class Bagel(nn.Module):
         """
         device = torch.device(device)
         if source == "tiny":
-            model = cls(copy.deepcopy(TINY)).to(device, dtype)
-            model.tokenizer = common.tiny_tokenizer(("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>"))
-            model._take_ids()
-            return model
+            return cls.random(source, device, dtype)
         frozen_dtype = frozen_dtype or (torch.bfloat16 if device.type == "cuda" else dtype)
         folder = base = common.hub_folder(source, ["*.json", "*.txt", "ema.safetensors", "ae.safetensors", "model_bf16.safetensors"])
         weights = next((folder / n for n in ("ema.safetensors", "model_bf16.safetensors", "model.safetensors") if (folder / n).exists()), None)
         if weights is None:
             raise common.InputError(f"{folder} holds no ema.safetensors (nor model_bf16.safetensors): not a BAGEL checkpoint")
         if not (folder / "llm_config.json").exists():             # BAGEL-RecA publishes its weights only; the rest is the base model's
-            base = common.hub_folder(BASE, ["*.json", "*.txt", "ae.safetensors"])
+            base = common.hub_folder(DEFAULT, ["*.json", "*.txt", "ae.safetensors"])
         with torch.device("meta"):
             model = cls(read_config(base))
         model.freeze()
@@ -653,6 +674,32 @@ class Bagel(nn.Module):
         if (base / "tokenizer_config.json").exists() or (base / "tokenizer.json").exists():
             model.tokenizer = AutoTokenizer.from_pretrained(base)
             model._take_ids()
+        return model.eval()
+
+    @classmethod
+    def random(cls, name, device="cpu", dtype=None):
+        """The model with random weights, built on the device (for `tiny`, and for --bench, which downloads nothing). Any name but "tiny"
+        means the released sizes; dtype: of the trained weights, default float32; the frozen ones are bf16 on a GPU."""
+        device = torch.device(device)
+        tokenizer = common.tiny_tokenizer(MARKERS)
+        config = replace(TINY, vocab_size=len(tokenizer)) if name == "tiny" else BagelConfig()
+        with torch.device("meta"):
+            model = cls(config)
+        for parameter in model.parameters():
+            exact = parameter.requires_grad or device.type != "cuda"
+            parameter.data = parameter.data.to((dtype or torch.float32) if exact else torch.bfloat16)
+        model.to_empty(device=device)
+        for key, parameter in model.named_parameters():
+            if key.endswith("bias") or key == "llm2vae.weight":                    # the latter as the original starts its pretraining
+                nn.init.zeros_(parameter)
+            elif parameter.dim() == 1:                                             # norms
+                nn.init.ones_(parameter)
+            else:
+                nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+        for table in (model.latent_pos_embed, model.vit_pos_embed):
+            table.fill(device)
+        model.tokenizer = tokenizer
+        model._take_ids()
         return model.eval()
 
     def _read(self, path, names, dtype, device, optional=()):
@@ -684,9 +731,8 @@ class Bagel(nn.Module):
             parameter.requires_grad_(name not in frozen)
 
     def _take_ids(self):
-        for field, token in (("bos_token_id", "<|im_start|>"), ("eos_token_id", "<|im_end|>"),
-                             ("start_of_image", "<|vision_start|>"), ("end_of_image", "<|vision_end|>")):
-            setattr(self.config, field, self.tokenizer.convert_tokens_to_ids(token))
+        for name, token in zip(("bos_token_id", "eos_token_id", "start_of_image", "end_of_image"), MARKERS):
+            setattr(self.config, name, self.tokenizer.convert_tokens_to_ids(token))
 
     def save_pretrained(self, folder, dtype=None):
         """Writes the released layout: ema.safetensors (with the two tables), ae.safetensors (FLUX names), configs, tokenizer.
@@ -729,12 +775,12 @@ class Bagel(nn.Module):
         """PIL RGB (None: a text without image) -> {"vit": [3, h, w], "vae": [3, H, W]} in [-1, 1], as far as the task needs them.
 
         recon: the ViT sees the photo at und_size, the VAE at 512 to 1024; t2i: VAE only; i2t: ViT only, at 224 to 980. Sizes follow the
-        photo, nothing is cropped, so rng is not used.
+        photo, nothing is cropped, so rng is not used. (recon takes both even with condition = "vae": the cache serves either.)
         """
         c, pixels = self.config, {}
         if image is None:
             return pixels
-        if task == "i2t" or task == "recon" and self.condition == "vit":
+        if task != "t2i":
             limits = (self.und_size, self.und_size) if task == "recon" else c.vit_limits
             pixels["vit"] = common.to_tensor(self._resized(image, limits, c.vit_patch_size))
             if self.blur > 1 and task == "recon":
@@ -965,7 +1011,7 @@ class Bagel(nn.Module):
         size: of the output, default the VAE's size for the photo. The settings are the notebook's, whose ViT sees more (518 px) than in training.
         """
         samples = [self.preprocess(image, "recon") for image in images]
-        features = self.encode(samples, "recon")
+        features = self.encode([{self.condition: s[self.condition]} for s in samples], "recon")
         texts = templates or [common.SEED_TEMPLATE] * len(images)
         grids = [self._target_grid(size or tuple(s["vae"].shape[1:])) for s in samples]
         return self._from_images(features, [self._text_ids(t) for t in texts], grids, self.condition == "vae", self.condition == "vit", seed, draws,
@@ -1036,3 +1082,327 @@ class Bagel(nn.Module):
                 if not ended:
                     answer.append(token)
         return answers
+
+
+# ======================================================================================================
+# 7. main()
+# ======================================================================================================
+# Where the bytes go when one 80 GB card (79.6 GiB = 85.5 GB) trains 6.54 billion weights beside 8.07 frozen billions:
+#
+#                                        float32 AdamW     bf16, stochastic rounding (StochasticAdamW)
+#     frozen weights, bf16                   16.3 GB            16.3 GB      (VAE included)
+#     trained weights                        26.2 GB            13.1 GB      (float32 masters / bf16, no masters)
+#     their bf16 copies for autocast         13.1 GB               -
+#     gradients                              26.2 GB            13.1 GB
+#     first and second moments               52.3 GB            26.2 GB
+#     sum                                   134.1 GB            68.7 GB
+#     an image of 1024 px, checkpointing    + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
+#     one layer while it is recomputed    + ~1.5 GB an image at a time of a batch: queries to MLP, forward and backward
+#
+# The original holds float32 masters, gradients, two moments and an average for the 7.1 billion parameters that cannot move, too: 283 GB
+# over its group of GPUs. Sharded over n GPUs (FSDP2) everything but the frozen 3 GB outside the decoder layers is divided by n: float32
+# AdamW then needs 8 cards of 40 GB, or 2 of 80 GB.
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 weights without float32 masters: arithmetic in float32, weights and both moments stored in bf16 with stochastic rounding.
+
+    bf16 keeps 8 bits: an update below 1/256 of a weight would be lost by rounding to nearest, at every step, and 4e-5 against weights
+    of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut off, is right in the mean: a weight
+    moves one time in a hundred by a hundred times the update. For the moments it keeps small gradients alive beside large ones in
+    the same way. Draws follow from (seed, update, rank), so a resumed run draws what the uninterrupted one would have drawn.
+
+    tests/test_bagel.py shows the loss curve within the noise of float32 AdamW.
+    """
+
+    def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
+        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0})
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        generators = {}
+        for group in self.param_groups:
+            group["updates"] += 1
+            (beta1, beta2), n = group["betas"], group["updates"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                # Sharded weights are DTensors; everything here is elementwise, so each rank works on its own part.
+                weight, grad, m, v = (t.to_local() if isinstance(t, DTensor) else t for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                if weight.device not in generators:
+                    generators[weight.device] = torch.Generator(weight.device).manual_seed(
+                        common.stable_seed(self.seed, "rounding", n, common.world()[0]))
+                grad = grad.float()
+                first = m.float().lerp_(grad, 1 - beta1)
+                second = v.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                step = first / (1 - beta1 ** n) / ((second / (1 - beta2 ** n)).sqrt_().add_(group["eps"]))
+                new = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+                for target, value in ((weight, new), (m, first), (v, second)):
+                    self._store(target, value, generators[weight.device])
+
+    @staticmethod
+    def _store(target, value, generator):
+        """float32 value into target, rounded stochastically where target is bf16. bf16 is the upper half of a float32: adding a uniform 16-bit
+        number to the lower half carries into the upper one exactly as often as the lower half is large."""
+        if target.dtype == torch.bfloat16:
+            noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
+            value = (value.contiguous().view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
+        target.copy_(value)
+
+
+def shard(model):
+    """FSDP2: every decoder layer is divided over all ranks, both experts, and so are the trained weights outside of the layers.
+
+    What is frozen outside of the layers (ViT, VAE, embedding, head: 3.2 GB) stays whole on every rank, so that encoding images needs
+    no communication. Gradients arrive as the mean over ranks, in float32; on a GPU the layers compute in bf16.
+    """
+    frozen_outside = {p for p in model.parameters() if not p.requires_grad} - {p for layer in model.blocks() for p in layer.parameters()}
+    device = model.device.type
+    # cast_forward_inputs would turn the rotary tables and the timesteps into bf16, as it does in the original
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if device == "cuda" else MixedPrecisionPolicy()
+    options = {"mesh": init_device_mesh(device, (common.world()[1],)), "mp_policy": policy}
+    for layer in model.blocks():
+        fully_shard(layer, **options)
+    fully_shard(model, **options, ignored_params=frozen_outside)
+    for loss in ("recon_loss", "i2t_loss", "t2i_loss"):
+        register_fsdp_forward_method(model, loss)
+
+
+def unshard(model, whole=True):
+    """Gather all weights on every rank (whole=False: give them back), so that one rank can sample by itself. All ranks must call."""
+    model.set_reshard_after_forward(not whole)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.unshard() if whole else module.reshard()
+
+
+class ShardedTrainer(common.Trainer):
+    """The loop of common.py for sharded weights: previews, checkpoints and resuming need all ranks.
+
+    A checkpoint holds ema.safetensors and the other files of the release (bf16 on a GPU: it can be used as it is), and in shards/ the exact
+    weights and the optimizer, written by every rank for itself with torch.distributed.checkpoint and read on any number of ranks.
+    """
+
+    def __init__(self, model, streams, args, show=None, **more):
+        def show_together(step):
+            unshard(model)
+            show(step)                                                                  # only rank 0 paints
+            dist.barrier()
+            unshard(model, whole=False)
+        super().__init__(model, streams, args, show_together if show else None, **more)
+
+    def _shards(self):
+        trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
+        return {"weights": trained, "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
+
+    def save(self):
+        folder, temporary = self.out / f"checkpoint-{self.step:06d}", self.out / f".tmp-checkpoint-{self.step:06d}"
+        self.model.save_pretrained(temporary, dtype=torch.bfloat16 if self.args.precision == "bf16" else None)
+        dist.barrier()
+        dcp.save(self._shards(), checkpoint_id=temporary / "shards")
+        if common.world()[0] == 0:
+            torch.save({"step": self.step, "seen": self.seen}, temporary / "trainer.pt")
+            if folder.exists():
+                shutil.rmtree(folder)
+            temporary.rename(folder)
+            for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+                shutil.rmtree(old)
+        dist.barrier()
+
+    def resume(self, folder):
+        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        self.step, self.seen = state["step"], state["seen"]
+        shards = self._shards()
+        dcp.load(shards, checkpoint_id=folder / "shards")                                  # weights in place
+        set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
+
+    def train(self):
+        super().train()
+        unshard(self.model)                                                             # rank 0 goes on alone: previews, scores, inference
+
+
+def prepare(model, args):
+    """Called before training: picks what fits, says so, shards. -> arguments for the Trainer."""
+    ranks, device = common.world()[1], model.device
+    trained = [p for p in model.parameters() if p.requires_grad]
+    count, choice = sum(p.numel() for p in trained), args.optimizer
+    if choice == "auto":
+        room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
+        choice = "fp32" if (16 * count + 2 * frozen) / ranks + 2 * count / max(1, ranks // 2) + 10e9 < room else "bf16"
+    if choice == "bf16":
+        for p in trained:
+            p.data = p.data.to(torch.bfloat16)
+    if device.type == "cuda" and count > 1e9:
+        args.checkpointing = True                           # without it one image of 1024 px keeps about 25 GB of activations
+    if ranks > 1:
+        shard(model)
+    groups = model.parameter_groups(args.weight_decay)
+    if choice == "bf16":
+        optimizer = StochasticAdamW(groups, args.lr, args.betas, args.eps, args.weight_decay, args.seed)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=device.type == "cuda")
+    if common.world()[0] == 0:
+        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {device.type}: " + {
+            "bf16": "bf16 weights and moments with stochastic rounding (8 bytes a weight with its gradient)",
+            "fp32": "float32 masters and AdamW (16 bytes a weight)"}[choice] + (f", FSDP2 over {ranks} ranks" if ranks > 1 else "")
+            + (", activation checkpointing" if args.checkpointing else "") + f" [--optimizer {args.optimizer}]")
+    return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})           # FSDP2 has averaged
+
+
+# ---- editing benchmarks --------------------------------------------------------------------------------------------------
+
+
+def edit_jobs(path, sources, out):
+    """--edit FILE -> [(source image, instruction, output, copy of the source or None)] in the layout that the benchmark's scorer reads.
+
+    ImgEdit's singleturn.json: {key: {"id": image, "prompt": ...}} -> out/<key>.png
+    GEdit's rows as .jsonl: {"key", "task_type", "instruction", "instruction_language", "image"} -> out/gen_image/fullset/<task>/<language>/<key>.png
+        and <key>_SRCIMG.png beside it; "image" (default <key>.png) is where the user exported the row's picture.
+    Images are relative to `sources` (default: the file's folder).
+    """
+    path, out = Path(path), Path(out)
+    sources, jsonl = Path(sources or path.parent), path.suffix == ".jsonl"
+    table = common.read_json(path, lines=jsonl)
+    if not isinstance(table, list if jsonl else dict):
+        raise common.InputError(f"{path}: expected ImgEdit's singleturn.json ({{key: {{id, prompt}}}}) or a .jsonl of GEdit's rows")
+    needed, jobs = ("key", "task_type", "instruction", "instruction_language") if jsonl else ("id", "prompt"), []
+    for name, row in enumerate(table, 1) if jsonl else table.items():
+        if not isinstance(row, dict) or any(not isinstance(row.get(k), str) for k in needed):
+            raise common.InputError(f"{path}: row {name} lacks one of {', '.join(needed)}")
+        parts = (row["task_type"], row["instruction_language"], row["key"]) if jsonl else (str(name),)
+        if any("/" in part or part.startswith(".") for part in parts):
+            raise common.InputError(f"{path}: row {name} has a key that is not a file name")
+        if jsonl:
+            result = out / "gen_image" / "fullset" / Path(*parts[:2]) / f"{row['key']}.png"
+            jobs.append((sources / row.get("image", f"{row['key']}.png"), row["instruction"], result, result.with_name(f"{row['key']}_SRCIMG.png")))
+        else:
+            jobs.append((sources / row["id"], row["prompt"], out / f"{name}.png", None))
+    return jobs
+
+
+def edit_files(model, args):
+    """Writes what is missing, so a rerun goes on. (The original crops black borders off its results; nothing is cropped here.)"""
+    jobs = edit_jobs(args.edit, args.edit_images, args.out)
+    todo, written = [job for job in jobs if not job[2].exists() or job[3] and not job[3].exists()], 0
+    options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
+    for start in tqdm(range(0, len(todo), args.batch_images), desc="edit", unit="batch", dynamic_ncols=True):
+        chunk = []
+        for job in todo[start:start + args.batch_images]:
+            try:
+                chunk.append((common.load_image(job[0]), *job))
+            except (OSError, ValueError, SyntaxError) as error:
+                print(f"skipped: {job[0]} ({error})")
+        images = model.edit([c[0] for c in chunk], [c[2] for c in chunk], seed=[args.seed] * len(chunk), **options) if chunk else []
+        for (source, _, _, path, copy_path), image in zip(chunk, images):
+            for target, picture in ((copy_path, source), (path, image)):
+                if target:
+                    with common.atomic(target) as temporary:
+                        picture.save(temporary)
+            written += 1
+    print(f"{written} images edited in {args.out}")
+
+
+# ---- the toy -------------------------------------------------------------------------------------------------------------
+
+
+def pretrain_toy(model, fraction, seed):
+    """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that describes pictures in full; a
+    generation expert, started as its copy (as BAGEL's was), that was brought up on sparse captions. fraction: of the usual lengths."""
+    size, c = model.config.image_size, model.config
+    rows = common.Shapes(size, count=max(64, int(4096 * fraction)), seed=seed + 1000, captions=0.1)
+    scenes = [rows[i] for i in range(len(rows))]
+    pictures = [common.to_tensor(picture) for _, picture, _ in scenes]
+    full = [common.caption(common.read_scene(picture)) for _, picture, _ in scenes]
+    pick = lambda positions, among: [among[i % len(among)] for i in positions]                                     # noqa: E731
+
+    # 1. The autoencoder, on quarters (one cell each): it is convolutional, and a quarter costs a quarter.
+    model.requires_grad_(False)
+    model.vae.requires_grad_(True)
+
+    def quarters(positions):
+        half = size // 2
+        pixels = torch.stack([p[:, (i % 2) * half:(i % 2 + 1) * half, (i // 2 % 2) * half:(i // 2 % 2 + 1) * half]
+                              for i, p in zip(positions, pick(positions, pictures))])
+        posterior = model.vae.encode(pixels).latent_dist
+        back = model.vae.decode(posterior.mean + 0.1 * torch.randn_like(posterior.mean)).sample
+        return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * posterior.mean.square().mean() + 1e-3 * (posterior.logvar + 6).square().mean()
+
+    common.toy_stage("autoencoder", model.vae.parameters(), quarters, max(2, int(400 * fraction)), lr=2e-3, batch=16)
+    model.vae.requires_grad_(False)
+    features = []
+    for start in range(0, len(scenes), 64):
+        samples = [model.preprocess(picture, "recon") for _, picture, _ in scenes[start:start + 64]]
+        features += model.encode([{"vae": s["vae"]} for s in samples], "t2i")
+        for f, s in zip(features[start:], samples):
+            f["pixels"] = s["vit"]
+    means = torch.stack([f["mean"] for f in features[:512]])
+    c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()      # latents of mean 0 and deviation 1, as FLUX's
+
+    # 2. Understanding: picture -> full caption. The tagging loss makes single patches say words (what pretraining on billions of pairs does for
+    # the real model): without it the embeddings of a toy are arbitrary codes that only its own decoder can read.
+    model.freeze(train_und=True)
+    for module in (model.vit_model, model.connector):
+        module.requires_grad_(True)
+    words = model.language_model["model"]["embed_tokens"]
+
+    def describe(positions):
+        vit = model._vit(torch.stack([f["pixels"] for f in pick(positions, features)]))
+        texts = pick(positions, full)
+        says = F.log_softmax(F.layer_norm(model._embed_vit(vit), (c.hidden_size,)) @ words.weight.T, dim=-1)           # [B, M, vocabulary]
+        ids = [sorted(set(model._text_ids(t)[1:-1])) for t in texts]
+        tags = -torch.stack([torch.logsumexp(says[b][:, own], dim=0).clamp(max=0).mean() for b, own in enumerate(ids)]).mean()
+        return model.i2t_loss([{"vit": v} for v in vit], [[(common.SEED_TEMPLATE, t)] for t in texts]) + 0.1 * tags
+
+    common.toy_stage("understanding", [p for n, p in model.named_parameters() if p.requires_grad and "_moe_gen" not in n and "vae2llm" not in n
+                                       and "llm2vae" not in n and "time" not in n], describe, max(2, int(600 * fraction)), lr=2e-3)
+
+    # 3. Generation from sparse captions.
+    model.freeze()
+    own = dict(model.named_parameters())
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if "_moe_gen" in name:
+                parameter.copy_(own[name.replace("_moe_gen", "")])
+
+    def paint(positions):
+        return model.t2i_loss(pick(positions, features), [text for _, _, text in pick(positions, scenes)], rng=common.Rng(seed, "toy t2i", positions=positions))
+
+    common.toy_stage("generation", [p for p in model.parameters() if p.requires_grad], paint, max(2, int(1000 * fraction)), lr=2e-3)
+
+
+def flags(parser):
+    """What only this architecture has."""
+    group = parser.add_argument_group("BAGEL only")
+    group.add_argument("--condition", choices=("vit", "vae"), default="vit", help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
+    group.add_argument("--optimizer", choices=("auto", "bf16", "fp32"), default="auto",
+                       help="bf16: weights and moments in bf16, stochastic rounding (8 bytes a weight); fp32: masters and AdamW (16); auto: what fits")
+    group.add_argument("--edit", help="editing prompts: ImgEdit's singleturn.json or GEdit's rows as .jsonl; results in the benchmark's layout into --out")
+    group.add_argument("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
+    group.add_argument("--image-guidance-scale", type=float, default=2.0, help="of --edit (default 2.0; the original's ImgEdit command line: 1.5)")
+
+
+def main():
+    args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
+    Bagel.condition = args.condition
+    if args.edit:
+        edit_jobs(args.edit, args.edit_images, args.out)                            # a malformed file is refused before anything is loaded
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        common.Trainer = ShardedTrainer
+    if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
+        common.run(Bagel, args, pretrain_toy, prepare)
+    if args.edit and common.world()[0] == 0:
+        trained = sorted(Path(args.out).glob("checkpoint-*/ema.safetensors"))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        source = str(trained[-1].parent) if args.steps else str(common.toy_folder(Bagel, args, pretrain_toy)) if args.model == "tiny" else args.model
+        model = Bagel.from_pretrained(source, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
+        model.set_und(args.und_size, args.blur)
+        edit_files(model, args)
+
+
+if __name__ == "__main__":
+    common.cli(main)
