@@ -144,15 +144,25 @@ RELEASED = {
 
 @dataclass
 class Recipe:
-    """The paper's Table 8 for OpenUni. `steps` counts micro-batches, here as there: 5000 steps of which 16 make one weight
-    update are 312 updates (the published 2 hours on one A100 fit 5000 micro-batches, not 80000). The paper's 50 steps
-    of warm-up are micro-batches as well: 3 updates, the unit in which `warmup` counts. AdamW with betas (0.9, 0.95)."""
-    lr: float = 1e-5
-    weight_decay: float = 0.05
-    batch: int = 42                            # 20 for L
-    accum: int = 16                            # the public configs have 4 (B, with 10000 steps) and 16 (L)
+    """The paper's Table 8 for OpenUni, in our steps, which are its micro-batches: 5000 steps of which 16 make one weight update
+    are 312 updates (the published 2 hours on one A100 fit 5000 micro-batches of 42 images, not 80000). Warm-up and cosine
+    are counted in micro-batches there as well: 50 are 3 updates, and the cosine ends with the run."""
     steps: int = 5000
+    batch: int = 42
+    accum: int = 16                            # the public configs: 4 for B (with 10000 steps), 16 for L
+    lr: float = 1e-5
+    betas: tuple = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.05
     warmup: int = 3
+    horizon: int = 312
+    clip: float = 1.0
+    lambda_recon: float = 1.0
+    lambda_i2t: float = 0.0                    # the understanding model is frozen
+    lambda_t2i: float = 0.0
+
+
+RECIPES = {"openuni-b-512": Recipe(), "openuni-l-512": Recipe(batch=20), "openuni-l-1024": Recipe(batch=20)}
 
 
 # ======================================================================================================
@@ -216,10 +226,9 @@ class PrefixCache(DynamicCache):
 class OpenUni(nn.Module):
     """OpenUni: `lmm` (InternVL3, frozen), `vae` (DC-AE, frozen), `meta_queries`, `connector`, `projector`, `transformer` (SANA).
 
-    OpenUni(config) has random weights and can be built under torch.device("meta"). A `tokenizer` is there after
-    from_pretrained, or can be set. `und_size` (pixels a side that the understanding encoder sees, a multiple of 28)
-    and `und_blur` (a factor, 1: none) are the paper's ablations of the understanding input.
+    OpenUni(config) has random weights, no tokenizer, and can be built under torch.device("meta").
     """
+    base_overrides = {}                                      # --lmm, --sana, --vae: see from_pretrained
 
     def __init__(self, config):
         super().__init__()
@@ -233,7 +242,7 @@ class OpenUni(nn.Module):
         self.transformer = SanaTransformer2DModel.from_config(config.sana)
         self.lmm.requires_grad_(False).eval()
         self.vae.requires_grad_(False).eval()
-        self.tokenizer = None
+        self.tokenizer = None                                # set_tokenizer
         self.und_size, self.und_blur = self.lmm.config.vision_config.image_size[0], 1
 
     @property
@@ -244,6 +253,21 @@ class OpenUni(nn.Module):
     def image_tokens(self):
         """N: the ViT's patches are merged 2x2."""
         return (self.und_size // self.lmm.config.vision_config.patch_size[0] // 2) ** 2
+
+    def set_tokenizer(self, tokenizer):
+        """The tokenizer says which id stands for an image's embeddings. InputError if it does not know InternVL's markers."""
+        ids = [tokenizer.convert_tokens_to_ids(t) for t in ("<IMG_CONTEXT>", "<img>", "</img>", "<|im_start|>", "<|im_end|>")]
+        if None in ids or tokenizer.unk_token_id in ids:
+            raise InputError("this tokenizer is not InternVL's: it lacks <img>, <IMG_CONTEXT>, </img>, <|im_start|> or <|im_end|>")
+        self.tokenizer, self.lmm.config.image_token_id = tokenizer, ids[0]
+
+    def set_und(self, size=None, blur=None):
+        """The paper's ablations of what is understood. size: pixels a side for the ViT, a multiple of 28 (fewer image tokens; its
+        positions are interpolated); blur: shrink by this factor and enlarge again. What is reconstructed stays as it is."""
+        step = 2 * self.lmm.config.vision_config.patch_size[0]
+        if size and size % step:
+            raise InputError(f"--und-size {size}: OpenUni's understanding encoder takes multiples of {step}")
+        self.und_size, self.und_blur = size or self.und_size, blur or 1
 
     def train(self, mode=True):
         super().train(mode)
@@ -310,21 +334,28 @@ class OpenUni(nn.Module):
             pixels = common.blur(pixels, self.und_blur)
         return common.resize(((pixels + 1) / 2 - mean) / std, self.und_size)
 
+    def _exact(self):
+        """The frozen parts run in their own precision, not in autocast's: DC-AE sums its linear attention in float32."""
+        return torch.autocast(self.device.type, enabled=False)
+
     @torch.no_grad()
     def _und(self, pixels):
         """Understanding embeddings [B, N, D] of pixels [B, 3, S, S] in [-1, 1]: last ViT layer, class token dropped, 2x2
         neighbours joined (1024 -> 256 tokens), two-layer MLP."""
-        return self.lmm.model.get_image_features(self._vit_input(pixels).to(self.lmm.dtype), return_dict=True).pooler_output
+        with self._exact():
+            return self.lmm.model.get_image_features(self._vit_input(pixels).to(self.lmm.dtype), return_dict=True).pooler_output
 
     @torch.no_grad()
     def _latents(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> [B, C, h, w], float32. DC-AE's encoder is deterministic: there is no posterior to draw from."""
-        return self.vae.encode(pixels.to(self.vae.dtype)).latent.float() * self.vae.config.scaling_factor
+        with self._exact():
+            return self.vae.encode(pixels.to(self.vae.dtype)).latent.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def _pixels(self, latents):
         """[B, C, h, w] -> [B, 3, S, S], about [-1, 1]."""
-        return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+        with self._exact():
+            return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
 
     # ---- prompt -> condition -------------------------------------------------------------------------------------------
 
@@ -385,17 +416,18 @@ class OpenUni(nn.Module):
         """A model with weights, in eval mode.
 
         source: "tiny" | a name in RELEASED (the checkpoint RecA starts from) | a .pth or .safetensors file in the released
-        layout | a hub id "owner/name" or folder that holds one such file | "owner/name/file" on the hub | a folder that
-        save_pretrained wrote. bases: {"lmm": ..., "sana": ..., "vae": ...}, hub ids or folders to use for those parts.
+        layout | a hub id "owner/name" or a folder that holds one such file | "owner/name:FILE" where it holds several | a folder
+        that save_pretrained wrote. bases: {"lmm": ..., "sana": ..., "vae": ...}, hub ids or folders to use for those parts.
         Every key must fit, or InputError names what does not.
         """
         if source == "tiny":
             return tiny_model(device, dtype)
-        path, described = find_checkpoint(source)
-        state = common.load_state(path)
+        path, described = find_checkpoint(str(source))
+        state = dict(common.load_state(path))
         if described is None:
             described = guess_variant(state, path)
-        config, folders = read_bases(described, bases or {}, need_sana=not any(k.startswith("transformer.") for k in state))
+        described["bases"] = described["bases"] | (bases or cls.base_overrides)
+        config, folders = read_bases(described, path.parent, need_sana=not any(k.startswith("transformer.") for k in state))
         model = empty_model(config, device, dtype)
         if not any(k.startswith("transformer.") for k in state):                           # text2image23m: SANA as published
             state |= {"transformer." + k: v for k, v in find_weights(folders["sana"] / "transformer").items()}
@@ -407,7 +439,7 @@ class OpenUni(nn.Module):
             lmm = internvl_to_transformers(find_weights(folders["lmm"]))
         state = {k: v for k, v in state.items() if not k.startswith("lmm.")} | {"lmm." + k: v for k, v in lmm.items()}
         common.load_strictly(model, state, str(path))
-        model.tokenizer = AutoTokenizer.from_pretrained(folders["lmm"], trust_remote_code=False)
+        model.set_tokenizer(AutoTokenizer.from_pretrained(folders["lmm"], trust_remote_code=False))
         return model.eval()
 
     def save_pretrained(self, folder):
@@ -418,20 +450,20 @@ class OpenUni(nn.Module):
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        torch.save(self.released_state("finetuned"), folder / "openuni.pth")
-        bases = {part: self.config.bases.get(part, part) for part in ("lmm", "sana", "vae")}
-        if bases["lmm"] == "lmm":
+        with common.atomic(folder / "openuni.pth") as path, open(path, "wb") as stream:     # a stream: the bytes do not depend on the name
+            torch.save(self.released_state("finetuned"), stream)
+        if "lmm" not in self.config.bases:
             self.lmm.save_pretrained(folder / "lmm")
             if self.tokenizer is not None:
                 self.tokenizer.save_pretrained(folder / "lmm")
-        if bases["vae"] == "vae":
+        if "vae" not in self.config.bases:
             self.vae.save_pretrained(folder / "vae")
-        if bases["sana"] == "sana":                          # its weights are in openuni.pth
+        if "sana" not in self.config.bases:                   # its weights are in openuni.pth
             self.transformer.save_config(folder / "sana" / "transformer")
             DPMSolverMultistepScheduler.from_config(self.config.scheduler).save_config(folder / "sana" / "scheduler")
-        described = {"model_type": "openuni", "bases": bases} | {
-            k: v for k, v in asdict(self.config).items() if k not in ("lmm", "sana", "vae", "scheduler", "bases")}
-        (folder / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+        described = {"model_type": "openuni", **own_settings(self.config)}
+        with common.atomic(folder / "config.json") as path:
+            path.write_text(json.dumps(described, indent=1) + "\n")
 
     def released_state(self, kind):
         """State dict under the released names. kind: "pretrained" (queries, connector, projector), "finetuned" (and SANA) or
@@ -578,10 +610,10 @@ class OpenUni(nn.Module):
     # ==================================================================================================
 
     @torch.no_grad()
-    def generate(self, prompts, *, seed=0, draws=None, progress=False, steps=20, guidance_scale=4.5, negative_prompt=None):
+    def generate(self, prompts, *, seed=0, draws=None, progress=False, num_steps=20, guidance_scale=4.5, negative_prompt=None):
         """Text -> image: list of strings -> list of PIL images, S x S.
 
-        Image i's noise depends on (seed, i) alone. draws: {"latents" [B, C, h, w]} standard normal, or None. guidance_scale 1 (or
+        seed: image i has seed + i; or a list with one seed an image, on which alone its noise depends. draws: {"latents" [B, C, h, w]} standard normal, or None. guidance_scale 1 (or
         less): no guidance, half the time. negative_prompt: a text to be guided away from, or None: the unconditional prompt.
         """
         guided = guidance_scale > 1
@@ -589,10 +621,10 @@ class OpenUni(nn.Module):
         condition = self._condition(self._prompt_embeds(ids), mask)                                   # [B (+1), Q, T]
         if guided:                                            # one unconditional row serves all: computed once, repeated here
             condition = torch.cat([condition[:-1], condition[-1:].expand(len(prompts), -1, -1)])
-        return self._draw(condition, guidance_scale if guided else None, steps, len(prompts), seed, draws, progress)
+        return self._draw(condition, guidance_scale if guided else None, num_steps, len(prompts), seed, draws, progress)
 
     @torch.no_grad()
-    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, steps=20, guidance_scale=1.0):
+    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, num_steps=20, guidance_scale=1.0):
         """Image -> und embeddings -> image: list of PIL -> list of PIL, S x S, what RecA trains.
 
         templates: one string an image; None: the seed template. The default is no guidance: RecA never drops the image, and the
@@ -608,16 +640,16 @@ class OpenUni(nn.Module):
             ids, mask = self._pad(self._text_ids([None]))
             empty = self._condition(self._prompt_embeds(ids), mask)
             condition = torch.cat([condition, empty.expand(len(images), -1, -1)])
-        return self._draw(condition, guidance_scale if guided else None, steps, len(images), seed, draws, progress)
+        return self._draw(condition, guidance_scale if guided else None, num_steps, len(images), seed, draws, progress)
 
-    def _draw(self, condition, guidance_scale, steps, count, seed, draws, progress):
+    def _draw(self, condition, guidance_scale, num_steps, count, seed, draws, progress):
         side = self.config.image_size // self.vae.spatial_compression_ratio
         shape = (self.vae.config.latent_channels, side, side)
-        latents = draws["latents"] if draws else Rng(seed, "generate", positions=range(count)).normal(*shape)
-        latents = self._denoise(condition, latents.to(self.device), guidance_scale, steps, progress)
+        latents = draws["latents"] if draws else Rng.sampling(seed, count).normal(*shape)
+        latents = self._denoise(condition, latents.to(self.device), guidance_scale, num_steps, progress)
         return [common.to_pil(image) for image in self._pixels(latents)]
 
-    def _denoise(self, condition, latents, guidance_scale=None, steps=20, progress=False):
+    def _denoise(self, condition, latents, guidance_scale=None, num_steps=20, progress=False):
         """DPM-Solver++ from noise [B, C, h, w] to latents, float32. condition [B, Q, T], or with guidance_scale [2B, Q, T]: the
         conditional rows, then the unconditional ones.
 
@@ -626,7 +658,7 @@ class OpenUni(nn.Module):
         (the first is 999) and computes with the exact σ; the original does so too.
         """
         solver = DPMSolverMultistepScheduler.from_config(self.config.scheduler)
-        solver.set_timesteps(steps, device=latents.device)
+        solver.set_timesteps(num_steps, device=latents.device)
         latents = latents.float()
         for t in tqdm(solver.timesteps, desc="sampling", disable=not progress, leave=False):
             inputs = latents if guidance_scale is None else torch.cat([latents, latents])
@@ -700,6 +732,11 @@ def internvl_from_transformers(state):
     return out
 
 
+def own_settings(config):
+    """What a checkpoint's config.json says: everything but the sizes of the library's classes, which their own files state."""
+    return {k: v for k, v in asdict(config).items() if k not in ("lmm", "sana", "vae", "scheduler")}
+
+
 def find_weights(folder):
     """The state dict in a folder of transformers or diffusers layout: one file, or an index of shards."""
     for stem in ("model", "diffusion_pytorch_model"):
@@ -713,27 +750,22 @@ def find_checkpoint(source):
     """`source` of from_pretrained -> (file with the trained weights, its config.json as a dict or None)."""
     if source in RELEASED:
         config, file = RELEASED[source]
-        described = {k: v for k, v in asdict(config).items() if k not in ("lmm", "sana", "vae", "scheduler")}
-        return common.hub_folder("wusize/openuni", [file]) / file, described
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path, None
-    if not path.is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+/[\w./-]+\.(pth|safetensors)", source):
-        owner, name, file = source.split("/", 2)
-        return common.hub_folder(f"{owner}/{name}", [file]) / file, None
-    if source == "wusize/openuni":                                        # several sizes and stages, some 20 GB
-        raise InputError(f"wusize/openuni holds several models: give one of {', '.join(RELEASED)}, or wusize/openuni/FILE.pth")
-    folder = common.hub_folder(source, ["*.json", "*.pth", "*.safetensors"])
-    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".pth", ".safetensors")]
+        return common.hub_folder("wusize/openuni", [file]) / file, own_settings(config)
+    if Path(source).expanduser().is_file():
+        return Path(source).expanduser(), None
+    source, _, file = source.partition(":") if not Path(source).expanduser().is_dir() else (source, "", "")
+    if source == "wusize/openuni" and not file:                           # several sizes and stages, some 20 GB
+        raise InputError(f"wusize/openuni holds several models: give one of {', '.join(RELEASED)}, or wusize/openuni:FILE.pth")
+    folder = common.hub_folder(source, [file] if file else ["*.json", "*.pth", "*.safetensors"])
+    if file:
+        return folder / file, None
+    files = [f for f in sorted(folder.iterdir()) if f.suffix in (".pth", ".safetensors")]            # not trainer.pt
     if len(files) != 1:
-        raise InputError(f"{source} holds {len(files)} .pth or .safetensors files: give the file instead of the folder")
+        raise InputError(f"{source} holds {len(files)} .pth or .safetensors files: name one as {source}:FILE")
     described = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
     if described.get("model_type") != "openuni":
         return files[0], None
-    described.pop("model_type")
-    # A part without a repository lies in the folder itself: "lmm" stands for FOLDER/lmm.
-    described["bases"] = {part: str(folder / base) if base == part else base for part, base in described["bases"].items()}
-    return files[0], described
+    return files[0], {k: v for k, v in described.items() if k != "model_type"}
 
 
 def guess_variant(state, path):
@@ -748,27 +780,25 @@ def guess_variant(state, path):
     large = any(".norm_q." in k for k in state) if any(k.startswith("transformer.") for k in state) else "1024" in Path(path).name
     for name, (config, _) in RELEASED.items():
         if config.lmm["text_config"]["hidden_size"] == width and (config.image_size == 1024) == large:
-            return {k: v for k, v in asdict(config).items() if k not in ("lmm", "sana", "vae", "scheduler")}
+            return own_settings(config)
     raise InputError(f"{path}: no released OpenUni has queries of width {width}; use a folder with a config.json")
 
 
-def read_bases(described, overrides, need_sana):
-    """A checkpoint's description -> (OpenUniConfig with the sizes that the bases' own files state, {part: local folder}).
+def read_bases(described, folder, need_sana):
+    """A checkpoint's settings -> (OpenUniConfig with the sizes that the bases' own files state, {part: local folder}).
 
-    overrides: {part: hub id or folder} in place of the described ones. need_sana: whether SANA's weights are needed too.
+    Parts that settings["bases"] does not name lie in `folder`, beside the checkpoint. need_sana: SANA's weights are needed too.
     """
-    described = dict(described, bases=described["bases"] | overrides)
     patterns = {"lmm": ["*.json", "*.txt", "*.safetensors"], "vae": ["config.json", "*.safetensors"],
                 "sana": ["transformer/config.json", "scheduler/*.json"] + ["transformer/diffusion_pytorch_model.safetensors*",
                          "transformer/diffusion_pytorch_model-*.safetensors"] * need_sana}
-    folders = {part: common.hub_folder(base, patterns[part]) for part, base in described["bases"].items()}
+    folders = {part: common.hub_folder(described["bases"][part], patterns[part]) if part in described["bases"] else folder / part
+               for part in patterns}
     sizes = {"lmm": internvl_sizes(folders["lmm"]), "sana": common.read_json(folders["sana"] / "transformer" / "config.json"),
              "vae": common.read_json(folders["vae"] / "config.json"),
              "scheduler": common.read_json(folders["sana"] / "scheduler" / "scheduler_config.json")}
     for part in ("sana", "vae", "scheduler"):
         sizes[part] = {k: v for k, v in sizes[part].items() if not k.startswith("_")}
-    # What lies in the checkpoint's own folder has no repository: it will be saved again beside the weights.
-    described["bases"] = {part: base for part, base in described["bases"].items() if Path(base).name != part}
     try:
         return OpenUniConfig(**sizes, **described), folders
     except TypeError as error:

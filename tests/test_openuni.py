@@ -3,9 +3,10 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import reca_openuni
@@ -194,3 +195,411 @@ def test_parity_openuni_schedule(model, golden, config, case):
     solver.set_timesteps(config["sample_steps"] if case == "sample" else 20)
     assert torch.equal(solver.timesteps, golden[f"{case}.timesteps"])
     close(solver.sigmas, golden[f"{case}.sigmas"], 1e-6)
+
+
+# ---- key lists at the released sizes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", ["b", "l"])
+def test_key_lists_at_released_sizes(size):
+    with torch.device("meta"):
+        model = OpenUni(reca_openuni.RELEASED[f"openuni-{size}-512"][0])
+    for kind in ("pretrained", "finetuned", "full"):
+        manifest = json.loads((MANIFESTS / f"openuni_{size}_512.{kind}.json").read_text())
+        assert {k: list(v.shape) for k, v in model.released_state(kind).items()} == manifest
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == model.released_state("finetuned").keys()
+    grouped = [p for group in model.parameter_groups(0.05) for p in group["params"]]
+    assert len(grouped) == len(trained)
+    assert sum(p.numel() for p in grouped) == pytest.approx({"b": 646.4e6, "l": 1830.3e6}[size], rel=1e-3)
+
+
+def test_l_1024_normalises_q_and_k():
+    with torch.device("meta"):
+        model = OpenUni(reca_openuni.RELEASED["openuni-l-1024"][0])
+    keys = model.released_state("finetuned").keys()
+    for attention in ("attn1", "attn2"):
+        assert {f"transformer.transformer_blocks.0.{attention}.norm_q.weight", f"transformer.transformer_blocks.0.{attention}.norm_k.weight"} <= keys
+
+
+# ---- released layouts: what is on the hub, in small -------------------------------------------------------------------
+
+
+def tokenizer_for(config):
+    """The toy tokenizer, with the image markers at the fixture's ids."""
+    markers = ["<|im_start|>", "<|im_end|>"]
+    room = config["img_start_token_id"] - len(common.tiny_tokenizer(markers))
+    tokenizer = common.tiny_tokenizer([*markers, *(f"<{i}>" for i in range(room)), "<img>", "<IMG_CONTEXT>", "</img>"])
+    assert tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>") == config["image_context_token_id"]
+    return tokenizer
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory, config):
+    """Folders in the layouts of the hub: InternVL original, -hf, -hf with its older names; SANA; DC-AE; the three checkpoints."""
+    root, model = tmp_path_factory.mktemp("hub"), fixture_model()
+    frozen = load_file(HERE / "frozen_weights.safetensors")
+    original = {k[4:]: v for k, v in frozen.items() if k.startswith("lmm.")}
+    text, vision = model.config.lmm["text_config"], model.config.lmm["vision_config"]
+    configs = {
+        "original": {"model_type": "internvl_chat", "auto_map": {"AutoConfig": "configuration_internvl_chat.InternVLChatConfig"},
+                     "downsample_ratio": 0.5, "force_image_size": vision["image_size"][0], "select_layer": -1, "ps_version": "v2",
+                     "llm_config": {k: v for k, v in text.items() if k != "rope_parameters"} | {
+                         "rope_theta": config["rope_theta"], "rope_scaling": {"factor": 2.0, "type": "dynamic"}},
+                     "vision_config": {k: vision[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")}
+                     | {"patch_size": vision["patch_size"][0], "image_size": 448, "qkv_bias": True, "qk_normalization": False, "norm_type": "layer_norm"}},
+        "hf": model.lmm.config.to_dict()}
+    configs["hf-older"] = configs["hf"]
+    states = {"original": original, "hf": model.lmm.state_dict()}
+    states["hf-older"] = {("language_model." + k if k.startswith("lm_head") else
+                           k.replace("model.language_model.", "language_model.model.").removeprefix("model.")): v for k, v in states["hf"].items()}
+    for name, state in states.items():
+        (root / name).mkdir()
+        save_file({k: v.float().contiguous() for k, v in state.items()}, root / name / "model.safetensors")
+        (root / name / "config.json").write_text(json.dumps(configs[name]))
+        tokenizer_for(config).save_pretrained(root / name)
+    model.transformer.save_pretrained(root / "sana" / "transformer")
+    reca_openuni.DPMSolverMultistepScheduler.from_config(model.config.scheduler).save_pretrained(root / "sana" / "scheduler")
+    model.vae.save_pretrained(root / "vae")
+    settings = {k: v for k, v in reca_openuni.own_settings(model.config).items() if k != "bases"}
+    for kind in ("pretrained", "finetuned", "full"):
+        (root / kind).mkdir()
+        torch.save(model.released_state(kind), root / kind / "model.pth")
+        (root / kind / "config.json").write_text(json.dumps({"model_type": "openuni", "bases": {}, **settings}))
+    return root
+
+
+def bases_in(hub, lmm="original"):
+    return {"lmm": str(hub / lmm), "sana": str(hub / "sana"), "vae": str(hub / "vae")}
+
+
+def equal_states(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("lmm", ["original", "hf", "hf-older"])
+@pytest.mark.parametrize("kind", ["pretrained", "finetuned", "full"])
+def test_released_layouts_load(hub, model, kind, lmm):
+    loaded = OpenUni.from_pretrained(hub / kind, bases=bases_in(hub, lmm))
+    assert equal_states(loaded, model)
+    assert loaded.config.bases == bases_in(hub, lmm) and not loaded.training
+    ours, theirs = loaded.lmm.model.language_model.rotary_emb.inv_freq, model.lmm.model.language_model.rotary_emb.inv_freq
+    assert torch.equal(ours, theirs)
+
+
+def test_original_names_come_back(hub, model):
+    frozen = load_file(HERE / "frozen_weights.safetensors")
+    full = model.released_state("full")
+    assert {k for k in full if k.startswith(("lmm.", "vae."))} == frozen.keys()
+    assert all(torch.equal(full[k], v.float()) for k, v in frozen.items())
+
+
+def test_loaded_model_gives_the_fixture_loss(hub, golden, config, pixels):
+    loaded = OpenUni.from_pretrained(hub / "finetuned", bases=bases_in(hub))
+    features = loaded.encode([{"pixels": p} for p in pixels], "recon")
+    assert fixture_loss(loaded, features, golden, "image2image").item() == pytest.approx(config["losses"]["image2image"], rel=1e-5)
+
+
+def test_bf16_keeps_rotary_frequencies(hub):
+    loaded = OpenUni.from_pretrained(hub / "finetuned", dtype=torch.bfloat16, bases=bases_in(hub))
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+    assert loaded.lmm.model.language_model.rotary_emb.inv_freq.dtype == torch.float32
+    assert len(loaded.generate(["red circle"], num_steps=2)) == 1
+
+
+def files_in(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+@pytest.mark.parametrize("own_bases", [True, False])
+def test_save_load_save_is_byte_equal(hub, tmp_path, own_bases):
+    """With bases on the hub only the trained weights are written; without, everything that is needed to load again."""
+    first = OpenUni.from_pretrained(hub / "pretrained", bases=bases_in(hub))
+    if own_bases:
+        first.config.bases = {}
+    first.save_pretrained(tmp_path / "a")
+    second = OpenUni.from_pretrained(tmp_path / "a")
+    assert equal_states(first, second)
+    second.save_pretrained(tmp_path / "b")
+    a, b = files_in(tmp_path / "a"), files_in(tmp_path / "b")
+    assert a == b
+    assert ("lmm/model.safetensors" in a) == own_bases
+    assert own_bases or a.keys() == {"openuni.pth", "config.json"}
+    # what the original loads: torch.load gives a flat dict with the fine-tuned key list
+    flat = torch.load(tmp_path / "a" / "openuni.pth", weights_only=True)
+    assert flat.keys() == load_file(HERE / "weights.safetensors").keys()
+
+
+def test_checkpoints_that_do_not_fit(hub, tmp_path):
+    def refused(state, words):
+        folder = tmp_path / words.replace(" ", "-")
+        folder.mkdir()
+        torch.save(state, folder / "model.pth")
+        (folder / "config.json").write_bytes((hub / "finetuned" / "config.json").read_bytes())
+        with pytest.raises(common.InputError, match=words):
+            OpenUni.from_pretrained(folder, bases=bases_in(hub))
+
+    state = torch.load(hub / "finetuned" / "model.pth", weights_only=True)
+    refused({k: v for k, v in state.items() if k != "projector.bias"}, "lacks 1 keys: projector.bias")
+    refused({k: v for k, v in state.items() if k != "transformer.proj_out.bias"}, "lacks 1 keys: transformer.proj_out.bias")
+    refused(state | {"ema.weight": torch.zeros(1)}, "unexpected 1 keys: ema.weight")
+    refused(state | {"projector.bias": torch.zeros(1)}, "other shapes for 1 keys: projector.bias")
+    torch.save(state, tmp_path / "bare.pth")
+    with pytest.raises(common.InputError, match="queries of width"):
+        OpenUni.from_pretrained(tmp_path / "bare.pth", bases=bases_in(hub))
+    (tmp_path / "bare.pth").write_bytes(b"nothing")
+    for source, words in ((tmp_path / "bare.pth", "not a readable checkpoint"), (tmp_path / "absent", "no such model"),
+                          ("wusize/openuni", "several models"), (hub, "holds 0"), (hub / "original", "no meta_queries")):
+        with pytest.raises(common.InputError, match=words):
+            OpenUni.from_pretrained(source)
+
+
+def test_bare_files_are_recognised():
+    """The size of a released file from its shapes, and L-1024 from its SANA's norms or, where SANA is not in it, from its name."""
+    def guess(name, kind, file):
+        with torch.device("meta"):
+            state = OpenUni(reca_openuni.RELEASED[name][0]).released_state(kind)
+        return reca_openuni.guess_variant(state, file)["bases"]["sana"]
+
+    for name, (config, file) in reca_openuni.RELEASED.items():
+        assert guess(name, "pretrained", file) == config.bases["sana"]
+        assert guess(name, "finetuned", "model.pth") == config.bases["sana"]
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def spoken(hub):
+    """The fixture's model with the toy tokenizer."""
+    return OpenUni.from_pretrained(hub / "finetuned", bases=bases_in(hub))
+
+
+def test_prompt_layout(spoken, config):
+    n = config["image_tokens"]
+    assert spoken.recon_prompt("Describe it.") == (
+        "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * n + "</img>\nDescribe it.<|im_end|>\n<|im_start|>assistant\n<img>")
+    assert spoken.text_prompt(" a cat ") == "<|im_start|>user\nGenerate an image: a cat<|im_end|>\n<|im_start|>assistant\n<img>"
+    assert spoken.text_prompt() == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n<img>"
+    ids, mask = spoken._pad(spoken._tokenize([spoken.recon_prompt(t) for t in ("Describe the image.", "Describe it.")]))
+    special = {name: spoken.tokenizer.convert_tokens_to_ids(name) for name in ("<img>", "</img>", "<IMG_CONTEXT>", "<|im_start|>")}
+    row = ids[0].tolist()
+    assert row[0] == special["<|im_start|>"] and row[3] == special["<img>"] and row[-1] == special["<img>"]
+    assert row[4:4 + n] == [special["<IMG_CONTEXT>"]] * n and row[4 + n] == special["</img>"]
+    assert mask[0].all() and mask[1].sum() < len(row) and not mask[1, -1]              # the shorter one is padded on the right
+
+
+def test_image_embeddings_stand_at_the_image_tokens(spoken, features):
+    und = torch.stack([row["und"] for row in features])
+    ids, _ = spoken._pad(spoken._tokenize([spoken.recon_prompt("Describe it."), spoken.recon_prompt("Describe the image.")]))
+    embeds = spoken._prompt_embeds(ids, und)
+    places = ids == spoken.lmm.config.image_token_id
+    assert torch.equal(embeds[places].view_as(und), und)
+    assert torch.equal(embeds[~places], spoken.lmm.get_input_embeddings()(ids)[~places])
+    with pytest.raises(ValueError, match="image tokens"):
+        spoken._prompt_embeds(ids[:1], und)
+
+
+def test_long_captions_keep_the_frame(spoken):
+    long, short = spoken._text_ids(["red " * 500, "red"])
+    tail = spoken._tokenize(["<|im_end|>\n<|im_start|>assistant\n<img>"])[0]
+    assert len(long) == spoken.config.max_caption_tokens and long[-len(tail):] == tail == short[-len(tail):]
+
+
+def test_padding_changes_nothing(spoken, features):
+    """Left or right, more or less: the loss of one image depends on its own prompt alone."""
+    rows = spoken._tokenize([spoken.recon_prompt(t) for t in ("Describe the image in detail.", "Describe it.")])
+    draws = {"noise": torch.randn(2, *features[0]["latents"].shape), "u": torch.rand(2)}
+    losses = [spoken._recon_loss_from_ids(features, *spoken._pad(rows, left=left), draws).item() for left in (False, True)]
+    one = [spoken._recon_loss_from_ids(features[i:i + 1], *spoken._pad(rows[i:i + 1]), {k: v[i:i + 1] for k, v in draws.items()}).item()
+           for i in range(2)]
+    assert losses == pytest.approx([sum(one) / 2] * 2, rel=1e-5)
+
+
+# ---- the cut between prompt and queries, the cache, checkpointing ------------------------------------------------------
+
+
+def gradients(model, loss):
+    model.zero_grad()
+    loss.backward()
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def same_gradients(a, b, tolerance=1e-5):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert (a[name] - b[name]).norm() <= tolerance * a[name].norm() + 1e-6, name     # key biases: 0 up to rounding
+
+
+def test_two_passes_equal_one_pass_with_a_graph(model, features, golden):
+    """Against a plain forward over prompt and queries together, as the original runs it."""
+    def whole(prompt, attention_mask):
+        mask, positions = model._positions(attention_mask)
+        queries = model.meta_queries.expand(len(prompt), -1, -1)
+        out = model.lmm.model.language_model(inputs_embeds=torch.cat([prompt, queries], 1), attention_mask=mask, position_ids=positions)
+        return out.last_hidden_state[:, -model.config.num_queries:]
+
+    ours = fixture_loss(model, features, golden, "image2image")
+    ours, ours_grad = ours.item(), gradients(model, ours)
+    model._query_states = whole
+    try:
+        theirs = fixture_loss(model, features, golden, "image2image")
+        theirs, theirs_grad = theirs.item(), gradients(model, theirs)
+    finally:
+        del model._query_states
+    assert ours == pytest.approx(theirs, rel=1e-6)
+    same_gradients(ours_grad, theirs_grad, 1e-4)
+
+
+def test_prompt_leaves_no_graph(model, features, golden):
+    """Nothing that the prompt computes is kept for the backward: what the graph keeps does not grow with the prompt's length."""
+    def kept(ids, mask):
+        total = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.numel() * (t.shape[-2:] != mask.shape)) or t, lambda t: t):
+            model._query_states(model._prompt_embeds(ids), mask)
+        return total
+
+    ids = torch.randint(5, 300, (1, 12))
+    shapes = []
+    hook = model.lmm.model.language_model.layers[0].mlp.register_forward_hook(lambda _, inputs, out: shapes.append((inputs[0].shape[1], out.requires_grad)))
+    model._query_states(model._prompt_embeds(ids), torch.ones_like(ids, dtype=torch.bool))
+    hook.remove()
+    assert shapes == [(12, False), (model.config.num_queries, True)]
+    mlp = lambda n: sum(kept(torch.randint(5, 300, (1, n)), torch.ones(1, n, dtype=torch.bool)))     # noqa: E731
+    grown = (mlp(60) - mlp(12)) / 48                      # numbers kept for each further prompt token: keys, values and mask only
+    text = model.config.lmm["text_config"]
+    layers, heads, width = text["num_hidden_layers"], text["num_attention_heads"], text["hidden_size"]
+    assert grown <= layers * (4 * width + 2 * model.config.num_queries * heads)
+
+
+def test_cached_and_uncached_steps_are_equal(spoken, tmp_path):
+    """Through common.Cache: the same file twice, equal loss and gradients to the last bit, and the frozen encoders do not run."""
+    images = [common.draw_scene(common.random_scene(np.random.default_rng(i)), 200) for i in range(2)]
+    cache = common.Cache(tmp_path, {"task": "recon"})
+    rows = [(f"{i}", image, None) for i, image in enumerate(images)]
+    results, calls = [], []
+    encode = spoken.encode
+    spoken.encode = lambda samples, task: calls.append(len(samples)) or encode(samples, task)
+    try:
+        for use in (None, cache, cache):
+            stream = common.Stream("recon", rows, lambda image, task, rng: spoken.preprocess(image, task), 0, ["Describe it."], use)
+            items = next(stream.batches(0, 2))
+            loss = spoken.recon_loss(common.encode_batch(spoken, items, "recon", use), [item["text"] for item in items],
+                                     rng=common.Rng(0, "recon", positions=[0, 1]))
+            results.append((loss.item(), gradients(spoken, loss)))
+    finally:
+        del spoken.encode
+    assert calls == [2, 2]                                                    # not at the third step
+    for value, grad in results[1:]:
+        assert value == results[0][0]
+        assert all(torch.equal(grad[k], results[0][1][k]) for k in grad)
+    bytes_an_image = sum(f.stat().st_size for f in tmp_path.rglob("*.safetensors")) / 2
+    wanted = 4 * (spoken.image_tokens * spoken.meta_queries.shape[1] + np.prod([*encode([spoken.preprocess(images[0], "recon")], "recon")[0]["latents"].shape]))
+    assert wanted <= bytes_an_image <= wanted + 300
+
+
+def test_activation_checkpointing_gives_the_same_gradients(hub, spoken, features, golden):
+    other = OpenUni.from_pretrained(hub / "finetuned", bases=bases_in(hub)).train()
+    common.checkpoint_blocks(other.blocks())
+    a = fixture_loss(spoken, features, golden, "image2image")
+    b = fixture_loss(other, features, golden, "image2image")
+    assert a.item() == b.item()
+    same_gradients(gradients(spoken, a), gradients(other, b), 1e-6)
+
+
+def test_draws_replay_the_loss(spoken, features):
+    latents = torch.stack([row["latents"] for row in features])
+    loss = spoken.recon_loss(features, ["Describe it."] * 2, rng=common.Rng(3, "recon", positions=[5, 6]))
+    rng = common.Rng(3, "recon", positions=[5, 6])
+    draws = {"noise": rng.normal(*latents.shape[1:]), "u": rng.uniform()}
+    assert loss.item() == spoken.recon_loss(features, ["Describe it."] * 2, draws=draws).item()
+    assert loss.item() != spoken.recon_loss(features, ["Describe it."] * 2).item()
+    captions = ["red circle", "blue square"]
+    unconditional = spoken._t2i_loss_from_ids(features, *spoken._pad(spoken._text_ids([None, captions[1]])), draws)
+    dropped = spoken.t2i_loss(features, captions, draws=draws | {"drop": torch.tensor([0.05, 0.5])})
+    assert dropped.item() == unconditional.item() != spoken.t2i_loss(features, captions, draws=draws | {"drop": torch.ones(2)}).item()
+
+
+# ---- understanding, inference ----------------------------------------------------------------------------------------
+
+
+def test_i2t_loss_counts_the_answers_only(spoken, features):
+    talks = [[("what is it ?", "red circle"), ("where ?", "top-left")], [("what ?", "blue square")]]
+    loss = spoken.i2t_loss(features, talks).item()
+    total = count = 0
+    for row, turns in zip(features, talks):                              # written out: each turn after all that came before it
+        text = ""
+        for i, (question, answer) in enumerate(turns):
+            image = "<img>" + "<IMG_CONTEXT>" * spoken.image_tokens + "</img>\n" if i == 0 else ""
+            text += ("\n" if i else "") + f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
+            before = spoken._tokenize([text])[0]
+            after = spoken._tokenize([answer + "<|im_end|>"])[0]
+            ids = torch.tensor([before + after])
+            logits = spoken.lmm(inputs_embeds=spoken._prompt_embeds(ids, row["und"][None])).logits[0].log_softmax(-1)
+            total -= sum(logits[len(before) + k - 1, token].item() for k, token in enumerate(after))
+            count += len(after)
+            text += answer + "<|im_end|>"
+    assert loss == pytest.approx(total / count, rel=1e-5)
+
+
+def test_describe_is_greedy_decoding(spoken):
+    images = [common.draw_scene(common.random_scene(np.random.default_rng(i)), 100) for i in range(2)]
+    answers = spoken.describe(images, "what is it ?", max_new_tokens=5)
+    end = spoken.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    for image, answer in zip(images, answers):
+        und = torch.stack([spoken.encode([spoken.preprocess(image, "i2t")], "i2t")[0]["und"]])
+        prompt = spoken.recon_prompt("what is it ?").removesuffix("<img>")
+        ids, said = spoken._tokenize([prompt])[0], []
+        for _ in range(5):
+            logits = spoken.lmm(inputs_embeds=spoken._prompt_embeds(torch.tensor([ids + said]), und)).logits[0, -1]
+            said.append(logits.argmax().item())
+            if said[-1] == end:
+                break
+        assert answer == spoken.tokenizer.decode(said, skip_special_tokens=True).strip()
+
+
+def test_generate_and_reconstruct(spoken):
+    size = spoken.config.image_size
+    a = spoken.generate(["red circle", "blue square"], seed=[7, 8], num_steps=3)
+    b = spoken.generate(["blue square"], seed=8, num_steps=3)
+    assert [image.size for image in a] == [(size, size)] * 2
+    difference = np.abs(np.asarray(a[1], int) - np.asarray(b[0], int)).max()
+    assert difference <= 1                                                # alone or in a batch: rounding apart, the same picture
+    unguided = spoken.generate(["blue square"], seed=8, num_steps=3, guidance_scale=1)
+    assert np.abs(np.asarray(unguided[0], int) - np.asarray(b[0], int)).max() > 1
+    shape = (1, spoken.vae.config.latent_channels, *[size // spoken.vae.spatial_compression_ratio] * 2)
+    latents = common.Rng.sampling(8, 1).normal(*shape[1:])
+    replayed = spoken.generate(["blue square"], draws={"latents": latents}, num_steps=3)
+    assert np.array_equal(np.asarray(replayed[0]), np.asarray(b[0]))
+    image = common.draw_scene(common.random_scene(np.random.default_rng(0)), 150)
+    one = spoken.reconstruct([image], num_steps=3)
+    other = spoken.reconstruct([image], templates=["Describe it."], num_steps=3, guidance_scale=3.0)
+    assert one[0].size == (size, size) and not np.array_equal(np.asarray(one[0]), np.asarray(other[0]))
+
+
+def test_ablations_of_the_understanding_input(spoken, hub):
+    model = OpenUni.from_pretrained(hub / "finetuned", bases=bases_in(hub))
+    image = common.draw_scene(common.random_scene(np.random.default_rng(3)), 200)
+    sample = model.preprocess(image, "recon")
+    plain = model.encode([sample], "recon")[0]
+    model.set_und(blur=8)
+    blurred = model.encode([sample], "recon")[0]
+    assert torch.equal(plain["latents"], blurred["latents"]) and not torch.allclose(plain["und"], blurred["und"])
+    model.set_und(size=28)
+    small = model.encode([sample], "recon")[0]
+    assert small["und"].shape[0] == 1 and model.recon_prompt("").count("<IMG_CONTEXT>") == 1
+    model.recon_loss([small], ["Describe it."]).backward()
+    with pytest.raises(common.InputError, match="multiples of 28"):
+        model.set_und(size=30)
+
+
+def test_preprocess_crops_at_random_and_centrally(spoken):
+    image = common.draw_scene(common.random_scene(np.random.default_rng(1)), 64).resize((300, 100))
+    centre = spoken.preprocess(image, "recon")["pixels"]
+    size = spoken.config.image_size
+    assert centre.shape == (3, size, size) and centre.min() >= -1 and centre.max() <= 1
+    assert torch.equal(centre, spoken.preprocess(image.crop((100, 0, 200, 100)), "recon")["pixels"])
+    crops = [spoken.preprocess(image, "recon", np.random.default_rng(k))["pixels"] for k in range(4)]
+    assert any(not torch.equal(crop, centre) for crop in crops)
+    assert torch.equal(spoken.preprocess(image, "i2t")["pixels"], common.to_tensor(image.resize((size, size))))
