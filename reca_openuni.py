@@ -682,7 +682,7 @@ class OpenUni(nn.Module):
         embeds = self._prompt_embeds(ids, torch.stack(unds) if unds else None)
         llm = self.lmm.model.language_model
         states = llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state           # [B, L, D]
-        said = targets[:, 1:] != -100                     # the state before a token predicts it; logits only for answers
+        said = targets[:, 1:] != -100                    # the state before a token predicts it; logits only for answers
         logits = self.lmm.lm_head(states[:, :-1][said]).float()                               # [answers' tokens, V]
         return common.global_mean(F.cross_entropy(logits, targets[:, 1:][said], reduction="sum"), said.sum())
 

@@ -603,3 +603,100 @@ def test_preprocess_crops_at_random_and_centrally(spoken):
     crops = [spoken.preprocess(image, "recon", np.random.default_rng(k))["pixels"] for k in range(4)]
     assert any(not torch.equal(crop, centre) for crop in crops)
     assert torch.equal(spoken.preprocess(image, "i2t")["pixels"], common.to_tensor(image.resize((size, size))))
+
+
+# ---- the command line: tiny, from pretraining to pictures -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """Where the toy pretraining is kept, so that the tests below share one (of a hundredth of the length: mechanics only)."""
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def reca(home, monkeypatch, tmp_path):
+    """reca("--steps", 2, ...) runs the script's main() with few sampling steps in the test's own folder."""
+    def run(*arguments, out="run"):
+        monkeypatch.setenv("XDG_CACHE_HOME", str(home))
+        monkeypatch.setattr("sys.argv", ["reca_openuni.py", "--model", "tiny", "--pretrain", "0.004", "--batch", "2", "--sampling-steps", "2",
+                                         "--out", str(tmp_path / out), *map(str, arguments)])
+        reca_openuni.main()
+        return tmp_path / out
+    yield run
+    OpenUni.base_overrides = {}
+
+
+@pytest.fixture
+def unscored(monkeypatch):
+    """Without the 512 pictures that a run on the toy world is scored with: tests that look at the losses only."""
+    monkeypatch.setattr(common, "score_toy", lambda *_: {})
+
+
+def test_tiny_from_end_to_end(reca, tmp_path):
+    out = reca("--steps", 3, "--accum", 2, "--sample-every", 2)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(np.isfinite(row["recon"]) for row in rows)
+    scores = json.loads((out / "scores.json").read_text())
+    assert scores["before"].keys() == scores["after"].keys() >= {"reconstruction", "single_object", "overall"}
+    assert {"run.json", "loss.png", "previews"} <= {path.name for path in out.iterdir()}
+    assert OpenUni.from_pretrained(out / "checkpoint-000003").config.image_size == 64
+
+    checkpoint = str(out / "checkpoint-000003")
+    (tmp_path / "prompts.txt").write_text("red circle top-left\nblue square\n")
+    images = tmp_path / "images"
+    images.mkdir()
+    for k in range(2):
+        common.draw_scene(common.random_scene(np.random.default_rng(k)), 64).save(images / f"{k}.png")
+    used = reca("--model", checkpoint, "--steps", 0, "--generate", tmp_path / "prompts.txt", "--reconstruct", images, "--describe", images,
+                "--max-new-tokens", 4, out="used")
+    assert {"00000.png", "00001.png", "0.png", "1.png", "answers.jsonl"} <= {path.name for path in used.iterdir()}
+    answers = [json.loads(line) for line in (used / "answers.jsonl").read_text().splitlines()]
+    assert [row["question_id"] for row in answers] == ["0.png", "1.png"] and all(isinstance(row["answer"], str) for row in answers)
+
+
+def test_training_leaves_the_frozen_parts_alone(reca, home):
+    out = reca("--steps", 2)
+    start = OpenUni.from_pretrained(next(home.glob("reca/tiny-*")))
+    end = OpenUni.from_pretrained(out / "checkpoint-000002")
+    trained = start.released_state("finetuned").keys()
+    for name, value in start.state_dict().items():
+        same = torch.equal(value, end.state_dict()[name])
+        assert same or name in trained, name
+    assert sum(not torch.equal(start.state_dict()[name], end.state_dict()[name]) for name in trained) > 0.9 * len(trained)
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_resume_gives_the_same_numbers(reca, tmp_path, cached, unscored):
+    more = ["--cache", tmp_path / "cache"] if cached else []
+    whole = reca("--steps", 4, *more, out="whole")
+    reca("--steps", 2, *more, out="parts")
+    parts = reca("--steps", 4, "--resume", *more, out="parts")
+
+    def numbers(folder):
+        return [{k: v for k, v in json.loads(line).items() if k != "images_per_s"} for line in (folder / "log.jsonl").read_text().splitlines()]
+
+    assert numbers(whole) == numbers(parts) and len(numbers(whole)) == 4
+    assert (whole / "checkpoint-000004" / "openuni.pth").read_bytes() == (parts / "checkpoint-000004" / "openuni.pth").read_bytes()
+
+
+def test_captions_train_beside_reconstruction(reca, unscored):
+    """--captions: SFT, or RecA beside it; both losses are in the log."""
+    out = reca("--steps", 1, "--captions", "full", out="both")
+    row = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert row["loss"] == pytest.approx(row["recon"] + row["t2i"])
+    out = reca("--steps", 1, "--captions", "full", "--lambda-recon", 0, out="sft")
+    assert "recon" not in json.loads((out / "log.jsonl").read_text().splitlines()[0])
+
+
+def test_bench_runs_on_tiny(reca, capsys):
+    reca("--bench")
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert figures["model"] == "tiny" and figures["images_per_s"] > 0
+
+
+def test_what_bad_input_gets(reca, tmp_path):
+    for arguments, words in ((["--lambda-i2t", 1], "L_i2t trains nothing"), (["--model", tmp_path / "none", "--data", tmp_path], "no image"),
+                             (["--und-size", 30, "--steps", 1], "multiples of 8")):
+        with pytest.raises(common.InputError, match=words):
+            reca(*arguments)
