@@ -102,7 +102,11 @@ class HarmonConfig:
     vae_width: int = 128
     vae_mult: tuple = (1, 1, 2, 2, 4)
     vae_blocks: int = 2
+    vae_groups: int = 32                # of its GroupNorm
     vae_scale: float = 0.2325           # makes the variance of the latents about 1
+    # The sampler's defaults.
+    num_steps: int = 64
+    guidance_scale: float = 3.0
     # RecA: factor on the gradient that reaches the understanding embeddings.
     grad_scale: float = 0.1
 
@@ -113,12 +117,12 @@ CONFIGS = {
         name="harmon_0.5b", llm_width=896, llm_layers=24, llm_heads=14, llm_mlp=4864,
         encoder_width=768, encoder_layers=12, encoder_heads=12, decoder_width=768, decoder_layers=12, decoder_heads=12,
         diffusion_width=1024, diffusion_layers=6),
-    # 4 x 4 tokens an image. The VAE's GroupNorm has 32 groups, so its width is a multiple of 32.
+    # 4 x 4 tokens of 8 x 8 pixels an image.
     "tiny": HarmonConfig(
-        name="harmon_tiny", image_size=64, vocab_size=512, llm_width=128, llm_layers=3, llm_heads=4, llm_mlp=384,
+        name="harmon_tiny", image_size=32, vocab_size=512, llm_width=128, llm_layers=3, llm_heads=4, llm_mlp=384,
         encoder_width=96, encoder_layers=2, encoder_heads=4, decoder_width=96, decoder_layers=2, decoder_heads=4,
         buffer_size=8, table_size=4, class_num=10, dropout=0.0, diffusion_width=128, diffusion_layers=3,
-        diffusion_steps=25, vae_width=32, vae_mult=(1, 1, 1, 1, 1), vae_blocks=1),
+        vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4, num_steps=16, guidance_scale=1.5),
 }
 
 RELEASED = {                            # what --model accepts beside hub ids and folders: the hub's repository and file
@@ -153,7 +157,11 @@ class Recipe:
     lambda_t2i: float = 0.0
 
 
-RECIPES = {"harmon-1.5b": Recipe(), "harmon-0.5b": Recipe(steps=1500, batch=96)}             # 0.5B: "3K"
+RECIPES = {
+    "harmon-1.5b": Recipe(),
+    "harmon-0.5b": Recipe(steps=1500, batch=96),            # "3K"
+    "tiny": Recipe(steps=300, batch=32, accum=1, lr=5e-4, warmup=30, horizon=400),
+}
 
 
 # ======================================================================================================
@@ -268,7 +276,7 @@ class MAR(nn.Module):
         super().__init__()
         c, self.config = config, config
         places, De, Dd = c.table_size ** 2, c.encoder_width, c.decoder_width
-        # A leftover of class-conditional MAR, in every checkpoint but never read. (The original's weight decay shrinks it.)
+        # A leftover of class-conditional MAR, in every checkpoint and never read. (In the original, decay shrinks it.)
         self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)
         self.fake_latent = nn.Parameter(torch.empty(1, De))     # in all buffer places; positions tell them apart
         self.z_proj = nn.Linear(c.latent_channels, De)
@@ -302,7 +310,7 @@ class MAR(nn.Module):
             nn.init.zeros_(linear.weight)
 
     def positions(self, table, grid):
-        """A table [1, places, D] stretched bilinearly to grid = (h, w) -> [1, h*w, D]. At 512 px: 16 x 16 to 32 x 32."""
+        """A table [1, places, D] stretched to grid = (h, w) -> [1, h*w, D]. (At 512 px: 16 x 16 to 32 x 32.)"""
         side = self.config.table_size
         if grid == (side, side):
             return table
@@ -447,7 +455,7 @@ class Harmon(nn.Module):
         # diffusers' class expresses KL-16 exactly: attention is in the encoder's last level and the middles only.
         self.vae = AutoencoderKL(
             block_out_channels=[c.vae_width * m for m in c.vae_mult], layers_per_block=c.vae_blocks,
-            latent_channels=c.latent_channels, norm_num_groups=32,
+            latent_channels=c.latent_channels, norm_num_groups=c.vae_groups,
             down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
             up_block_types=["UpDecoderBlock2D"] * levels).requires_grad_(False)
         self.llm = Qwen2ForCausalLM(Qwen2Config(
@@ -499,8 +507,7 @@ class Harmon(nn.Module):
 
         Attention is causal and padding stands at the end of a row (section 4), where nothing before it can see it: no
         mask is needed, and the fast causal kernels apply. All layers but the last run whole. The last needs keys and
-        values of every place, but queries and the MLP only where its output is read: at about 200 of 1320 places in a
-        reconstruction.
+        values of every place, but queries and the MLP only where its output is read: some 200 of 1320 in a reconstruction.
         """
         llm = self.llm.model
         rope = llm.rotary_emb(embeddings, torch.arange(embeddings.shape[1], device=embeddings.device)[None])
@@ -573,17 +580,18 @@ class Harmon(nn.Module):
 
     @classmethod
     def from_states(cls, config, state, vae, name="checkpoint"):
-        """A model from the dicts of harmon_*.pth and kl16.ckpt. Strict: InputError names missing and unexpected keys."""
+        """A model from the dicts of harmon_*.pth and kl16.ckpt. Strict: InputError names the keys that do not fit."""
         with torch.device("meta"):                          # shapes only: no time and no memory for random weights
             model = cls(config)
         state = dict(state)
         head, embedding = state.get("llm.lm_head.weight"), state.get("llm.model.embed_tokens.weight")
         if config.tied_head and embedding is not None:      # the tied head may be listed or not
             if head is not None and not torch.equal(head, embedding):
-                raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs from it")
+                raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs")
             state["llm.lm_head.weight"] = embedding
         # kl16.ckpt may hold more than the VAE (the original loads it non-strictly); what is the VAE's must be complete.
-        vae = {k: v for k, v in vae.items() if k.startswith(("encoder.", "decoder.", "quant_conv.", "post_quant_conv."))}
+        prefixes = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+        vae = {key: value for key, value in vae.items() if key.startswith(prefixes)}
         for what, own, given in ((name, model.released_state(), state), (f"the VAE of {name}", model.vae_state(), vae)):
             missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
             wrong = sorted(k for k in own.keys() & given.keys() if own[k].shape != given[k].shape)
@@ -614,7 +622,7 @@ class Harmon(nn.Module):
         folder = Path(folder)
         files = {f"{self.config.name}.pth": self.released_state(), "kl16.ckpt": {"model": self.vae_state()}}
         for file, state in files.items():
-            with common.atomic(folder / file) as path, open(path, "wb") as stream:     # not to the path: torch would store it
+            with common.atomic(folder / file) as path, open(path, "wb") as stream:   # not to the path: torch would store it
                 torch.save(state, stream)
         with common.atomic(folder / "config.json") as path:
             path.write_text(json.dumps({"reca_harmon": asdict(self.config)}, indent=1) + "\n")
@@ -688,9 +696,8 @@ class Harmon(nn.Module):
         """Understanding embeddings: B dicts of `encode` -> [B, K, D], K = N + E.
 
         MAR's encoder on the whole image. It has the buffer first; the language model gets it last, where causal
-        attention lets the buffer see the image. Gradients that come back from any loss are multiplied by grad_scale,
-        so that the understanding pass changes slowly; the values, and the generation pass through the same encoder,
-        are not scaled.
+        attention lets it see the image. Gradients of any loss are multiplied by grad_scale on their way back, so that
+        the understanding pass changes slowly; those of the generation pass through the same encoder are not.
         """
         latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])
         _, h, w, _ = latents.shape
@@ -725,8 +732,7 @@ class Harmon(nn.Module):
         if G:
             start = (length - G)[:, None]
             parts, targets = [*parts, generated], [*targets, start + torch.arange(G, device=ids.device)]
-        # The targets of a row are a permutation; its inverse says what stands at each place. (The marker's is T,
-        # which is cut off.)
+        # A row's targets are a permutation; its inverse says what stands at each place. (The marker's, T, is cut off.)
         source = torch.cat(targets, dim=1).argsort(dim=1)[:, :T]
         return take(torch.cat(parts, dim=1), source), length, places
 
@@ -738,9 +744,8 @@ class Harmon(nn.Module):
     def recon_prompt(self, template):
         """The ids of RecA's prompt, with the marker.
 
-        Two newlines before the image, one id for Qwen, as in the original's training data. Its other prompts (and its
-        demo) have one: it looks like an accident, but the released RecA models were trained so, and it is followed
-        here in training and use.
+        Two newlines before the image (one id for Qwen), as in the original's training data. Its other prompts and its
+        demo have one: an accident, it seems, but the released models were trained so. Followed in training and use.
         """
         return (self.tokens(USER + "\n") + [IMAGE_MARKER] + self.tokens(template + END))[:128]
 
@@ -793,8 +798,7 @@ class Harmon(nn.Module):
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image: supervised fine-tuning, and RecA mixed with it. In RecA itself lambda_t2i = 0.
 
-        A tenth of the captions is dropped, to train what guidance moves away from. Arguments and result as in
-        recon_loss.
+        A tenth of the captions is dropped, to train what guidance moves away from. Otherwise as recon_loss.
         """
         draws = draws or self.generation_draws(features, rng)
         rows = [self.t2i_prompt(None if drop else caption) for drop, caption in zip(draws["drop"].tolist(), captions)]
@@ -812,13 +816,12 @@ class Harmon(nn.Module):
         return self._i2t_loss_from_ids(features, ids, mask, labels)
 
     def generation_draws(self, features, rng=None):
-        """All random draws of recon_loss or t2i_loss on B images. But for num_masked, an image's do not depend on its
-        batch.
+        """All random draws of recon_loss or t2i_loss. But for num_masked, an image's do not depend on its batch.
 
         drop [B]                whether the text is dropped, one in ten
         orders [B, N]           a permutation of the tokens; the first num_masked of it are masked
-        num_masked              N times a ratio, rounded up. The ratio is normal(1, 0.25) truncated to [0.7, 1], one for the
-                                batch, so that the visible tokens of all its images fit into one tensor
+        num_masked              N times a ratio, rounded up. The ratio is normal(1, 0.25) truncated to [0.7, 1], one for
+                                the batch, so that the visible tokens of all its images fit into one tensor
         t [4*B*N], noise [4*B*N, C]    of all tokens, also those not masked. Row r belongs to repeat r // (B*N) and to
                                 image and token divmod(r % (B*N), N)
         """
@@ -839,8 +842,7 @@ class Harmon(nn.Module):
         return self._generation_loss(features, ids, mask, draws, None)
 
     def _generation_loss(self, features, ids, mask, draws, image):
-        """The masked part of the images, given their visible part and prompts. image [B, K, D] for the markers in ids,
-        or None."""
+        """The masked part of the images, given the visible part and prompts. image [B, K, D] or None: see assemble."""
         latents = torch.stack([f["latents"] for f in features])
         B, h, w, C = latents.shape
         N, repeats, M = h * w, self.config.diffusion_repeats, int(draws["num_masked"].flatten()[0])
@@ -868,8 +870,7 @@ class Harmon(nn.Module):
 
     def _i2t_loss_from_ids(self, features, ids, mask, labels):
         embeddings, _, places = self.assemble(ids, mask, self.understand(features))
-        # A label is predicted one place before its own. The rows of an image with fewer labels are filled up and
-        # dropped again.
+        # A label is predicted one place before its own. Images with fewer labels are filled up; `valid` drops that.
         wanted = (labels != IGNORED) & mask
         first = (~wanted).long().argsort(dim=1, stable=True)[:, :max(1, int(wanted.sum(1).max()))]     # [B, R] of the L
         valid, rows = wanted.gather(1, first), (places.gather(1, first) - 1).clamp(min=0)                   # [B, R]
@@ -878,8 +879,7 @@ class Harmon(nn.Module):
         def cross_entropy(hidden, labels):
             return F.cross_entropy(self.llm.lm_head(hidden).float(), labels, reduction="sum")
 
-        # 151936 logits a label are the largest tensor of the step: made for 1024 labels at a time, and again in the
-        # backward.
+        # 151936 logits a label would be the largest tensor of the step: 1024 labels at a time, again in the backward.
         parts = zip(hidden.split(1024), labels.split(1024))
         total = sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts)
         return global_mean(total, valid.sum())
@@ -934,7 +934,7 @@ class Harmon(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def sample(self, branches, num_steps=64, guidance_scale=3.0, guidance_schedule="constant", temperature=1.0, seed=0,
+    def sample(self, branches, num_steps=None, guidance_scale=None, guidance_schedule="constant", temperature=1.0, seed=0,
                draws=None, progress=False):
         """MAR's sampler: branches [(embeddings [n, T, D], length [n])] of n prompts and of n unconditional ones ->
         latents [n, h, w, C].
@@ -947,6 +947,7 @@ class Harmon(nn.Module):
         paints there.
         """
         c = self.config
+        num_steps, guidance_scale = num_steps or c.num_steps, guidance_scale or c.guidance_scale
         branches = branches[:1] if guidance_scale == 1 else branches
         B, grid = len(branches), (c.image_size // self.stride,) * 2
         n, N, E = len(branches[0][1]), grid[0] * grid[1], c.buffer_size
@@ -1046,7 +1047,7 @@ def read_config(folder, state):
     for config in CONFIGS.values():
         if widths == [config.llm_width, config.encoder_width] and config.name != "harmon_tiny":
             return config
-    raise InputError(f"{folder} is no released Harmon (widths {widths}) and has no config.json of ours: cannot tell its sizes")
+    raise InputError(f"{folder} is no released Harmon (widths {widths}) and has no config.json with its sizes")
 
 
 def find_tokenizer(folder, config):
@@ -1058,7 +1059,7 @@ def find_tokenizer(folder, config):
             return None
         folder = common.hub_folder(source, SMALL_FILES)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    for origin in ("is_local", "local_files_only"):         # where it came from is nothing that save_pretrained should write
+    for origin in ("is_local", "local_files_only"):         # not for save_pretrained to write
         tokenizer.init_kwargs.pop(origin, None)
     return tokenizer
 
@@ -1083,3 +1084,53 @@ def kl16_names(vae):
 # ======================================================================================================
 # 7. main()
 # ======================================================================================================
+
+
+def pretrain_toy(model, fraction, seed):
+    """What the released Harmon had at scale, in small: a VAE, then understanding from full captions and generation from
+    sparse ones. RecA finds a model that can say everything it sees, and draws without minding what it was told."""
+    c, pool = model.config, 4000
+
+    def pixels(scenes):
+        return torch.stack([common.to_tensor(common.draw_scene(scene, c.image_size)) for scene in scenes])
+
+    def crowded(position):                                      # most cells full: the VAE learns nothing from white
+        rng = np.random.default_rng((seed, 1, position))
+        return [(place, rng.integers(4), rng.integers(8)) for place in range(4) if rng.random() < 0.7]
+
+    def vae_loss(positions):
+        x = pixels(crowded(p) for p in positions)
+        z = model.vae.encode(x).latent_dist.mean
+        y = model.vae.decode(z + 0.05 * torch.randn_like(z)).sample              # neighbours decode alike
+        return (y - x).square().mean() + (y - x).abs().mean() + 1e-3 * z.square().mean()
+
+    def steps(count):
+        return max(1, round(count * fraction))
+
+    common.toy_stage("VAE", model.vae.requires_grad_(True).parameters(), vae_loss, steps(800), lr=2e-3, batch=8)
+    model.vae.requires_grad_(False)
+    with torch.no_grad():
+        c.vae_scale = 1 / model.vae.encode(pixels(map(crowded, range(256)))).latent_dist.mean.std().item()
+    scenes = [common.random_scene(np.random.default_rng((seed, 2, i))) for i in range(pool)]
+    features = [f for k in range(0, pool, 250) for f in model.encode([{"pixels": x} for x in pixels(scenes[k:k + 250])], "i2t")]
+
+    def i2t(positions):
+        picked = [p % pool for p in positions]
+        return model.i2t_loss([features[i] for i in picked], [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked])
+
+    def both(positions):
+        picked, rng = [p * 7919 % pool for p in positions], np.random.default_rng((seed, 3, positions[0]))
+        captions = [common.caption(scenes[i], 0.1, rng) for i in picked]           # shapes; color and place seldom
+        return i2t(positions) + model.t2i_loss([features[i] for i in picked], captions)
+
+    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
+    common.toy_stage("understanding", trained, i2t, steps(300))
+    common.toy_stage("understanding and generation", trained, both, steps(500))
+
+
+def main():
+    common.run(Harmon, common.parse_args(__doc__, RECIPES, "harmon-1.5b"), pretrain_toy)
+
+
+if __name__ == "__main__":
+    common.cli(main)
