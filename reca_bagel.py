@@ -39,8 +39,8 @@ M ViT patches, L text ids, N latent tokens of an image, C channels of a latent t
 import copy
 import json
 import math
-import os
 import shutil
+import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
@@ -375,7 +375,7 @@ def write_config(c, folder):
             "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
     vit = {k: getattr(c, f"vit_{k}") for k in VIT_FIELDS}
     vit |= {"num_hidden_layers": c.vit_num_hidden_layers + 1, "model_type": "siglip_vision_model"}
-    rest = {"architectures": ["BagelForConditionalGeneration"], "model_type": "bagel", "latent_patch_size": c.latent_patch_size,
+    rest = {"architectures": ["BagelForConditionalGeneration"], "latent_patch_size": c.latent_patch_size,
             "max_latent_size": c.max_latent_size, "vit_max_num_patch_per_side": c.vit_max_num_patch_per_side,
             "vae_config": {k[4:]: v for k, v in asdict(c).items() if k.startswith("vae_") and k != "vae_limits"},
             "reca": {k: getattr(c, k) for k in ("vae_limits", "vit_limits", "edit_limits", "image_size", "bos_token_id", "eos_token_id",
@@ -1174,24 +1174,27 @@ def shard(model):
 
 def unshard(model, whole=True):
     """Gather all weights on every rank (whole=False: give them back), so that one rank can sample by itself. All ranks must call."""
+    if not isinstance(model, FSDPModule):
+        return
     model.set_reshard_after_forward(not whole)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.unshard() if whole else module.reshard()
 
 
-class ShardedTrainer(common.Trainer):
-    """The loop of common.py for sharded weights: previews, checkpoints and resuming need all ranks.
+class BagelTrainer(common.Trainer):
+    """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews although the weights are sharded.
 
-    A checkpoint holds ema.safetensors and the other files of the release (bf16 on a GPU: it can be used as it is), and in shards/ the exact
-    weights and the optimizer, written by every rank for itself with torch.distributed.checkpoint and read on any number of ranks.
+    A checkpoint holds ema.safetensors and the other files of the release (bf16 after bf16 training: it can be used as it is), and in shards/
+    the exact trained weights and the optimizer, written by each rank for itself with torch.distributed.checkpoint.
     """
 
     def __init__(self, model, streams, args, show=None, **more):
         def show_together(step):
             unshard(model)
             show(step)                                                                  # only rank 0 paints
-            dist.barrier()
+            if dist.is_initialized():
+                dist.barrier()
             unshard(model, whole=False)
         super().__init__(model, streams, args, show_together if show else None, **more)
 
@@ -1201,23 +1204,35 @@ class ShardedTrainer(common.Trainer):
 
     def save(self):
         folder, temporary = self.out / f"checkpoint-{self.step:06d}", self.out / f".tmp-checkpoint-{self.step:06d}"
-        self.model.save_pretrained(temporary, dtype=torch.bfloat16 if self.args.precision == "bf16" else None)
-        dist.barrier()
-        dcp.save(self._shards(), checkpoint_id=temporary / "shards")
-        if common.world()[0] == 0:
-            torch.save({"step": self.step, "seen": self.seen}, temporary / "trainer.pt")
-            if folder.exists():
-                shutil.rmtree(folder)
-            temporary.rename(folder)
-            for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
-                shutil.rmtree(old)
-        dist.barrier()
+        main_process = common.world()[0] == 0
+        try:
+            if main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            self.model.save_pretrained(temporary, dtype=torch.bfloat16 if self.args.precision == "bf16" else None)
+            with warnings.catch_warnings():                                             # "no process group": one process, as it should be
+                warnings.simplefilter("ignore")
+                dcp.save(self._shards(), checkpoint_id=temporary / "shards")
+            if main_process:
+                torch.save({"step": self.step, "seen": self.seen}, temporary / "trainer.pt")
+                if folder.exists():
+                    shutil.rmtree(folder)
+                temporary.rename(folder)
+                for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+                    shutil.rmtree(old)
+        except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
+            if main_process:
+                shutil.rmtree(temporary, ignore_errors=True)
+            raise common.InputError(f"cannot write {folder}: {str(error).splitlines()[0]}; the checkpoints before it are kept") from error
+        if dist.is_initialized():
+            dist.barrier()
 
     def resume(self, folder):
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         self.step, self.seen = state["step"], state["seen"]
         shards = self._shards()
-        dcp.load(shards, checkpoint_id=folder / "shards")                                  # weights in place
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load(shards, checkpoint_id=folder / "shards")                              # weights in place
         set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
 
     def train(self):
@@ -1391,8 +1406,7 @@ def main():
     Bagel.condition = args.condition
     if args.edit:
         edit_jobs(args.edit, args.edit_images, args.out)                            # a malformed file is refused before anything is loaded
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        common.Trainer = ShardedTrainer
+    common.Trainer = BagelTrainer
     if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
         common.run(Bagel, args, pretrain_toy, prepare)
     if args.edit and common.world()[0] == 0:

@@ -1,10 +1,14 @@
 """BAGEL against the fixture made with the original implementation (tests/fixtures/bagel), and what issue-level promises need."""
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -373,3 +377,354 @@ def test_parity_bagel_files(model, golden, tmp_path):
     (tmp_path / "a/model_bf16.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(common.InputError):
         Bagel.from_pretrained(str(tmp_path / "a"))
+
+
+# ---- an independent, plain forward ---------------------------------------------------------------------------------------------
+
+
+def plain_sequence(model, blocks):
+    """One sample, all rows at once, a dense mask, absolute positions: blocks of (kind, und rows or None, gen rows or None). Kinds: "full",
+    "causal", "noise". Rows of a block with gen rows: start marker, gen rows, end marker. -> final hidden states [L, D] of all rows."""
+    c, layers = model.config, model.blocks()
+    rows, gen, positions, block_of, kinds, position = [], [], [], [], [], 0
+    for b, (kind, und, latents) in enumerate(blocks):
+        part = und if latents is None else torch.cat([und[:1], latents, und[1:]])
+        rows.append(part)
+        gen += [latents is not None and 0 < i < len(part) - 1 for i in range(len(part))]
+        positions += [position + i if kind == "causal" else position for i in range(len(part))]
+        position += len(part) if kind == "causal" else 1
+        block_of += [b] * len(part)
+        kinds.append(kind)
+    x, gen, order = torch.cat(rows), torch.tensor(gen)[:, None], torch.arange(len(block_of))
+    block_of = torch.tensor(block_of)
+    past, own = block_of[:, None] > block_of[None], block_of[:, None] == block_of[None]
+    causal = torch.tensor([k == "causal" for k in kinds])[block_of][:, None]
+    mask = past | own & (~causal | (order[:, None] >= order[None]))
+    frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
+    angles = (torch.tensor(positions)[:, None] * frequencies).repeat(1, 2)[:, None]                              # [L, 1, d]
+
+    def norm(x, weight):
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * weight
+
+    def both(function):                                                                   # each row by its own expert
+        return torch.where(gen if function("").dim() == 2 else gen[..., None], function("_moe_gen"), function(""))
+
+    def rope(x):
+        a, b = x.chunk(2, -1)
+        return x * angles.cos() + torch.cat([-b, a], -1) * angles.sin()
+
+    for layer in layers:
+        w = dict(layer.named_parameters())
+        y = both(lambda e: norm(x, w[f"input_layernorm{e}.weight"]))
+
+        def heads(name, e):
+            return (y @ w[f"self_attn.{name}_proj{e}.weight"].T + w[f"self_attn.{name}_proj{e}.bias"]).unflatten(-1, (-1, c.head_dim))
+        q, k = (rope(both(lambda e: norm(heads(name, e), w[f"self_attn.{name}_norm{e}.weight"]))) for name in "qk")
+        v = both(lambda e: heads("v", e))
+        share = c.num_attention_heads // c.num_key_value_heads
+        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(share, 1)) / c.head_dim ** 0.5
+        heard = torch.einsum("hij,jhd->ihd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(share, 1)).flatten(1)
+        x = x + both(lambda e: heard @ w[f"self_attn.o_proj{e}.weight"].T)
+        y = both(lambda e: norm(x, w[f"post_attention_layernorm{e}.weight"]))
+
+        def mlp(e):
+            up, gate, down = (w[f"mlp{e}.{name}_proj.weight"] for name in ("up", "gate", "down"))
+            return (F.silu(y @ gate.T) * (y @ up.T)) @ down.T
+        x = x + both(mlp)
+    final = model.language_model["model"]
+    return both(lambda e: norm(x, final[f"norm{e}"].weight)), gen[:, 0]
+
+
+def test_bagel_condition_on_the_vae(model, golden):
+    """Table 7's row: clean latents of the same image instead of the ViT, at t = 0 through the generation expert, with their gradient. Against
+    the plain forward: the loss, and every gradient except those that freezing the understanding rows removes on purpose."""
+    features, ids, draws, _ = case_inputs(model, golden, "recon")
+    draws["condition_noise"] = [n.flip(-1) for n in draws["vae_noise"]]
+    for freeze in (True, False):
+        model.freeze(train_und=not freeze)
+        model.zero_grad()
+        loss = model._flow_loss(features, ids, draws, "vae")
+        loss.backward()
+        ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        total, count = 0, 0
+        for i, (f, text) in enumerate(zip(features, ids)):
+            t = draws["timestep_normal"][i].sigmoid()
+            z = model._tokens(model._latent(f["mean"], f["logvar"], draws["vae_noise"][i]))
+            clean = model._tokens(model._latent(f["mean"], f["logvar"], draws["condition_noise"][i]))
+            noise, grid = draws["flow_noise"][i], model._grid(f["mean"])
+            embed = lambda x, t: model._embed_latents(x[None], grid, t[None])[0]                                  # noqa: E731
+            hidden, gen = plain_sequence(model, [("full", model._markers(1)[0], embed(clean, t * 0)), ("causal", model._words([text])[0], None),
+                                                 ("noise", model._markers(1)[0], embed((1 - t) * z + t * noise, t))])
+            velocity = model.llm2vae(hidden[gen])[len(clean):]
+            total, count = total + (velocity - (noise - z)).square().mean(-1).sum(), count + len(z)
+        assert (total / count).item() == pytest.approx(loss.item(), rel=1e-5)
+        (total / count).backward()
+        if not freeze:
+            assert len(ours) > 50
+            for name, grad in ours.items():
+                close(grad, dict(model.named_parameters())[name].grad, 1e-3)
+    model.freeze()
+
+
+def test_bagel_i2t_loss(model, golden):
+    """The answers' cross-entropy, two turns, two images and a text without image, against the plain forward; only answers count."""
+    features, _, _, _ = case_inputs(model, golden, "recon")
+    c, head = model.config, model.language_model["lm_head"]
+    block = lambda ids: [c.bos_token_id, *ids, c.eos_token_id]                                                     # noqa: E731
+    turns = [[([3, 4], [5, 6, 7]), ([8], [9])], [([10], [11, 12])], [([13, 14], [15])]]
+    vits = [features[0]["vit"], features[1]["vit"], None]
+    ids = [sum((block(q) + block(a) for q, a in t), []) for t in turns]
+    labels = [sum(([-100] * (len(q) + 2) + a + [c.eos_token_id, -100] for q, a in t), []) for t in turns]
+    with torch.no_grad():
+        ours = model._answer_loss(vits, ids, labels)
+        total, count = 0, 0
+        for vit, i, label in zip(vits, ids, labels):
+            image = [] if vit is None else [("full", torch.cat([model._markers(1)[0][:1], model._embed_vit(vit[None])[0], model._markers(1)[0][1:]]), None)]
+            hidden, _ = plain_sequence(model, image + [("causal", model._words([i])[0], None)])
+            label = torch.tensor(label)
+            total = total + F.cross_entropy(head(hidden[-len(i):])[label != -100], label[label != -100], reduction="sum")
+            count += int((label != -100).sum())
+    assert ours.item() == pytest.approx((total / count).item(), rel=1e-5)
+
+    class Words:                                       # the public loss builds the same ids from text
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [int(w) for w in text.split()]}
+    model.tokenizer = Words()
+    texts = [[(" ".join(map(str, q)), " ".join(map(str, a))) for q, a in t] for t in turns]
+    with torch.no_grad():
+        public = model.i2t_loss([{} if v is None else {"vit": v} for v in vits], texts)
+    model.tokenizer = None
+    assert public.item() == pytest.approx(ours.item(), rel=1e-6)
+
+
+# ---- training ---------------------------------------------------------------------------------------------------------------------
+
+
+def random_tiny():
+    torch.manual_seed(0)
+    model = Bagel.random("tiny")
+    torch.nn.init.normal_(model.llm2vae.weight, std=0.1)
+    model.set_und(size=32)
+    return model
+
+
+def pictures(count, sizes=((64, 64),)):
+    rng = np.random.default_rng(0)
+    return [common.draw_scene(common.random_scene(rng), 64).resize(sizes[i % len(sizes)]) for i in range(count)]
+
+
+def test_bagel_draws_follow_the_image():
+    """An image draws the same numbers in any batch, so a batch's loss is the token-weighted mean of its images' losses; images of different
+    sizes are encoded as they are (no padding); checkpointing and compiling the layers change nothing."""
+    model = random_tiny()
+    samples = [model.preprocess(p, "recon") for p in pictures(5, ((64, 64), (64, 32), (48, 64)))]
+    features, texts = model.encode(samples, "recon"), common.templates()[:5]
+    assert len({f["mean"].shape for f in features}) == 3
+    alone = [model.encode([s], "recon")[0] for s in samples]
+    for a, b in zip(features, alone):
+        assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in ("vit", "mean", "logvar"))
+    rng = lambda positions: common.Rng(3, "recon", 0, positions=positions)                                          # noqa: E731
+    loss = model.recon_loss(features, texts, rng=rng(range(5)))
+    tokens = [f["mean"][0].numel() // 4 for f in features]
+    parts = [model.recon_loss([f], [t], rng=rng([i])).item() for i, (f, t) in enumerate(zip(features, texts))]
+    assert loss.item() == pytest.approx(sum(p * n for p, n in zip(parts, tokens)) / sum(tokens), rel=1e-5)
+    loss.backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    assert grads.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert {id(p) for g in model.parameter_groups(0.0) for p in g["params"]} == {id(p) for n, p in model.named_parameters() if n in grads}
+    common.checkpoint_blocks(model.blocks())
+    for block in model.blocks():
+        block.compile(backend="aot_eager")
+    model.zero_grad()
+    again = model.recon_loss(features, texts, rng=rng(range(5)))
+    again.backward()
+    assert again.item() == pytest.approx(loss.item(), rel=1e-6)
+    for name, grad in grads.items():
+        close(dict(model.named_parameters())[name].grad, grad, 1e-4)
+    torch.compiler.reset()
+
+
+def test_bagel_stochastic_rounding():
+    x, generator = torch.randn(20000, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
+    target, total = torch.zeros(20000, dtype=torch.bfloat16), 0
+    for _ in range(64):
+        reca_bagel.StochasticAdamW._store(target, x, generator)
+        assert ((target.float() - x).abs() <= x.abs() / 128).all()                     # one of the two neighbours
+        total = total + target.float()
+    nearest = (x.bfloat16().float() - x).abs().mean()
+    assert (total / 64 - x).abs().mean() < 0.3 * nearest                               # right in the mean
+    exact = x.bfloat16()
+    reca_bagel.StochasticAdamW._store(target, exact.float(), generator)
+    assert torch.equal(target, exact)                                                  # what bf16 can hold stays
+
+
+def optimize(model, make, steps, draws, stored):
+    """Train the fixture's model for some steps -> the curve of losses. Weights are stored, and gradients given to the optimizer, in `stored`;
+    the forward runs in float32 on their exact values (bf16 products are slow on a CPU, and are not what is tested)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = [torch.nn.Parameter(p.detach().to(stored)) for p in trained]
+    optimizer, curve = make(weights), []
+    for step in range(steps):
+        with torch.no_grad():
+            for p, w in zip(trained, weights):
+                p.copy_(w)
+        loss = model._flow_loss(*draws(step), "vit")
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        for p, w in zip(trained, weights):
+            w.grad, p.grad = p.grad.to(stored), None
+        optimizer.step()
+        curve.append(loss.item())
+    return torch.tensor(curve)
+
+
+def test_bagel_bf16_optimizer_follows_float32(golden):
+    """bf16 weights and moments with stochastic rounding against float32 AdamW over 160 steps: the loss curves differ by less than two float32
+    runs with other noise do. Rounding to nearest, for comparison, stays behind: its updates are lost."""
+    def draws(seed):
+        def at(step):
+            g = torch.Generator().manual_seed(1000 * seed + step)
+            features, ids, given, _ = inputs
+            given = {"timestep_normal": torch.randn(2, generator=g), "vae_noise": [torch.randn(n.shape, generator=g) for n in given["vae_noise"]],
+                     "flow_noise": [torch.randn(n.shape, generator=g) for n in given["flow_noise"]]}
+            return features, ids, given
+        return at
+
+    def run(kind, seed):
+        model = fixture_model()
+        options = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-15}
+        make = {"fp32": torch.optim.AdamW, "bf16": reca_bagel.StochasticAdamW, "nearest": torch.optim.AdamW}[kind]
+        return optimize(model, lambda weights: make(weights, weight_decay=0.0, **options), 160, draws(seed),
+                        torch.float32 if kind == "fp32" else torch.bfloat16)
+
+    inputs = case_inputs(fixture_model(), golden, "recon")
+    ours, float32, other, nearest = run("bf16", 1), run("fp32", 1), run("fp32", 2), run("nearest", 1)
+    end = slice(110, None)
+    fall = float32[:30].mean() - float32[end].mean()
+    assert fall > 0.05
+    assert (ours - float32)[end].mean().abs() < 0.05 * fall
+    assert (ours - float32).abs().mean() < 0.2 * (other - float32).abs().mean()
+    assert (nearest - float32)[end].mean() > 5 * (ours - float32)[end].mean().abs()
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory):
+    """A folder with a tiny model of random weights in the released layout, and images of two sizes."""
+    root = tmp_path_factory.mktemp("bagel")
+    random_tiny().save_pretrained(root / "model")
+    (root / "images").mkdir()
+    for i, picture in enumerate(pictures(7, ((64, 64), (64, 48)))):
+        picture.save(root / "images" / f"{i}.png")
+    return root
+
+
+def run_main(monkeypatch, *arguments):
+    monkeypatch.setattr(common, "Trainer", common.Trainer)                              # main() puts its own in place: undone after the test
+    monkeypatch.setattr(Bagel, "condition", "vit")
+    monkeypatch.setattr(sys, "argv", ["reca_bagel.py", *map(str, arguments)])
+    reca_bagel.main()
+
+
+def rows(out):
+    return [{k: v for k, v in r.items() if k != "images_per_s"} for r in common.read_json(out / "log.jsonl", lines=True)]
+
+
+def agree(a, b, tolerance):
+    assert len(a) == len(b)
+    for x, y in zip(a, b):
+        for key in ("step", "loss", "grad_norm", "lr"):
+            assert x[key] == pytest.approx(y[key], rel=tolerance), (key, x, y)
+
+
+def test_bagel_two_ranks_equal_one_and_resume_on_one(workplace, monkeypatch):
+    """FSDP2 over two gloo processes: the losses, gradient norms and weights of one process with the same global batch; its sharded
+    checkpoint goes on in one process as if nothing had happened, and its ema.safetensors is the whole model."""
+    base = ["--model", workplace / "model", "--data", workplace / "images", "--warmup", 2, "--lr", 1e-3, "--und-size", 32, "--workers", 0,
+            "--save-every", 2, "--sample-every", 2, "--sampling-steps", 3]
+    run_main(monkeypatch, *base, "--batch", 4, "--steps", 4, "--out", workplace / "one")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE.parent / "reca_bagel.py", *base,
+               "--batch", 2, "--steps", 2, "--out", workplace / "two"]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=240)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "FSDP2 over 2 ranks" in done.stdout
+    agree(rows(workplace / "two"), rows(workplace / "one")[:2], 1e-5)
+    one, two = (load_file(workplace / out / "checkpoint-000002/ema.safetensors") for out in ("one", "two"))
+    assert one.keys() == two.keys() == load_file(workplace / "model/ema.safetensors").keys()
+    for key in one:
+        assert torch.allclose(one[key], two[key], atol=2e-5), key
+    assert (workplace / "two/previews/step_000002.png").exists()
+    run_main(monkeypatch, *base, "--batch", 4, "--steps", 4, "--out", workplace / "two", "--resume")
+    agree(rows(workplace / "two"), rows(workplace / "one"), 1e-5)
+
+
+def test_bagel_resume_is_exact_with_stochastic_rounding(workplace, monkeypatch):
+    """An interrupted run ends in the same bytes as an uninterrupted one, random rounding, cache and all."""
+    base = ["--model", workplace / "model", "--data", workplace / "images", "--warmup", 2, "--lr", 1e-3, "--und-size", 32, "--workers", 0, "--batch", 2,
+            "--sampling-steps", 3, "--optimizer", "bf16", "--precision", "bf16", "--cache", workplace / "cache"]
+    run_main(monkeypatch, *base, "--steps", 4, "--out", workplace / "whole")
+    run_main(monkeypatch, *base, "--steps", 2, "--out", workplace / "parts")
+    run_main(monkeypatch, *base, "--steps", 4, "--out", workplace / "parts", "--resume")
+    assert rows(workplace / "whole") == rows(workplace / "parts")
+    whole, parts = ((workplace / out / "checkpoint-000004/ema.safetensors").read_bytes() for out in ("whole", "parts"))
+    assert whole == parts
+    trained = load_file(workplace / "whole/checkpoint-000004/ema.safetensors")
+    start = load_file(workplace / "model/ema.safetensors")
+    moved = {k for k in trained if not torch.equal(trained[k].float(), start[k].bfloat16().float())}
+    expected = {n for n, p in random_tiny().named_parameters() if p.requires_grad}
+    assert moved <= expected and len(moved) > 0.8 * len(expected)                       # and nothing that is frozen
+
+
+def test_bagel_tiny_end_to_end(workplace, monkeypatch, capsys):
+    """The toy from nothing to scores, previews, loss.png, then inference from its checkpoint: generate, reconstruct, describe."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "xdg"))
+    out = workplace / "tiny"
+    run_main(monkeypatch, "--model", "tiny", "--pretrain", 0.005, "--steps", 3, "--batch", 4, "--sampling-steps", 3, "--out", out)
+    scores = json.loads((out / "scores.json").read_text())
+    assert set(scores) == {"before", "after"} and "reconstruction" in scores["after"]
+    assert (out / "loss.png").exists() and (out / "previews/step_000003.png").exists() and (out / "run.json").exists()
+    (workplace / "prompts.txt").write_text("red circle top-left\nblue cross\n")
+    run_main(monkeypatch, "--model", out / "checkpoint-000003", "--steps", 0, "--generate", workplace / "prompts.txt", "--reconstruct", workplace / "images",
+             "--describe", workplace / "images", "--max-new-tokens", 4, "--sampling-steps", 3, "--out", workplace / "results")
+    assert Image.open(workplace / "results/00001.png").size == (64, 64) and (workplace / "results/6.png").exists()
+    assert len(common.read_json(workplace / "results/answers.jsonl", lines=True)) == 7
+    capsys.readouterr()
+
+
+def test_bagel_edit_writes_both_layouts(workplace, monkeypatch):
+    """ImgEdit's and GEdit's folders, one unreadable source skipped; a rerun writes only what is missing; a malformed file is refused."""
+    (workplace / "images/bad.png").write_bytes(b"not an image")
+    single = {"a1": {"id": "0.png", "prompt": "remove the circle", "edit_type": "remove"}, "a2": {"id": "1.png", "prompt": "add a cross", "edit_type": "add"},
+              "a3": {"id": "bad.png", "prompt": "red", "edit_type": "add"}}
+    (workplace / "singleturn.json").write_text(json.dumps(single))
+    base = ["--model", workplace / "model", "--steps", 0, "--edit-images", workplace / "images", "--sampling-steps", 3]
+    out = workplace / "imgedit"
+    run_main(monkeypatch, *base, "--edit", workplace / "singleturn.json", "--out", out)
+    assert sorted(p.name for p in out.iterdir()) == ["a1.png", "a2.png"] and Image.open(out / "a1.png").size == (64, 64)
+    first = (out / "a1.png").stat().st_mtime_ns
+    (out / "a2.png").unlink()
+    run_main(monkeypatch, *base, "--edit", workplace / "singleturn.json", "--out", out)
+    assert (out / "a2.png").exists() and (out / "a1.png").stat().st_mtime_ns == first
+    row = {"key": "k", "task_type": "color_alter", "instruction": "blue", "instruction_language": "en", "image": "2.png"}
+    (workplace / "gedit.jsonl").write_text(json.dumps(row))
+    run_main(monkeypatch, *base, "--edit", workplace / "gedit.jsonl", "--out", workplace / "gedit")
+    folder = workplace / "gedit/gen_image/fullset/color_alter/en"
+    assert sorted(p.name for p in folder.iterdir()) == ["k.png", "k_SRCIMG.png"]
+    (workplace / "images/bad.png").unlink()
+    for content in ({"a": {"id": "0.png"}}, {"../a": {"id": "0.png", "prompt": "x"}}, [1]):
+        (workplace / "broken.json").write_text(json.dumps(content))
+        with pytest.raises(common.InputError):
+            run_main(monkeypatch, *base, "--edit", workplace / "broken.json", "--out", workplace / "no")
+    assert not (workplace / "no").exists()
+
+
+def test_bagel_refuses_what_cannot_be_painted():
+    model = random_tiny()
+    for size in (60, (64, 72), 128, 0):
+        with pytest.raises(common.InputError):
+            model.generate(["red circle"], size=size, num_steps=2)
+    with pytest.raises(common.InputError, match="renormalisation"):
+        model.generate(["red circle"], num_steps=2, renorm="none")
+    with pytest.raises(common.InputError, match="table"):
+        model.vit_pos_embed(5, 2)
