@@ -282,6 +282,7 @@ class OpenUni(nn.Module):
         self.transformer = SanaTransformer2DModel.from_config(config.sana)
         self.lmm.requires_grad_(False).eval()
         self.vae.requires_grad_(False).eval()
+        self.vae.to(memory_format=torch.channels_last)       # DC-AE norms over channels at every place: no transposes so
         self.tokenizer = None                                # set_tokenizer
         self.und_size, self.und_blur = self.lmm.config.vision_config.image_size[0], 1
 
