@@ -1,0 +1,289 @@
+"""The command line end to end, on reca_harmon.py --model tiny and on images that the tests write: training, resume, ranks, errors."""
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import common
+import reca_harmon
+
+ROOT = Path(__file__).parent.parent
+TINY = ["--model", "tiny", "--pretrain", "0.005", "--batch", "2", "--self-captions", "4", "--max-new-tokens", "4", "--sampling-steps", "2", "--precision", "fp32"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def toy_cache(tmp_path_factory):
+    """One (very short) toy pretraining for all tests of this file, nothing in the user's own cache."""
+    before = os.environ.get("XDG_CACHE_HOME")
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ["OMP_NUM_THREADS"] = "1"
+    yield
+    if before is None:
+        os.environ.pop("XDG_CACHE_HOME")
+    else:
+        os.environ["XDG_CACHE_HOME"] = before
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    for k in range(9):
+        common.draw_scene(common.random_scene(np.random.default_rng(k)), 48).resize((48 + 8 * (k % 3), 48)).save(folder / f"{k}.png")
+    (folder / "broken.jpg").write_text("not an image")
+    return folder
+
+
+def run(*arguments):
+    """main() in this process, as `python reca_harmon.py ...` would."""
+    argv, handlers = sys.argv, [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
+    sys.argv = ["reca_harmon.py", *map(str, arguments)]
+    try:
+        reca_harmon.main()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers:
+            signal.signal(number, handler)
+
+
+def command(*arguments):
+    return [sys.executable, str(ROOT / "reca_harmon.py"), *map(str, arguments)]
+
+
+def log(out):
+    return common.read_json(out / "log.jsonl", lines=True)
+
+
+def weights(out, step):
+    return (out / f"checkpoint-{step:06d}" / "harmon_tiny.pth").read_bytes()
+
+
+def test_the_embedded_default_end_to_end(tmp_path, capsys):
+    out = tmp_path / "out"
+    run(*TINY, "--steps", 3, "--sample-every", 2, "--out", out)
+    scores = json.loads((out / "scores.json").read_text())
+    assert set(scores) == {"before", "after"}
+    assert set(scores["after"]) == {"reconstruction", "single_object", "two_object", "colors", "position", "color_attribution", "overall"}
+    rows = log(out)
+    assert [row["step"] for row in rows] == [1, 2, 3] and all({"loss", "recon", "i2t", "lr", "grad_norm", "images_per_s"} <= row.keys() for row in rows)
+    assert all(row["loss"] == pytest.approx(row["recon"] + row["i2t"]) for row in rows)
+    assert Image.open(out / "loss.png").size == (900, 420)
+    assert {p.name for p in (out / "previews").glob("step_*.png")} == {"step_000002.png", "step_000003.png"}
+    record = json.loads((out / "run.json").read_text())
+    assert record["arguments"]["steps"] == 3 and record["versions"]["torch"] == torch.__version__
+    printed = capsys.readouterr().out
+    assert "This is our addition" in printed and "color_attribution" in printed
+    said = common.read_json(out / "i2t_self.jsonl", lines=True)
+    assert len(said) <= 4
+    assert not list(out.rglob(".tmp*"))
+
+
+def test_real_images_then_inference_on_the_checkpoint(tmp_path, images, capsys):
+    out = tmp_path / "out"
+    run(*TINY, "--data", images, "--steps", 6, "--lambda-i2t", 0, "--out", out, "--workers", 1, "--cache", tmp_path / "cache")
+    rows = log(out)
+    assert len(rows) == 6 and not any("i2t" in row for row in rows)
+    assert [s.split(" (")[0] for row in rows for s in row["skipped"]] == ["broken.jpg"]
+    assert "1 unreadable images were skipped" in capsys.readouterr().out
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 9
+    assert not (out / "scores.json").exists()
+
+    checkpoint, prompts = out / "checkpoint-000006", tmp_path / "prompts.jsonl"
+    prompts.write_text('{"tag": "colors", "prompt": "red circle"}\n{"tag": "colors", "prompt": "blue square"}\n')
+    made = tmp_path / "made"
+    infer = ["--model", checkpoint, "--steps", 0, "--sampling-steps", 2, "--precision", "fp32"]
+    run(*infer, "--generate", prompts, "--images", 2, "--out", made)
+    files = sorted(made.rglob("*.png"))
+    assert [str(f.relative_to(made)) for f in files] == [f"0000{p}/samples/0000{k}.png" for p in range(2) for k in range(2)]
+    assert json.loads((made / "00001" / "metadata.jsonl").read_text())["prompt"] == "blue square"
+    kept = [f.read_bytes() for f in files]
+    files[2].unlink()
+    run(*infer, "--generate", prompts, "--images", 2, "--out", made)
+    assert "1 images generated" in capsys.readouterr().out
+    assert [f.read_bytes() for f in files] == kept                              # alone in its batch: the same image again
+
+    grids = tmp_path / "dpg"
+    grids.mkdir()
+    (grids / "COCOval1.txt").write_text("a red circle and a blue square")
+    run(*infer, "--generate", grids, "--out", tmp_path / "grids")
+    assert Image.open(tmp_path / "grids" / "COCOval1.png").size == (64, 64)
+
+    run(*infer, "--reconstruct", images, "--out", tmp_path / "again")
+    assert len(list((tmp_path / "again").glob("[0-9].png"))) == 9 and (tmp_path / "again" / "reconstructions.png").exists()
+
+    run(*infer, "--describe", images, "--out", tmp_path / "said", "--max-new-tokens", 3)
+    answers = common.read_json(tmp_path / "said" / "answers.jsonl", lines=True)
+    assert len(answers) == 9 and all({"question_id", "image", "question", "answer"} <= row.keys() for row in answers)
+    with open(tmp_path / "said" / "answers.jsonl", "a") as file:
+        file.write('{"question_id": "half')
+    run(*infer, "--describe", images, "--out", tmp_path / "said", "--max-new-tokens", 3)
+    assert common.read_json(tmp_path / "said" / "answers.jsonl", lines=True) == answers
+
+
+def test_i2t_data_and_captions(tmp_path, images):
+    llava = [{"image": f"{k}.png", "conversations": [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": "red circle"}]}
+             for k in range(4)] + [{"conversations": [{"from": "human", "value": "red ?"}, {"from": "gpt", "value": "blue"}]}]
+    (tmp_path / "llava.json").write_text(json.dumps(llava))
+    (images / "captions.jsonl").write_text("".join(json.dumps({"image": f"{k}.png", "caption": "red circle"}) + "\n" for k in range(4)))
+    run(*TINY, "--data", images, "--steps", 3, "--i2t-data", tmp_path / "llava.json", "--i2t-images", images, "--captions", images / "captions.jsonl",
+        "--out", tmp_path / "mixed")
+    assert all({"recon", "i2t", "t2i"} <= row.keys() for row in log(tmp_path / "mixed"))
+    run(*TINY, "--data", images, "--steps", 2, "--lambda-recon", 0, "--lambda-i2t", 0, "--captions", images / "captions.jsonl", "--out", tmp_path / "sft")
+    assert all("t2i" in row and "recon" not in row for row in log(tmp_path / "sft"))
+
+
+def test_resume_after_sigkill_equals_the_uninterrupted_run(tmp_path, images):
+    flags = [*TINY, "--data", images, "--steps", 8, "--accum", 2, "--save-every", 2, "--sample-every", 100, "--workers", 0]
+    run(*flags, "--out", tmp_path / "whole")
+    broken = tmp_path / "broken"
+    process = subprocess.Popen(command(*flags, "--out", broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not ((broken / "log.jsonl").exists() and (broken / "log.jsonl").read_text().count("\n") >= 3):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    kept = sorted(broken.glob("checkpoint-*"))
+    assert kept and not (broken / "checkpoint-000008").exists()                       # it was killed on the way
+    with open(broken / "log.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')                                                # what a kill can leave
+    run(*flags, "--out", broken, "--resume")
+    assert weights(broken, 8) == weights(tmp_path / "whole", 8)                        # bit for bit
+    timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in log(o)] for o in (broken, tmp_path / "whole")]
+    assert [r["step"] for r in timeless[0]] == list(range(1, 9)) and [r["loss"] for r in timeless[0]] == [r["loss"] for r in timeless[1]]
+    assert len(list(broken.glob("checkpoint-*"))) == 2
+
+
+def test_sigterm_saves_and_leaves_cleanly(tmp_path, images):
+    flags = [*TINY, "--data", images, "--accum", 2, "--lambda-i2t", 0, "--sample-every", 10000, "--workers", 0]
+    process = subprocess.Popen(command(*flags, "--steps", 100000, "--out", tmp_path / "o"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not ((tmp_path / "o" / "log.jsonl").exists() and (tmp_path / "o" / "log.jsonl").read_text().count("\n") >= 3):
+        time.sleep(0.01)
+    process.terminate()
+    output, error = process.communicate(timeout=60)
+    assert process.returncode == 0 and "stopped by SIGTERM" in output, error
+    checkpoint = next((tmp_path / "o").glob("checkpoint-*"))
+    step = int(checkpoint.name.split("-")[1])
+    assert step >= 2 and step % 2 == 0                                               # where the weights moved last
+    run(*flags, "--steps", step + 2, "--out", tmp_path / "o", "--resume")
+    run(*flags, "--steps", step + 2, "--out", tmp_path / "whole")
+    assert weights(tmp_path / "o", step + 2) == weights(tmp_path / "whole", step + 2)
+
+
+def test_two_gloo_processes_equal_one_with_twice_the_batch(tmp_path, images):
+    flags = [*TINY, "--data", images, "--steps", 3, "--sample-every", 100, "--workers", 0]
+    run(*flags, "--batch", 4, "--out", tmp_path / "one")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 400)]
+    result = subprocess.run([*launcher, *command(*flags, "--batch", 2, "--out", tmp_path / "two")[1:]], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-2000:]
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    for a, b in zip(one, two):
+        assert a["recon"] == pytest.approx(b["recon"], rel=1e-5) and a["i2t"] == pytest.approx(b["i2t"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+    states = [common.load_state(tmp_path / o / "checkpoint-000003" / "harmon_tiny.pth") for o in ("one", "two")]
+    start = common.load_state(next(Path(os.environ["XDG_CACHE_HOME"]).rglob("harmon_tiny.pth")))
+    moved = sum((states[0][k] - start[k]).square().sum() for k in start).sqrt()
+    apart = sum((states[0][k] - states[1][k]).square().sum() for k in start).sqrt()
+    assert moved > 0 and apart < 0.02 * moved
+
+
+def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, images):
+    def small_files():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))                 # every larger file fails, like a full disk
+    common.run                                                                        # the toy's own files exist already (other tests)
+    run(*TINY, "--data", images, "--steps", 1, "--lambda-i2t", 0, "--out", tmp_path / "first")
+    result = subprocess.run(command(*TINY, "--data", images, "--steps", 2, "--lambda-i2t", 0, "--out", tmp_path / "o"),
+                            capture_output=True, text=True, preexec_fn=small_files)
+    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: cannot write"), result.stderr[-500:]
+    assert not list((tmp_path / "o").glob("checkpoint-*")) and not list((tmp_path / "o").rglob(".tmp*"))
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, images):
+    with pytest.raises(common.InputError, match=r"at step \d+.*(\d\.png|not finite).*last good checkpoint") as error:
+        run(*TINY, "--data", images, "--steps", 30, "--lambda-i2t", 0, "--save-every", 1, "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "o")
+    assert "\n" not in str(error.value)
+    for path in (tmp_path / "o").glob("checkpoint-*/harmon_tiny.pth"):
+        assert all(torch.isfinite(v).all() for v in common.load_state(path).values())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--data", "nothing"], "no such folder or .tar file: nothing"),
+    (["--data", "empty"], "no image"),
+    ([], "--data is missing"),
+    (["--data", "images", "--model", "nobody/nothing"], "cannot get nobody/nothing from the Hugging Face hub"),
+    (["--data", "images", "--model", "./nothing"], "no such model: ./nothing"),
+    (["--data", "images", "--model", "huge"], "no such model: huge"),
+    (["--data", "images", "--i2t-data", "bad.json"], "line 1 is not JSON"),
+    (["--data", "images", "--captions", "bad.jsonl"], "line 2 is not JSON"),
+    (["--data", "images", "--lambda-t2i", "1"], "--lambda-t2i needs --captions"),
+    (["--data", "images", "--batch", "0"], "invalid"),
+    (["--data", "images", "--nonsense"], "unrecognized arguments: --nonsense"),
+    (["--data", "images", "--resume"], "nothing to resume"),
+    (["--model", "tiny", "--steps", "0", "--pretrain", "0.005", "--generate", "nothing.txt"], "no such prompt file"),
+    (["--model", "cut", "--data", "images"], "is not a readable checkpoint"),
+])
+def test_bad_input_gets_one_line(tmp_path, monkeypatch, images, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "harmon_1.5b.pth").write_bytes(b"PK\x03\x04 cut off")
+    (tmp_path / "images").symlink_to(images)
+    (tmp_path / "bad.json").write_text("[{]")
+    (tmp_path / "bad.jsonl").write_text('{"image": "0.png", "caption": "x"}\n{')
+    with pytest.raises(common.InputError) as error:
+        run(*arguments, "--out", tmp_path / "o")
+    assert message in str(error.value) and "\n" not in str(error.value)
+    assert not (tmp_path / "o").exists() or not list((tmp_path / "o").glob("checkpoint-*"))
+
+
+def test_exit_code_2_and_one_line_from_the_shell():
+    result = subprocess.run(command("--data", "/nothing"), capture_output=True, text=True)
+    assert result.returncode == 2 and result.stderr == "error: no such folder or .tar file: /nothing\n"
+
+
+def test_a_run_is_not_overwritten_by_accident(tmp_path, images):
+    (tmp_path / "o" / "checkpoint-000001").mkdir(parents=True)
+    (tmp_path / "o" / "checkpoint-000001" / "trainer.pt").touch()
+    with pytest.raises(common.InputError, match="holds a run already"):
+        run("--model", "nobody/nothing", "--data", images, "--out", tmp_path / "o")
+
+
+def test_bench_checkpointing_and_compile_flags(capsys):
+    run("--model", "tiny", "--bench", "--batch", 2, "--checkpointing", "--precision", "fp32")
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert figures["images_per_s"] > 0 and figures["tflops_per_step"] > 0 and figures["peak_memory_gb"] > 0
+    assert figures["losses"] == ["recon", "i2t"] and figures["parameters"] > figures["trainable_parameters"] > 1e6
+
+
+def test_help_explains_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        run("--help")
+    text = capsys.readouterr().out
+    for flag in ("--model --data --out --resume --steps --batch --accum --lr --warmup --weight-decay --seed --precision --compile --checkpointing --lambda-recon "
+                 "--lambda-i2t --lambda-t2i --i2t-data --i2t-images --captions --und-size --blur --templates --generate --reconstruct --describe --bench --cache").split():
+        assert flag in text
+    assert "Table 8" in text
+
+
+def test_activation_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    model = reca_harmon.Harmon.from_pretrained("tiny").train()
+    features = model.encode([model.preprocess(common.draw_scene([(0, 1, 2)], 32), "recon")] * 2, "recon")
+    draws = model.generation_draws(features, common.Rng(0, "recon", 0, positions=[0, 1]))
+
+    def gradients():
+        model.zero_grad()
+        loss = model.recon_loss(features, [common.SEED_TEMPLATE] * 2, draws=draws)
+        loss.backward()
+        return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    plain = gradients()
+    common.checkpoint_blocks(model.blocks())
+    again = gradients()
+    assert plain[0] == again[0] and all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])
