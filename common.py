@@ -485,7 +485,7 @@ class Stream(torch.utils.data.Dataset):
                     item["sample"] = self.preprocess(image, self.name, None if self.cache is not None else rng)
                 return item
             except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-                skipped.append(f"{name} ({str(error)[:80] or type(error).__name__})")
+                skipped.append(f"{name} ({str(error).split(' <')[0][:80] or type(error).__name__})")    # no object addresses
         raise InputError(f"none of {len(skipped)} images could be read, the first was {skipped[0]}")
 
     def batches(self, start, batch, workers=0):
