@@ -474,8 +474,10 @@ class Harmon(nn.Module):
         return self.proj_in[0].weight.device
 
     def _apply(self, function, recurse=True):
-        """Behind .to(...): the table of the rotary positions is in no checkpoint and must stay float32."""
+        """What is behind .to(...). The table of the rotary positions is in no checkpoint and must stay float32; the VAE's
+        convolutions are a quarter faster with the channels last."""
         super()._apply(function, recurse)
+        self.vae.to(memory_format=torch.channels_last)
         with torch.device(self.device):
             self.llm.model.rotary_emb = Qwen2RotaryEmbedding(self.llm.config)
         return self
@@ -576,7 +578,7 @@ class Harmon(nn.Module):
         with torch.device(device):
             model = cls(config)
         model.tokenizer = tokenizer
-        return model
+        return model.to(device)
 
     @classmethod
     def from_states(cls, config, state, vae, name="checkpoint"):
@@ -613,7 +615,7 @@ class Harmon(nn.Module):
     def vae_state(self):
         """The dict under "model" in kl16.ckpt: the VAE under MAR's names, attention as 1x1 convolutions."""
         own = self.vae.state_dict()
-        return {name: own[key][..., None, None] if "attn" in name and own[key].ndim == 2 else own[key]
+        return {name: (own[key][..., None, None] if "attn" in name and own[key].ndim == 2 else own[key]).contiguous()
                 for key, name in kl16_names(self.vae).items()}
 
     def save_pretrained(self, folder):
@@ -684,7 +686,8 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def encode_pixels(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> latents [B, h, w, C]: the mean of the posterior, never a sample, scaled."""
-        mean = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist.mean                                # [B, C, h, w]
+        pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
+        mean = self.vae.encode(pixels).latent_dist.mean                                                   # [B, C, h, w]
         return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
 
     @torch.no_grad()
