@@ -59,7 +59,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -77,7 +77,9 @@ class InputError(Exception):
 
 
 class Problems(dict):
-    """What could not be scored: {kind: [names]}. Printed as counts with the first five names, kept whole in scores.json."""
+    """What could not be scored: {kind: [names]}. Printed as counts with the first five names, kept whole in
+    scores.json.
+    """
 
     def add(self, kind, name):
         self.setdefault(kind, []).append(str(name))
@@ -136,14 +138,15 @@ def write(path, text):
 
 
 class Journal:
-    """items.jsonl: a line per judged item, appended at once. A kill can tear only the last line; that line is cut off."""
+    """items.jsonl: a line per judged item, appended at once. A kill can tear only the last line; that line is cut off.
+    """
 
     def __init__(self, path):
         self.path, self.records = Path(path), {}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "a+b")
-            with contextlib.suppress(ImportError):                    # two runs on one journal would tear each other's lines
+            with contextlib.suppress(ImportError):  # two runs on one journal would tear each other's lines
                 import fcntl
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -169,7 +172,7 @@ class Journal:
         self.records[record["id"]] = record
         try:
             self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            self.file.flush()                                         # in the kernel's hands: survives a kill of this process
+            self.file.flush()  # in the kernel's hands: survives a kill of this process
         except OSError as error:
             raise InputError(f"cannot write {self.path}: {error.strerror}") from None
 
@@ -178,11 +181,13 @@ class Journal:
 
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-Image.MAX_IMAGE_PIXELS = 64_000_000           # PIL refuses twice this before it decodes: a small file cannot fill the memory
+Image.MAX_IMAGE_PIXELS = 64_000_000  # PIL refuses twice this before it decodes: a small file cannot fill the memory
 
 
 def find_image(folder, stem):
-    """folder/stem with whichever suffix exists; if none does, the .png that should be there (and will be named as missing)."""
+    """folder/stem with whichever suffix exists; if none does, the .png that should be there (and will be named as
+    missing).
+    """
     for suffix in SUFFIXES:
         if (path := Path(folder) / f"{stem}{suffix}").is_file():
             return path
@@ -202,7 +207,9 @@ BROKEN = (OSError, ValueError, SyntaxError, IndexError, EOFError)
 
 @dataclass
 class Picture:
-    """A picture as the judge shall see it: a file, perhaps cropped, resized or sent as JPEG (official protocols do all three)."""
+    """A picture as the judge shall see it: a file, perhaps cropped, resized or sent as JPEG (official protocols do all
+    three).
+    """
     path: Path
     crop: tuple = None                    # left, top, right, bottom
     size: tuple = None                    # width, height
@@ -249,9 +256,11 @@ class Item:
 class Endpoint:
     """Any OpenAI-compatible endpoint, through the standard library.
 
-    Retried with growing pauses, `retries` times: 408, 409, 429, 5xx, time-outs, broken connections, bodies that are not what the
-    protocol says. Everything else (401, 404 ...) would fail for every item and stops the run. At most `rate` requests a minute,
-    `workers` at a time. The key comes from OPENAI_API_KEY; redirects are not followed, as they would carry it elsewhere.
+    Retried with growing pauses, `retries` times: 408, 409, 429, 5xx, time-outs, broken connections, bodies that are not
+    what the protocol says. 400 and its like (a picture that the endpoint refuses) fail that item. A wrong key or
+    address, a redirect, an empty account would fail every item and stop the run. At most `rate` requests a minute,
+    `workers` at a time. The key comes from OPENAI_API_KEY; redirects are not followed, as they would carry it
+    elsewhere.
     """
     local = False
 
@@ -260,12 +269,12 @@ class Endpoint:
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
             raise InputError("--judge-url must look like https://host/v1, without a key in it (that goes into OPENAI_API_KEY)")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not re.fullmatch(r"[\x21-\x7e]*", self.key):     # http.client would quote the whole header, key included, in its error
+        if not re.fullmatch(r"[\x21-\x7e]*", self.key):  # http.client would quote the whole header, key included, in its error
             raise InputError("OPENAI_API_KEY holds a character that no key has (a blank or a line end?)")
         if self.key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             print(f"warning: the key goes to {parts.hostname} unencrypted (http)", file=sys.stderr)
         self.url, self.host, self.name = url.rstrip("/") + "/chat/completions", parts.hostname, model
-        self.workers, self.retries, self.timeout, self.reask = workers, retries, timeout, reask
+        self.workers, self.retries, self.timeout, self.reask = workers, max(0, retries), timeout, max(0, reask)
         self.pause, self.next_turn, self.lock, self.stopped = 60 / rate if rate else 0, 0.0, threading.Lock(), threading.Event()
 
         class Stay(urllib.request.HTTPRedirectHandler):
@@ -300,8 +309,10 @@ class Endpoint:
                 with contextlib.suppress(OSError, http.client.HTTPException):
                     error.detail = self.clean(" ".join(error.read(2000).decode(errors="replace").split()))[:200]
                 detail = f"{self.host} answers {error.code}: {getattr(error, 'detail', '')}"
-                if error.code not in (408, 409, 429) and error.code < 500 or "insufficient_quota" in detail:
+                if error.code in (401, 402, 403, 404, 405) or error.code < 400 or "insufficient_quota" in detail:
                     raise InputError(detail) from None
+                if error.code not in (408, 409, 429) and error.code < 500:
+                    raise OSError(detail) from None
                 with contextlib.suppress(TypeError, ValueError):
                     wait = min(60, max(0, float(error.headers.get("Retry-After"))))
             except (OSError, http.client.HTTPException) as error:                     # includes URLError and time-outs
@@ -313,7 +324,9 @@ class Endpoint:
         raise OSError(f"{detail} (after {self.retries + 1} attempts)")
 
     def read(self, response):
-        """A socket's time-out counts from byte to byte; a server that drips would hold a worker for ever. This one counts from the start."""
+        """A socket's time-out counts from byte to byte; a server that drips would hold a worker for ever. This one
+        counts from the start.
+        """
         deadline, data = time.monotonic() + self.timeout, b""
         while chunk := response.read1(65536):
             data += chunk
@@ -322,7 +335,9 @@ class Endpoint:
         return data
 
     def ask(self, item):
-        """-> (reply, value, error). A reply that does not parse is asked for again, `reask` times: endpoints are not deterministic."""
+        """-> (reply, value, error). A reply that does not parse is asked for again, `reask` times: endpoints are not
+        deterministic.
+        """
         try:
             pictures = [{"type": "image_url", "image_url": {"url": p.data_url()}} for p in item.pictures]
             text = [{"type": "text", "text": item.text}]
@@ -341,7 +356,9 @@ class Endpoint:
             return None, None, f"no reply ({error})"
 
     def answers(self, items):
-        """Yields (item, reply, value, error) as they come. Ten failures in a row: the judge is down, stop instead of waiting for each item."""
+        """Yields (item, reply, value, error) as they come. Ten failures in a row: the judge is down, stop instead of
+        waiting for each item.
+        """
         pool = concurrent.futures.ThreadPoolExecutor(self.workers)
         try:
             futures = {pool.submit(self.ask, item): item for item in items}
@@ -361,8 +378,9 @@ class Endpoint:
 class LocalJudge:
     """A vision-language model in this process, greedy, in batches.
 
-    Qwen2(.5)-VL prompts are put together here: the library's AutoProcessor for them wants a video processor and with it torchvision,
-    which is not one of the six packages. Other models (LLaVA ...) go through AutoProcessor and their own chat template.
+    Qwen2(.5)-VL prompts are put together here: the library's AutoProcessor for them wants a video processor and with it
+    torchvision, which is not one of the six packages. Other models (LLaVA ...) go through AutoProcessor and their own
+    chat template.
     """
     local = True
 
@@ -382,14 +400,16 @@ class LocalJudge:
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise InputError(f"cannot load the judge {name}: {str(error).strip().splitlines()[0][:150]} "
                              "(give --judge DIR, or --judge-url)") from None
-        self.tokenizer.padding_side = "left"                                          # generation starts at the right edge
+        self.tokenizer.padding_side = "left"  # generation starts at the right edge
         if self.tokenizer.pad_token is None:
             self.tokenizer.pad_token = self.tokenizer.eos_token
         self.model = load_model(transformers.AutoModelForImageTextToText, name, device,
                                 dtype=torch.float32 if device == "cpu" else torch.bfloat16)
 
     def qwen_inputs(self, items):
-        """Text with <|image_pad|> once per visual token, left-padded; pixel patches of all images of the batch in one row of patches."""
+        """Text with <|image_pad|> once per visual token, left-padded; pixel patches of all images of the batch in one
+        row of patches.
+        """
         import torch
         images = self.processor([p.load() for item in items for p in item.pictures], return_tensors="pt")
         # grid (t, h, w) in patches; the model merges 2 x 2 patches into one token
@@ -420,7 +440,7 @@ class LocalJudge:
     def answers(self, items):
         """Greedy: asking twice gives the same reply twice, so a malformed one is final."""
         import torch
-        items = sorted(items, key=lambda item: item.max_tokens)                       # stable: pictures asked often stay together
+        items = sorted(items, key=lambda item: item.max_tokens)  # stable: pictures asked often stay together
         for start in range(0, len(items), self.batch):
             batch = items[start:start + self.batch]
             inputs = self.qwen_inputs(batch) if self.qwen else self.other_inputs(batch)
@@ -434,7 +454,7 @@ class LocalJudge:
                 yield item, reply.strip(), value, None if value is not None else "malformed reply"
 
 
-CLOCK = collections.Counter()                                                         # seconds by part, printed at the end
+CLOCK = collections.Counter()  # seconds by part, printed at the end
 
 
 @contextlib.contextmanager
@@ -468,10 +488,12 @@ def load_model(cls, name, device, **options):
 
 
 def judge_prompt(path, fields):
-    """The benchmark's own judge text, from where the user downloaded it -> (text with {field} marks, system text or None).
+    """The benchmark's own judge text, from where the user downloaded it -> (text with {field} marks, system text or
+    None).
 
-    A text file holds {prompt}, {instruction} ... where the values go. The official scripts keep the text inside their source as an
-    f-string: given such a .py, the longest f-string that uses all `fields` is taken, by reading the syntax tree. Nothing is run.
+    A text file holds {prompt}, {instruction} ... where the values go. The official scripts keep the text inside their
+    source as an f-string: given such a .py, the longest f-string that uses all `fields` is taken, by reading the syntax
+    tree. Nothing is run.
     """
     try:
         text = Path(path).read_text(encoding="utf-8")
@@ -487,7 +509,7 @@ def judge_prompt(path, fields):
                 for part in node.values:
                     if isinstance(part, ast.Constant):
                         parts.append(part.value)
-                    else:                                            # {prompt_data['Prompt']} or {prompt_name} -> {prompt}
+                    else:  # {prompt_data['Prompt']} or {prompt_name} -> {prompt}
                         value = part.value.slice if isinstance(part.value, ast.Subscript) else part.value
                         name = str(getattr(value, "value", None) or getattr(value, "id", "")).lower()
                         parts.append("{" + next((f for f in fields if f in name), name) + "}")
@@ -522,7 +544,8 @@ def fill(text, **values):
 
 
 class Tools:
-    """What the benchmarks share: the arguments, and the models, each loaded when first needed and kept for all folders."""
+    """What the benchmarks share: the arguments, and the models, each loaded when first needed and kept for all folders.
+    """
 
     def __init__(self, args):
         self.args, self.loaded = args, {}
@@ -591,9 +614,11 @@ def check_pictures(items, problems):
 def judge_all(out, items, problems, tools):
     """Ask the judge about every item that has no valid line in OUT's journal. -> {item id: value}.
 
-    A line counts while picture, text and judge are the same and its reply still parses: changed pictures are judged anew, and a
-    better parser needs no new replies. Failures are written down too, and tried again in the next run.
+    A line counts while picture, text and judge are the same and its reply still parses: changed pictures are judged
+    anew, and a better parser needs no new replies. Failures are written down too, and tried again in the next run.
     """
+    if twice := [name for name, n in collections.Counter(item.id for item in items).items() if n > 1]:
+        raise InputError(f"the prompt file has {twice[0]} twice")
     good = check_pictures(items, problems)
     problems.stop(tools.args.strict)
     values, keys, failed = {}, {}, {}
@@ -663,7 +688,7 @@ COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic lig
         "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
         "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,"
         "computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
-        "teddy bear,hair drier,toothbrush").split(",")             # the 80 classes in COCO's order; GenEval renames 64, 65, 66
+        "teddy bear,hair drier,toothbrush").split(",")  # the 80 classes in COCO's order; GenEval renames 64, 65, 66
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 GENEVAL_TASKS = {"single_object": "Single", "two_object": "Two", "counting": "Count", "colors": "Color", "position": "Position",
                  "color_attr": "Attri."}
@@ -681,7 +706,8 @@ def box_overlap(a, b):
 def keep_detections(detections, tag, threshold=0.3, counting_threshold=0.9, max_objects=16, max_overlap=1.0, **_):
     """Indices of the detections of one class that count, best first. detections: dicts with box, score.
 
-    Strictly above the threshold (0.9 for counting), then the 16 best, then suppression by overlap, which is off by default.
+    Strictly above the threshold (0.9 for counting), then the 16 best, then suppression by overlap, which is off by
+    default.
     """
     scores_ = np.array([d["score"] for d in detections])
     order = np.argsort(scores_, kind="stable")[::-1]
@@ -696,10 +722,10 @@ def keep_detections(detections, tag, threshold=0.3, counting_threshold=0.9, max_
 def relations(a, b, threshold=0.1):
     """How box a lies to box b, a subset of {left of, right of, above, below}.
 
-    The distance of the centres is shrunk by a tenth of the summed sizes, per axis, then divided by the length of the *unshrunk*
-    distance; a component beyond 0.5 is a relation. A far diagonal object has two, a near one none.
+    The distance of the centres is shrunk by a tenth of the summed sizes, per axis, then divided by the length of the
+    *unshrunk* distance; a component beyond 0.5 is a relation. A far diagonal object has two, a near one none.
     """
-    a, b = np.asarray(a, float)[:4].reshape(2, 2), np.asarray(b, float)[:4].reshape(2, 2)      # rows: corner, columns: x, y
+    a, b = np.asarray(a, float)[:4].reshape(2, 2), np.asarray(b, float)[:4].reshape(2, 2)  # rows: corner, columns: x, y
     offset = a.mean(0) - b.mean(0)
     sizes = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
     shrunk = np.maximum(np.abs(offset) - threshold * sizes, 0) * np.sign(offset)
@@ -710,10 +736,11 @@ def relations(a, b, threshold=0.1):
 
 
 def geneval_decide(metadata, objects, colors_of, position_threshold=0.1, **_):
-    """-> (correct, reasons). objects: class -> kept detections, best first; colors_of(detections, class) -> a color each.
+    """-> (correct, reasons). objects: class -> kept detections, best first; colors_of(detections, class) -> a color
+    each.
 
-    Only the best `count` objects of a class are looked at: a second, less sure object of the right color does not help. All clauses
-    are tested even after one failed; a failed one is "no target" for the positions that refer to it.
+    Only the best `count` objects of a class are looked at: a second, less sure object of the right color does not help.
+    All clauses are tested even after one failed; a failed one is "no target" for the positions that refer to it.
     """
     reasons, groups = [], []
     for clause in metadata.get("include", []):
@@ -731,14 +758,14 @@ def geneval_decide(metadata, objects, colors_of, position_threshold=0.1, **_):
             wanted, target = clause["position"]
             if groups[target] is None:
                 failed = f"no target for {name} to be {wanted}"
-            else:                                                    # every pair must satisfy the relation; the first miss is reported
+            else:  # every pair must satisfy the relation; the first miss is reported
                 seen = (relations(a["box"], b["box"], position_threshold) for a in found for b in groups[target])
                 miss = next((r for r in seen if wanted not in r), None)
                 if miss is not None:
                     failed = f"expected {name} {wanted} target, found {' and '.join(sorted(miss))} target"
         groups.append(None if failed else found)
         reasons += [failed] if failed else []
-    for clause in metadata.get("exclude", []):                       # so counting means exactly n; all kept detections count here
+    for clause in metadata.get("exclude", []):  # so counting means exactly n; all kept detections count here
         if (n := len(objects.get(clause["class"], []))) >= clause["count"]:
             reasons.append(f"expected {clause['class']}<{clause['count']}, found {n}")
     return not reasons, "\n".join(reasons)
@@ -752,14 +779,17 @@ def object_crop(image, mask, box):
 
 
 def color_logits(texts, images):
-    """texts [colors, templates, D], images [N, D] -> 100 x cosine [N, colors]; a color is the mean of its normalised templates."""
+    """texts [colors, templates, D], images [N, D] -> 100 x cosine [N, colors]; a color is the mean of its normalised
+    templates.
+    """
     def unit(x):
         return x / np.linalg.norm(x, axis=-1, keepdims=True)
     return 100 * unit(np.asarray(images, float)) @ unit(unit(np.asarray(texts, float)).mean(1)).T
 
 
 def geneval_summary(results):
-    """results: (tag, prompt, correct) per image. Task = share of correct images; Overall = plain mean of the six tasks."""
+    """results: (tag, prompt, correct) per image. Task = share of correct images; Overall = plain mean of the six tasks.
+    """
     tasks = {tag: mean(r[2] for r in results if r[0] == tag) for tag in dict.fromkeys(r[0] for r in results)}
     by_prompt = collections.defaultdict(bool)
     for tag, prompt, correct in results:
@@ -779,7 +809,9 @@ class Detector:
         from transformers.models.mask2former.modeling_mask2former import Mask2FormerModel, Mask2FormerPreTrainedModel
 
         class Instances(Mask2FormerPreTrainedModel):
-            """Mask2FormerForUniversalSegmentation without its training loss, whose constructor wants scipy. Same weights, same outputs."""
+            """Mask2FormerForUniversalSegmentation without its training loss, whose constructor wants scipy. Same
+            weights, same outputs.
+            """
             _keys_to_ignore_on_load_unexpected = [r"^criterion\."]
 
             def __init__(self, config):
@@ -791,7 +823,7 @@ class Detector:
             def forward(self, pixels):
                 out = self.model(pixel_values=pixels, output_hidden_states=True)
                 last = out.transformer_decoder_intermediate_states[-1].transpose(0, 1)           # [B, Q, D]
-                return self.class_predictor(last), out.masks_queries_logits[-1]                  # [B, Q, 80 + 1], [B, Q, h/4, w/4]
+                return self.class_predictor(last), out.masks_queries_logits[-1]  # [B, Q, 80 + 1], [B, Q, h/4, w/4]
 
         self.name, self.device = name, device
         self.model = load_model(Instances, name, device)
@@ -803,7 +835,7 @@ class Detector:
         import torch
         import torch.nn.functional as F
         width, height = images[0].size
-        scale = min(800 / min(width, height), 1333 / max(width, height))                          # never 384: small objects would vanish
+        scale = min(800 / min(width, height), 1333 / max(width, height))  # never 384: small objects would vanish
         h, w = int(height * scale + 0.5), int(width * scale + 0.5)
         pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).to(self.device).permute(0, 3, 1, 2).float()  # [B, 3, H, W]
         # bilinear without antialiasing and rounded to grey levels, as OpenCV does it; padded (not stretched) to a multiple of 32
@@ -813,16 +845,18 @@ class Detector:
         with torch.inference_mode():
             with timed("detector"):
                 logits, masks = self.model(pixels)
-                logits = logits.float().softmax(-1)[..., :-1].cpu()                               # [B, Q, 80], "no object" dropped
+                logits = logits.float().softmax(-1)[..., :-1].cpu()  # [B, Q, 80], "no object" dropped
             with timed("masks"):
                 return [self.instances(l, m, pixels.shape[-2:], (h, w), (height, width), threshold) for l, m in zip(logits, masks)]
 
     def instances(self, probabilities, masks, padded, inner, original, threshold):
-        """The 100 best (query, class) pairs over all; score = class probability x mean sigmoid inside the mask; masks may overlap."""
+        """The 100 best (query, class) pairs over all; score = class probability x mean sigmoid inside the mask; masks
+        may overlap.
+        """
         import torch
         import torch.nn.functional as F
         best, index = probabilities.flatten().topk(min(100, probabilities.numel()))
-        keep = best > threshold                         # the factor is below 1: what is not above the threshold now never will be
+        keep = best > threshold  # the factor is below 1: what is not above the threshold now never will be
         best, index = best[keep], index[keep]
         found = collections.defaultdict(list)
         if not len(best):
@@ -835,7 +869,7 @@ class Detector:
         score = best * ((masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)).cpu()
         for s, c, m in zip(score.tolist(), label.tolist(), inside.cpu().numpy()):
             ys, xs = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
-            if s > threshold and len(ys):                                                         # right and bottom edges are exclusive
+            if s > threshold and len(ys):  # right and bottom edges are exclusive
                 found[COCO[c]].append({"box": [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1], "score": s, "mask": m})
         return found
 
@@ -855,7 +889,9 @@ class Clip:
             raise InputError(f"cannot load {name}: {str(error).splitlines()[0][:150]}") from None
 
     def images(self, images):
-        """PIL -> [N, D]. The shorter side becomes 224 and the centre is cut out: long objects lose their ends, as officially."""
+        """PIL -> [N, D]. The shorter side becomes 224 and the centre is cut out: long objects lose their ends, as
+        officially.
+        """
         import torch
         pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(self.device)
         with torch.inference_mode(), timed("CLIP"):
@@ -876,11 +912,13 @@ class Clip:
 
 
 def geneval(out, args, tools):
-    """GenEval (Ghosh et al. 2023, github.com/djghosh13/geneval): 553 prompts about objects, counts, colors and places, 4 images each.
+    """GenEval (Ghosh et al. 2023, github.com/djghosh13/geneval): 553 prompts about objects, counts, colors and places,
+    4 images each.
 
-    OUT/<index, 5 digits>/metadata.jsonl and OUT/<index>/samples/<digits>.png, as the official generator leaves them. Official stack:
-    mmdet 2 Mask2Former Swin-S (COCO instances) and open_clip ViT-L/14. Here: the same architectures from the hub in float32; the
-    detector's weights are Meta's release instead of mmdet's retraining. Rules: keep_detections, relations, geneval_decide, geneval_summary.
+    OUT/<index, 5 digits>/metadata.jsonl and OUT/<index>/samples/<digits>.png, as the official generator leaves them.
+    Official stack: mmdet 2 Mask2Former Swin-S (COCO instances) and open_clip ViT-L/14. Here: the same architectures
+    from the hub in float32; the detector's weights are Meta's release instead of mmdet's retraining. Rules:
+    keep_detections, relations, geneval_decide, geneval_summary.
     """
     problems, work = Problems(), []
     folders = {int(p.name): p for p in sorted(out.iterdir()) if p.is_dir() and p.name.isdigit()}
@@ -897,7 +935,7 @@ def geneval(out, args, tools):
         own = folder / "metadata.jsonl"
         if own.is_file():
             text = read_json(own)
-            if metadata is not None and {**metadata, "prompt": ""} != {**text, "prompt": ""} or metadata and metadata["prompt"] != text.get("prompt"):
+            if metadata is not None and metadata != text:
                 problems.add("metadata that is not the prompt file's", folder.name)
                 continue
             metadata = text
@@ -906,8 +944,8 @@ def geneval(out, args, tools):
             continue
         tag, clauses, _ = need(metadata, ("tag", "include", "prompt"), own)
         for clause in [*clauses, *metadata.get("exclude", [])]:
-            if clause.get("class") not in COCO:
-                raise InputError(f"{folder.name}: unknown class {clause.get('class')!r}")
+            if need(clause, ("class", "count"), own)[0] not in COCO:
+                raise InputError(f"{folder.name}: unknown class {clause['class']!r}")
         found = sorted((folder / "samples").glob("*")) if (folder / "samples").is_dir() else []
         images = [f for f in found if re.match(r"\d+\.png", f.name)]
         if others := [f.name for f in found if f not in images and f.suffix.lower() in SUFFIXES]:
@@ -931,7 +969,7 @@ def geneval(out, args, tools):
                 todo.append((name, key, index, metadata, path))
         batch = []
         with tqdm(total=len(checked), initial=len(results), desc=f"geneval {out.name}", unit="image", dynamic_ncols=True) as progress:
-            for entry in [*todo, None]:                              # images of one size share a batch; None flushes the last one
+            for entry in [*todo, None]:  # images of one size share a batch; None flushes the last one
                 image = open_image(entry[4].read_bytes()) if entry else None
                 if batch and (entry is None or image.size != batch[0][1].size or len(batch) == tools.batch(8)):
                     detector = tools.get("detector", lambda: Detector(args.detector, tools.device))
@@ -963,7 +1001,8 @@ def percent(value):
 def dpg_questions(rows, drop_first=False):
     """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}} in file order.
 
-    drop_first: the official reader loses the first data row, and with it one prompt whose questions depend on it. We keep all rows.
+    drop_first: the official reader loses the first data row, and with it one prompt whose questions depend on it. We
+    keep all rows.
     """
     items = {}
     for row in rows[1:] if drop_first else rows:
@@ -974,10 +1013,11 @@ def dpg_questions(rows, drop_first=False):
 
 
 def dpg_pass(questions, answers):
-    """One image (or crop): -> (score, {id: 1.0 where the answer was yes}). Raises KeyError for a parent that does not exist.
+    """One image (or crop): -> (score, {id: 1.0 where the answer was yes}). Raises KeyError for a parent that does not
+    exist.
 
-    A question whose parent failed fails too. The walk is in file order: a zero passes down a chain, but a parent that stands after
-    its child has not been zeroed yet when the child looks at it. Zeroed questions stay in the denominator.
+    A question whose parent failed fails too. The walk is in file order: a zero passes down a chain, but a parent that
+    stands after its child has not been zeroed yet when the child looks at it. Zeroed questions stay in the denominator.
     """
     raw = {q: float(answers[q] == "yes") for q in questions}
     final = dict(raw)
@@ -990,7 +1030,8 @@ def dpg_pass(questions, answers):
 def dpg_summary(items, answers, last_pass_only=False):
     """answers: file -> one {question id: reply} per pass. Score = 100 x mean over files of the mean over passes.
 
-    Category means use the answers before zeroing (so they do not average to the score); the official tables use the last pass only.
+    Category means use the answers before zeroing (so they do not average to the score); the official tables use the
+    last pass only.
     """
     files, failed, fine = {}, [], collections.defaultdict(list)
     for name, passes in answers.items():
@@ -1013,17 +1054,21 @@ def dpg_summary(items, answers, last_pass_only=False):
 
 
 def parse_yes_no(reply):
-    """"Yes." -> yes, "No, it is not" -> no, anything else None. The official VQA model answers in one word and only `yes` counts."""
+    """"Yes." -> yes, "No, it is not" -> no, anything else None. The official VQA model answers in one word and only
+    `yes` counts.
+    """
     word = re.match(r"\W*(yes|no)\b", reply.strip().lower())
     return word[1] if word else None
 
 
 def dpg(out, args, tools):
-    """DPG-Bench (Hu et al. 2024, github.com/TencentQQGYLab/ELLA): 1065 long prompts, 4 images each, yes/no questions about each.
+    """DPG-Bench (Hu et al. 2024, github.com/TencentQQGYLab/ELLA): 1065 long prompts, 4 images each, yes/no questions
+    about each.
 
-    Layouts: OUT/<name>.png, a 2 x 2 grid of four samples of side --grid (ELLA's, and what --generate writes), or four files
-    OUT/<name>_<k>.png (RecA's), each asked once: their scorer asks four times the same, which changes nothing. Official judge: mPLUG-large VQA
-    (ModelScope only). A Qwen2.5-VL stand-in is told to answer in one word and is stricter on relations and counts.
+    Layouts: OUT/<name>.png, a 2 x 2 grid of four samples of side --grid (ELLA's, and what --generate writes), or four
+    files OUT/<name>_<k>.png (RecA's), each asked once: their scorer asks four times the same, which changes nothing.
+    Official judge: mPLUG-large VQA (ModelScope only). A Qwen2.5-VL stand-in is told to answer in one word and is
+    stricter on relations and counts.
     """
     problems, work, count = Problems(), [], collections.Counter()
     try:
@@ -1064,7 +1109,7 @@ def dpg(out, args, tools):
             for path, k, crop in work for q, (_, _, question) in items[path.stem.partition("_")[0]].items()]
     replies = judge_all(out, asks, problems, tools)
     answers = collections.defaultdict(list)
-    for path, k, _ in work:                                          # a sample counts when all its questions were answered
+    for path, k, _ in work:  # a sample counts when all its questions were answered
         questions = items[path.stem.partition("_")[0]]
         one = {q: replies.get(f"{path.name}|{k}|{q}") for q in questions}
         if all(one.values()):
@@ -1085,8 +1130,8 @@ WISE_GROUPS = ("Cultural", "Time", "Space", "Biology", "Physics", "Chemistry")
 def parse_wise(reply):
     """-> {consistency, realism, aesthetic_quality}, 9.9 where not found (the official marker).
 
-    One digit after the name, up to two asterisks on each side of the name; a name that comes twice counts the second time.
-    `**Realism:** 2`, bold around the colon, is not found.
+    One digit after the name, up to two asterisks on each side of the name; a name that comes twice counts the second
+    time. `**Realism:** 2`, bold around the colon, is not found.
     """
     found = {"consistency": 9.9, "realism": 9.9, "aesthetic_quality": 9.9}
     for name, digit in re.findall(r"\*{0,2}(consistency|realism|aesthetic quality)\*{0,2}\s*[:：]?\s*(\d)", reply, re.IGNORECASE):
@@ -1111,7 +1156,8 @@ def wise_group(prompt_id, subcategory):
 def wise_summary(rows):
     """rows: (prompt id, subcategory, consistency, realism, aesthetic quality). Scores in 0..1.
 
-    Two overalls are in use: the plain mean of the six (RecA, BAGEL; fits the paper's table) and the authors' weights (by number of prompts).
+    Two overalls are in use: the plain mean of the six (RecA, BAGEL; fits the paper's table) and the authors' weights
+    (by number of prompts).
     """
     groups = collections.defaultdict(list)
     for prompt_id, subcategory, consistency, realism, aesthetic in rows:
@@ -1123,10 +1169,11 @@ def wise_summary(rows):
 
 
 def wise(out, args, tools):
-    """WISE (Niu et al. 2025, github.com/PKU-YuanGroup/WISE): 1000 prompts that need knowledge, 1 image each, OUT/<prompt_id>.png.
+    """WISE (Niu et al. 2025, github.com/PKU-YuanGroup/WISE): 1000 prompts that need knowledge, 1 image each,
+    OUT/<prompt_id>.png.
 
-    --prompts: the folder with the three JSON lists (or one list). --judge-prompt: the official gpt_eval script, or a text file with
-    {prompt} and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens.
+    --prompts: the folder with the three JSON lists (or one list). --judge-prompt: the official gpt_eval script, or a
+    text file with {prompt} and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens.
     """
     source = Path(args.prompts)
     files = [f for f in sorted(source.glob("*.json")) if not f.stem.endswith("_rewrite")] if source.is_dir() else [source]
@@ -1167,13 +1214,17 @@ def parse_compbench(reply):
 
 
 def strict_compbench(reply):
-    """Officially the -1 of a reply that cannot be read enters one of the two means. Here it is asked again, then left out."""
+    """Officially the -1 of a reply that cannot be read enters one of the two means. Here it is asked again, then left
+    out.
+    """
     value = parse_compbench(reply)
     return value if 0 <= value <= 100 else None
 
 
 def compbench_summary(results):
-    """results: (category, score). Complex = mean of the three complex categories; Overall = mean of all ten (fits the paper's Table 12)."""
+    """results: (category, score). Complex = mean of the three complex categories; Overall = mean of all ten (fits the
+    paper's Table 12).
+    """
     groups = collections.defaultdict(list)
     for category, value in results:
         groups[category].append(value)
@@ -1183,10 +1234,12 @@ def compbench_summary(results):
 
 
 def compbench(out, args, tools):
-    """T2I-CompBench as the paper scores it (appendix F.4, after SRUM, github.com/WayneJin0918/SRUM): 2670 prompts, 1 image each.
+    """T2I-CompBench as the paper scores it (appendix F.4, after SRUM, github.com/WayneJin0918/SRUM): 2670 prompts, 1
+    image each.
 
-    OUT/<category>/<Question_id>.png, or in <category>/samples/; one category alone may lie in OUT itself. Ids repeat between categories. The
-    judge rates 0-100 how well the image fits the prompt. Paper's judge: Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Not the classical metrics.
+    OUT/<category>/<Question_id>.png, or in <category>/samples/; one category alone may lie in OUT itself. Ids repeat
+    between categories. The judge rates 0-100 how well the image fits the prompt. Paper's judge:
+    Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Not the classical metrics.
     """
     problems = Problems()
     rows = read_json(args.prompts)
@@ -1221,7 +1274,9 @@ def imgedit_ratings(reply):
 
 
 def parse_imgedit(reply):
-    """The official rule: mean of whatever ratings were found, two decimals; None if there is none. 0, 100 or a fourth number pass."""
+    """The official rule: mean of whatever ratings were found, two decimals; None if there is none. 0, 100 or a fourth
+    number pass.
+    """
     ratings = imgedit_ratings(reply)
     return round(sum(ratings) / len(ratings), 2) if ratings else None
 
@@ -1233,7 +1288,9 @@ def strict_imgedit(reply):
 
 
 def imgedit_summary(types, values):
-    """types: key -> edit type; values: key -> rating or None. A type is the mean of its keys; overall is the mean over *keys*, not types."""
+    """types: key -> edit type; values: key -> rating or None. A type is the mean of its keys; overall is the mean over
+    *keys*, not types.
+    """
     values = {k: v for k, v in values.items() if v is not None}
     groups = collections.defaultdict(list)
     for key, value in values.items():
@@ -1243,10 +1300,12 @@ def imgedit_summary(types, values):
 
 
 def imgedit(out, args, tools):
-    """ImgEdit, single turn (Ye et al. 2025, github.com/PKU-YuanGroup/ImgEdit): 737 edits, OUT/<key>.png; sources in --sources.
+    """ImgEdit, single turn (Ye et al. 2025, github.com/PKU-YuanGroup/ImgEdit): 737 edits, OUT/<key>.png; sources in
+    --sources.
 
-    The judge sees the instruction's text, the source and the result and gives three ratings 1..5. Official judge: gpt-4.1-2025-04-14 with the
-    API's default temperature. Two overalls, by key (official) and by type; the paper's rows fit neither exactly.
+    The judge sees the instruction's text, the source and the result and gives three ratings 1..5. Official judge:
+    gpt-4.1-2025-04-14 with the API's default temperature. Two overalls, by key (official) and by type; the paper's rows
+    fit neither exactly.
     """
     problems = Problems()
     edits, texts = dict(limited(list(read_json(args.prompts).items()), args)), read_json(args.judge_prompt)
@@ -1283,8 +1342,9 @@ def repair_json(text):
 def parse_gedit(reply):
     """-> (score list, its minimum, error). VIEScore's rules for a first try.
 
-    Between two delimiters, else from the first { to the last }; without a pair of braces a bare [a, b], or a bare integer 0..10. Values are not
-    checked: 11 and 6.5 pass. (On its second try the official code replaces a braceless reply by a random number; we never guess.)
+    Between two delimiters, else from the first { to the last }; without a pair of braces a bare [a, b], or a bare
+    integer 0..10. Values are not checked: 11 and 6.5 pass. (On its second try the official code replaces a braceless
+    reply by a random number; we never guess.)
     """
     if reply == "rate_limit_exceeded":
         return None, None, reply
@@ -1331,7 +1391,9 @@ def strict_gedit(reply):
 
 
 def gedit_summary(rows, language="en"):
-    """rows: (group, language, intersection, SC, PQ). O = sqrt(SC x PQ) per edit; group = mean; the table = plain mean of the 11 groups."""
+    """rows: (group, language, intersection, SC, PQ). O = sqrt(SC x PQ) per edit; group = mean; the table = plain mean
+    of the 11 groups.
+    """
     def table(rows_):
         def column(value, name):
             groups = {g: mean(value(r) for r in rows_ if r[0] == g) for g in GEDIT_GROUPS}
@@ -1344,7 +1406,8 @@ def gedit_summary(rows, language="en"):
 
 
 def gedit_texts(path):
-    """VIEScore's two judge texts: from vie_prompts.py (string constants, read and not run), or a JSON file {"SC": ..., "PQ": ...}.
+    """VIEScore's two judge texts: from vie_prompts.py (string constants, read and not run), or a JSON file {"SC": ...,
+    "PQ": ...}.
 
     The text of each task is put together as the official class does: context, rule of the task, rule of the score.
     """
@@ -1364,9 +1427,10 @@ def gedit_texts(path):
 def gedit(out, args, tools):
     """GEdit-Bench-EN (Liu et al. 2025, data set stepfun-ai/GEdit-Bench): 11 groups of edits, the English rows.
 
-    OUT[/gen_image]/fullset/<task_type>/en/<key>.png with the source beside it as <key>_SRCIMG.png. --prompts: the data set's fields as JSON
-    lines (key, task_type, instruction, instruction_language, Intersection_exist). VIEScore: SC sees source and result (resized to the source),
-    PQ the result alone; pictures as JPEG; the lower of two ratings 0..10 counts. Official judge: gpt-4.1-2025-04-14, 1400 tokens.
+    OUT[/gen_image]/fullset/<task_type>/en/<key>.png with the source beside it as <key>_SRCIMG.png. --prompts: the data
+    set's fields as JSON lines (key, task_type, instruction, instruction_language, Intersection_exist). VIEScore: SC
+    sees source and result (resized to the source), PQ the result alone; pictures as JPEG; the lower of two ratings
+    0..10 counts. Official judge: gpt-4.1-2025-04-14, 1400 tokens.
     """
     problems, root = Problems(), out / "gen_image" if (out / "gen_image").is_dir() else out
     rows = [r for r in read_json(args.prompts, lines=True) if need(r, ("key", "task_type", "instruction", "instruction_language"), args.prompts)[3] == "en"]
@@ -1402,7 +1466,9 @@ SHORT, LETTER = "Answer the question using a single word or phrase.", "Answer wi
 
 
 def pope_prediction(reply):
-    """First sentence, commas out, split at single blanks: "no" if the words No, no or not are among them, else yes (so NO and None are yes)."""
+    """First sentence, commas out, split at single blanks: "no" if the words No, no or not are among them, else yes (so
+    NO and None are yes).
+    """
     words = reply.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
@@ -1418,7 +1484,9 @@ def pope_metrics(labels, predictions):
 
 
 def pope_questions(args):
-    """llava_pope_test.jsonl, and in --labels the three coco_pope_<category>.json, which belong to it by position within a category."""
+    """llava_pope_test.jsonl, and in --labels the three coco_pope_<category>.json, which belong to it by position within
+    a category.
+    """
     rows = read_json(args.questions, lines=True)
     for row in rows:
         need(row, ("question_id", "image", "text", "category"), args.questions)
@@ -1435,7 +1503,9 @@ def pope_questions(args):
 
 
 def pope_grade(rows, answers):
-    """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): is the object there? Accuracy and F1 are means over the three categories."""
+    """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): is the object there? Accuracy and F1 are means over the three
+    categories.
+    """
     parts = {}
     for category in dict.fromkeys(r["category"] for r in rows):
         mine = [r for r in rows if r["category"] == category and r["question_id"] in answers]
@@ -1478,7 +1548,9 @@ def mme_questions(args):
 
 
 def mme_grade(rows, answers):
-    """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000); cognition has max 800."""
+    """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000); cognition has
+    max 800.
+    """
     tasks = {}
     for task in MME_PERCEPTION + MME_COGNITION:
         mine = [r for r in rows if r["task"] == task]
@@ -1495,7 +1567,9 @@ def gqa_correct(reply, gold):
 
 
 def gqa_questions(args):
-    """testdev_balanced_questions.json (id -> question, imageId, answer), or the LLaVA form (rows with question_id, image, text, answer)."""
+    """testdev_balanced_questions.json (id -> question, imageId, answer), or the LLaVA form (rows with question_id,
+    image, text, answer).
+    """
     source = read_json(args.questions, lines=str(args.questions).endswith(".jsonl"))
     if isinstance(source, dict):
         source = [{"question_id": k, "image": f"{v.get('imageId')}.jpg", **v} for k, v in source.items()]
@@ -1508,8 +1582,9 @@ def gqa_grade(rows, answers):
 
 
 def mmmu_choice(reply, options):
-    """MMMU's own rule: letters in brackets, else letters between blanks, else an option's text where the reply has more than five words;
-    of several the last. None where the official code draws at random: we count that as wrong."""
+    """MMMU's own rule: letters in brackets, else letters between blanks, else an option's text where the reply has more
+    than five words; of several the last. None where the official code draws at random: we count that as wrong.
+    """
     for mark in ",.!?;:'":
         reply = reply.strip(mark)
     reply = f" {reply} "
@@ -1522,7 +1597,9 @@ def mmmu_choice(reply, options):
 
 
 def mmmu_short(reply, options):
-    """BAGEL's rule for models that answer with a letter: one character as it is; nothing is C; a leading option letter; an option's text."""
+    """BAGEL's rule for models that answer with a letter: one character as it is; nothing is C; a leading option letter;
+    an option's text.
+    """
     reply = reply.strip()
     if len(reply) <= 1:
         return reply or "C"
@@ -1530,7 +1607,9 @@ def mmmu_short(reply, options):
 
 
 def normal_answers(text):
-    """A number as a float with two decimals; a single character with a blank on either side, so that it does not match inside a word."""
+    """A number as a float with two decimals; a single character with a blank on either side, so that it does not match
+    inside a word.
+    """
     text = str(text).strip()
     with contextlib.suppress(ValueError):
         return [round(float(text.replace(",", "")), 2)]
@@ -1539,13 +1618,17 @@ def normal_answers(text):
 
 
 def mmmu_open(reply, gold):
-    """Open questions: what stands behind the last cue word, and every number in it; a gold string must be contained, a gold number equal."""
+    """Open questions: what stands behind the last cue word, and every number in it; a gold string must be contained, a
+    gold number equal.
+    """
     sentences = re.split(r"\.\s(?=[A-Z])|\n", reply.strip().strip(".").lower())
     cues, tails = ["could be ", "so ", "is ", "thus ", "therefore ", "final ", "answer ", "result "], []
     for number, sentence in enumerate(sentences):
         cues += ["="] if number == len(sentences) - 1 else []
-        tail = min((sentence.split(cue)[-1].strip() for cue in cues if cue in sentence), key=len, default="")
-        tails += [tail] if tail and tail not in ":,.!?;:'" else []
+        tail = ""
+        for said in (sentence.split(cue)[-1].strip() for cue in cues if cue in sentence):
+            tail = said if not tail or len(said) < len(tail) else tail      # the shortest; an empty one is replaced by any
+        tails += [tail] if tail and tail not in set(":,.!?;'") else []
     tails = tails or [reply.strip().strip(".").lower()]
     numbers = [n for tail in tails for pattern in (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
                                                    r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])") for n in re.findall(pattern, tail)]
@@ -1555,7 +1638,9 @@ def mmmu_open(reply, gold):
 
 
 def mmmu_questions(args):
-    """The data set's rows as JSON (lines): id, question, options (a list, or its text as released), answer, question_type, image or image_1."""
+    """The data set's rows as JSON (lines): id, question, options (a list, or its text as released), answer,
+    question_type, image or image_1.
+    """
     rows = read_json(args.questions, lines=str(args.questions).endswith(".jsonl"))
     for row in rows:
         row["question_id"], options, _ = need(row, ("id", "options", "answer"), args.questions)
@@ -1576,7 +1661,8 @@ def mmmu_grade(rows, answers):
 
 
 def seed_questions(args):
-    """SEED-Bench.json, its image part: choice_a .. choice_d, answer, data_id, question_id, question_type_id, data_type."""
+    """SEED-Bench.json, its image part: choice_a .. choice_d, answer, data_id, question_id, question_type_id, data_type.
+    """
     rows = [r for r in need(read_json(args.questions), ("questions",), args.questions)[0] if r.get("data_type", "image") == "image"]
     for row in rows:
         row["options"] = dict(zip("ABCD", need(row, ("choice_a", "choice_b", "choice_c", "choice_d"), args.questions)))
@@ -1586,13 +1672,17 @@ def seed_questions(args):
 
 
 def seed_grade(rows, answers):
-    """SEED-Bench, images (Li et al. 2023): accuracy over all questions. No official code for free answers: MMMU's rule, no letter is wrong."""
+    """SEED-Bench, images (Li et al. 2023): accuracy over all questions. No official code for free answers: MMMU's rule,
+    no letter is wrong.
+    """
     rows = [(mmmu_choice(answers[r["question_id"]], r["options"]) == r["answer"], r.get("question_type_id")) for r in rows if r["question_id"] in answers]
     return {"SEED": percent(mean(r[0] for r in rows))}, {str(t): percent(mean(r[0] for r in rows if r[1] == t)) for t in sorted({r[1] for r in rows}, key=str)}
 
 
 def understanding(out, args, tools):
-    """--prepare writes the question file for --describe; otherwise an answer file is compared with the benchmark's answers."""
+    """--prepare writes the question file for --describe; otherwise an answer file is compared with the benchmark's
+    answers.
+    """
     read, grade = {"pope": (pope_questions, pope_grade), "mme": (mme_questions, mme_grade), "gqa": (gqa_questions, gqa_grade),
                    "mmmu": (mmmu_questions, mmmu_grade), "seed": (seed_questions, seed_grade)}[args.benchmark]
     rows, problems, answers = limited(read(args), args), Problems(), {}
@@ -1633,12 +1723,14 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian window of width 1.5, no border, mean over the channels. uint8 [H, W, 3] twice."""
+    """Structural similarity (Wang et al. 2004): 11 x 11 Gaussian window of width 1.5, no border, mean over the
+    channels. uint8 [H, W, 3] twice.
+    """
     kernel = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
     kernel /= kernel.sum()
 
     def blur(x):
-        for axis in (0, 1):                                          # the window is a product, so two passes of 11 do for one of 121
+        for axis in (0, 1):  # the window is a product, so two passes of 11 do for one of 121
             x = np.tensordot(np.lib.stride_tricks.sliding_window_view(x, 11, axis), kernel, (-1, 0))
         return x
     a, b = a.astype(float), b.astype(float)
@@ -1648,7 +1740,9 @@ def ssim(a, b):
 
 
 def pairs(out, sources, problems, args):
-    """[(name, source path, output path)] by relative name without suffix; both must decode. Outputs may have another suffix."""
+    """[(name, source path, output path)] by relative name without suffix; both must decode. Outputs may have another
+    suffix.
+    """
     if not (sources := Path(sources)).is_dir():
         raise InputError(f"no such folder: {sources}")
     files = limited(sorted(p for p in sources.rglob("*") if p.suffix.lower() in SUFFIXES), args)
@@ -1661,10 +1755,12 @@ def pairs(out, sources, problems, args):
 
 
 def recon(out, args, tools):
-    """Reconstructions against their sources: OUT/<name>.png beside --sources/<name>.*. The paper shows pictures only (figures 16, 17).
+    """Reconstructions against their sources: OUT/<name>.png beside --sources/<name>.*. The paper shows pictures only
+    (figures 16, 17).
 
-    The source's centre is cut to the output's aspect ratio and resized to its size. PSNR and SSIM are *expected* to be low: RecA
-    reconstructs what the understanding encoder says, not pixels; CLIP similarity is nearer to the point. --clip none leaves it out.
+    The source's centre is cut to the output's aspect ratio and resized to its size. PSNR and SSIM are *expected* to be
+    low: RecA reconstructs what the understanding encoder says, not pixels; CLIP similarity is nearer to the point.
+    --clip none leaves it out.
     """
     problems = Problems()
     work, expected = pairs(out, args.sources, problems, args)
@@ -1687,8 +1783,9 @@ def recon(out, args, tools):
 def shapes(out, args, tools):
     """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector and no error.
 
-    --prompts: the caption file that --generate had, OUT/<line, 5 digits>[_k].png. All: everything said is there. The GenEval-like columns need
-    captions of one or two objects that say everything. --sources: reconstructions; every shape, color and place must come back.
+    --prompts: the caption file that --generate had, OUT/<line, 5 digits>[_k].png. All: everything said is there. The
+    GenEval-like columns need captions of one or two objects that say everything. --sources: reconstructions; every
+    shape, color and place must come back.
     """
     import common
     if not (args.prompts or args.sources):
@@ -1742,11 +1839,12 @@ SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Colo
 
 @dataclass
 class Benchmark:
-    """score(out, args, tools) -> scores(...); columns as in the paper; judge: the official one's name at an endpoint."""
+    """score(out, args, tools) -> scores(...); columns as in the paper; judge: the official one's name at an endpoint.
+    """
     score: callable
     columns: tuple
     decimals: object = 1                  # or {column: decimals}
-    style: str = "brackets"               # Table 2: "98.2 (+1.0)"; "row": Table 3's last line; "columns": Table 12, models as columns
+    style: str = "brackets"  # Table 2: "98.2 (+1.0)"; "row": Table 3's last line; "columns": Table 12, models as columns
     judge: str = None
     judged: bool = False
 
@@ -1766,7 +1864,9 @@ BENCHMARKS = {
 
 
 def summarize(label, folders, results, columns):
-    """Seeds of one row -> its mean, and the sample standard deviation where there is more than one. A value that a seed lacks is None."""
+    """Seeds of one row -> its mean, and the sample standard deviation where there is more than one. A value that a seed
+    lacks is None.
+    """
     values = {c: [r["values"].get(c) for r in results] for c in columns}
     whole = {c: all(v is not None for v in vs) for c, vs in values.items()}
     row = {"label": label, "mean": {c: mean(vs) if whole[c] else None for c, vs in values.items()},
@@ -1867,17 +1967,19 @@ def run(args):
 
 
 def contact_sheet(args):
-    """One picture of all pictures in OUTPUTS with their prompts: a green frame where scored right, red where failed or missing, grey unscored.
+    """One picture of all pictures in OUTPUTS with their prompts: a green frame where scored right, red where failed or
+    missing, grey unscored.
 
-    Marks and prompts come from OUT/eval/*/items.jsonl (mean mark of an image below 0.5: failed), prompts else from GenEval's metadata.jsonl.
+    Marks and prompts come from OUT/eval/*/items.jsonl (mean mark of an image below 0.5: failed), prompts else from
+    GenEval's metadata.jsonl.
     """
-    tiles = []                                                                        # (label, path, prompt, mark or None)
+    tiles = []  # (label, path, prompt, mark or None)
     for label, paths in parse_outputs(args.outputs):
         for out in paths:
             marks, prompts = collections.defaultdict(list), {}
             for journal in sorted(out.glob("eval/*/items.jsonl")):
                 for line in journal.read_text(encoding="utf-8").splitlines():
-                    with contextlib.suppress(ValueError, KeyError, TypeError):        # a torn last line is the scorer's to repair
+                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn last line is the scorer's to repair
                         record = json.loads(line)
                         marks[record["file"]] += [record["mark"]] if record.get("mark") is not None else []
                         prompts.setdefault(record["file"], record.get("prompt", ""))
@@ -1907,7 +2009,7 @@ def contact_sheet(args):
         draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline=frame, width=3)
         words = ("FAILED  " if mark is not None and mark < 0.5 else "") + (f"[{label}] " if len(args.outputs) > 1 else "") + prompt
         lines, line = [], ""
-        for word in words.split():                                                    # wrapped to the cell, three lines at most
+        for word in words.split():  # wrapped to the cell, three lines at most
             if line and draw.textlength(f"{line} {word}", font) > cell:
                 lines.append(line)
                 line = ""
@@ -1931,7 +2033,7 @@ def contact_sheet(args):
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message} (python eval.py {self.prog.split()[-1]} --help)")
+        raise InputError(f"{message} (see python {self.prog} --help)")
 
 
 def parser():
@@ -1999,6 +2101,9 @@ def main(argv=None):
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; what was judged is kept: the same command goes on from there", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

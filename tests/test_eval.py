@@ -596,6 +596,11 @@ def test_dead_judge_stops_the_run(tmp_path, capsys, monkeypatch):
     with Judge(lambda *_: (404, "no such model", {})) as judge:
         assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", "1"), ok=False)
         assert "404: no such model" in capsys.readouterr().err and len(judge.requests) <= 2
+    with Judge(lambda n, p: (400, "content policy", {}) if asked(p) == 401 else good(n, p)) as judge:            # this item's fault, not the run's
+        assert run("wise", out, *wise_args(tmp_path, judge))
+        assert "1 x no reply: 401" in capsys.readouterr().out and len(judge.requests) == 12
+    with Judge(lambda *_: (429, '{"error": {"code": "insufficient_quota"}}', {})) as judge:                    # waiting fills no account
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", "1"), ok=False) and len(judge.requests) == 1
     assert not run("wise", out, *wise_args(tmp_path, None, "http://user:secret@127.0.0.1/v1"), ok=False)
     assert "secret" not in capsys.readouterr().err
 
