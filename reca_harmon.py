@@ -432,6 +432,15 @@ IMAGE_MARKER = -200         # stands for all embeddings of an image in a list of
 IGNORED = -100              # label of what is not to be predicted
 
 
+def masked_after(N, num_steps):
+    """How many of N tokens are still masked after each of the sampler's steps: a cosine, at least one fewer than before
+    and at least one (also after the last step; what is left then is painted in it)."""
+    left = [N]
+    for k in range(1, num_steps + 1):
+        left.append(max(1, min(left[-1] - 1, math.floor(N * math.cos(math.pi / 2 * k / num_steps)))))
+    return left[1:]
+
+
 def inference(method):
     """Runs a method in eval mode and without gradients."""
     @functools.wraps(method)
@@ -943,7 +952,7 @@ class Harmon(nn.Module):
         latents [n, h, w, C].
 
         Every step predicts a condition for all places from what is there, and the diffusion head paints the next
-        tokens of a random order: few at first, N cos(pi/2 k/num_steps) are still masked after k steps.
+        tokens of a random order, few at first.
 
         draws: "orders" [n, N], "iter{k}.init_noise" [n*P, C], "iter{k}.step_noise" [diffusion steps, n*P, C], noisiest
         first. Rows beyond these are ignored: the original draws for the unconditional half too, and drops what it
@@ -967,9 +976,8 @@ class Harmon(nn.Module):
         self.llm.model(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
 
         latents, left = torch.zeros(n, N, c.latent_channels, device=self.device), N
-        for k in tqdm(range(num_steps), disable=not progress, leave=False):
-            planned = max(1, min(left - 1, math.floor(N * math.cos(math.pi / 2 * (k + 1) / num_steps))))
-            following = 0 if k == num_steps - 1 else planned
+        for k, planned in enumerate(tqdm(masked_after(N, num_steps), disable=not progress, leave=False)):
+            following = 0 if k == num_steps - 1 else planned                                    # the last paints the rest
             if following == left:                                   # more steps than tokens: this one has nothing to do
                 continue
             visible = orders[:, left:].sort(dim=1).values                                                   # [n, V]

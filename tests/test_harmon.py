@@ -183,6 +183,14 @@ def test_parity_harmon_tables():
     assert tables["original"].tolist() == GOLDEN["diffusion.gen.timestep_map"].tolist()
 
 
+def test_parity_harmon_sampling_schedule():
+    theirs = GOLDEN["schedule64_1024.masked_after_step"].tolist()
+    mine = reca_harmon.masked_after(1024, 64)
+    assert mine == theirs
+    assert [a - b for a, b in zip([1024, *mine], [*mine[:-1], 0])] == GOLDEN["schedule64_1024.predicted_in_step"].tolist()
+    assert reca_harmon.masked_after(SPEC["tokens_per_image"], SPEC["sample_iters"]) == GOLDEN["schedule_fixture.masked_after_step"].tolist()
+
+
 def sampler_draws():
     draws = {"orders": GOLDEN["sample.orders"]}
     for k in range(SPEC["sample_iters"]):
