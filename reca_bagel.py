@@ -154,11 +154,12 @@ class Recipe:
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0             # the understanding expert is frozen: there is nothing to hold on to
     lambda_t2i: float = 0.0
-    und_size: int = 224
+    und_size: int = None                # the model's own: 224 (or what its ViT can see, where that is less)
 
 
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32, und_size=32)}
+RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32)}
+UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
 TIMESTEP_SHIFT = 1.0                    # in training; 3.0 when sampling
 
@@ -473,7 +474,7 @@ class Bagel(nn.Module):
                                  down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages,
                                  latent_channels=c.vae_z_channels, use_quant_conv=False, use_post_quant_conv=False)
         # what a run may change
-        self.tokenizer, self.und_size = None, min(Recipe.und_size, c.vit_limits[0])
+        self.tokenizer, self.und_size = None, min(UND_SIZE, c.vit_limits[0])
         self.text_dropout, self.timestep_shift, self.blur = TEXT_DROPOUT, TIMESTEP_SHIFT, 0
         self.freeze()
 
@@ -647,7 +648,8 @@ class Bagel(nn.Module):
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, frozen_dtype=None):
         """source: "ByteDance-Seed/BAGEL-7B-MoT", "sanaka87/BAGEL-RecA", a folder in that layout, or "tiny" (random weights).
 
-        dtype: precision of the weights that RecA trains; frozen_dtype: of all others (default: bf16 on a GPU, else dtype).
+        dtype: precision of the weights that RecA trains; frozen_dtype: of all others (default: bf16 on a GPU, else dtype), except the VAE,
+        which stays in float32 as it is released (0.3 GB).
         Every tensor goes from the file to its device by itself, in its final precision: the host never holds a copy of the model
         (the original builds two float32 copies per process, 117 GB each). Strict in names and shapes, except that the two position
         tables may be missing. Raises InputError.
@@ -668,7 +670,7 @@ class Bagel(nn.Module):
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         model._read(weights, {name: name for name in model.state_dict() if not name.startswith("vae.")},
                     lambda name: dtype if name in trained else frozen_dtype, device, optional=TABLES)
-        model._read(base / "ae.safetensors", vae_names(model.config), lambda name: frozen_dtype, device)
+        model._read(base / "ae.safetensors", vae_names(model.config), lambda name: torch.float32, device)
         for table in (model.latent_pos_embed, model.vit_pos_embed):
             table.fill(device)
         if (base / "tokenizer_config.json").exists() or (base / "tokenizer.json").exists():
@@ -685,8 +687,8 @@ class Bagel(nn.Module):
         config = replace(TINY, vocab_size=len(tokenizer)) if name == "tiny" else BagelConfig()
         with torch.device("meta"):
             model = cls(config)
-        for parameter in model.parameters():
-            exact = parameter.requires_grad or device.type != "cuda"
+        for key, parameter in model.named_parameters():
+            exact = parameter.requires_grad or device.type != "cuda" or key.startswith("vae.")
             parameter.data = parameter.data.to((dtype or torch.float32) if exact else torch.bfloat16)
         model.to_empty(device=device)
         for key, parameter in model.named_parameters():
@@ -737,15 +739,15 @@ class Bagel(nn.Module):
     def save_pretrained(self, folder, dtype=None):
         """Writes the released layout: ema.safetensors (with the two tables), ae.safetensors (FLUX names), configs, tokenizer.
 
-        dtype: None keeps the precision, torch.bfloat16 gives the 29 GB file that ComfyUI-BAGEL (models/bagel/BAGEL-7B-MoT/ema.safetensors)
-        and the original inferencer expect. Sharded weights are gathered one by one; all ranks must call, rank 0 writes.
+        dtype: of ema.safetensors; None keeps the precision, torch.bfloat16 gives the 29 GB file that ComfyUI-BAGEL
+        (models/bagel/BAGEL-7B-MoT/ema.safetensors) and the original inferencer expect. Sharded weights are gathered one by one; all ranks must call, rank 0 writes.
         """
         folder, state = Path(folder), {}
         names = vae_names(self.config)
         for name, tensor in self.state_dict().items():
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if common.world()[0] == 0:
-                state[name] = tensor.detach().to("cpu", dtype or tensor.dtype).contiguous()
+                state[name] = tensor.detach().to("cpu", tensor.dtype if name in names else dtype or tensor.dtype).contiguous()
         if common.world()[0] != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -765,7 +767,10 @@ class Bagel(nn.Module):
     # a caption would be answered.
 
     def set_und(self, size=None, blur=None):
-        """The paper's ablations: longest (and shortest) side of what the ViT sees, and blurring it."""
+        """The paper's ablations: longest (and shortest) side of what the ViT sees, and blurring it. Raises InputError."""
+        p, most = self.config.vit_patch_size, self.config.vit_max_num_patch_per_side * self.config.vit_patch_size
+        if size and not p <= size <= most:
+            raise common.InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
         self.und_size, self.blur = size or self.und_size, blur or self.blur
 
     def _resized(self, image, limits, stride):
@@ -993,7 +998,7 @@ class Bagel(nn.Module):
                  interval=(0.4, 1.0), renorm="global", renorm_min=0.0, trace=None):
         """Text to image: list of texts -> list of PIL images of `size` (pixels, default 1024). The settings are the original notebook's;
         GenEval's script differs in interval=(0, 1). The text-free context is empty, its latents stand at position 0."""
-        return self._generate([self._text_ids(p) for p in prompts], self._target_grid(size or self.config.image_size), seed, draws,
+        return self._generate([self._text_ids(p) for p in prompts], self._target_grid(self.config.image_size if size is None else size), seed, draws,
                               num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, image_guidance_scale=1.0,
                               interval=interval, renorm=renorm, renorm_min=renorm_min, progress=progress, trace=trace)
 
@@ -1013,7 +1018,7 @@ class Bagel(nn.Module):
         samples = [self.preprocess(image, "recon") for image in images]
         features = self.encode([{self.condition: s[self.condition]} for s in samples], "recon")
         texts = templates or [common.SEED_TEMPLATE] * len(images)
-        grids = [self._target_grid(size or tuple(s["vae"].shape[1:])) for s in samples]
+        grids = [self._target_grid(tuple(s["vae"].shape[1:]) if size is None else size) for s in samples]
         return self._from_images(features, [self._text_ids(t) for t in texts], grids, self.condition == "vae", self.condition == "vit", seed, draws,
                                  num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, interval=interval, renorm=renorm,
                                  image_guidance_scale=image_guidance_scale, renorm_min=renorm_min, progress=progress, trace=trace)
@@ -1030,7 +1035,7 @@ class Bagel(nn.Module):
         for image in images:
             image = self._resized(image, c.vae_limits, c.stride)
             samples.append({"vae": common.to_tensor(image), "vit": common.to_tensor(self._resized(image, c.edit_limits, c.vit_patch_size))})
-        grids = [self._target_grid(size or tuple(s["vae"].shape[1:])) for s in samples]
+        grids = [self._target_grid(tuple(s["vae"].shape[1:]) if size is None else size) for s in samples]
         return self._from_images(self.encode(samples, "edit"), [self._text_ids(i) for i in instructions], grids, True, True, seed, draws,
                                  num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, interval=interval, renorm=renorm,
                                  image_guidance_scale=image_guidance_scale, renorm_min=renorm_min, progress=progress, trace=trace)
@@ -1090,12 +1095,12 @@ class Bagel(nn.Module):
 # Where the bytes go when one 80 GB card (79.6 GiB = 85.5 GB) trains 6.54 billion weights beside 8.07 frozen billions:
 #
 #                                        float32 AdamW     bf16, stochastic rounding (StochasticAdamW)
-#     frozen weights, bf16                   16.3 GB            16.3 GB      (VAE included)
+#     frozen weights, bf16                   16.5 GB            16.5 GB      (with the VAE in float32)
 #     trained weights                        26.2 GB            13.1 GB      (float32 masters / bf16, no masters)
 #     their bf16 copies for autocast         13.1 GB               -
 #     gradients                              26.2 GB            13.1 GB
 #     first and second moments               52.3 GB            26.2 GB
-#     sum                                   134.1 GB            68.7 GB
+#     sum                                   134.3 GB            68.9 GB
 #     an image of 1024 px, checkpointing    + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
 #     one layer while it is recomputed    + ~1.5 GB an image at a time of a batch: queries to MLP, forward and backward
 #
@@ -1185,7 +1190,7 @@ def unshard(model, whole=True):
 class BagelTrainer(common.Trainer):
     """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews although the weights are sharded.
 
-    A checkpoint holds ema.safetensors and the other files of the release (bf16 after bf16 training: it can be used as it is), and in shards/
+    A checkpoint holds ema.safetensors and the other files of the release (bf16 after training on GPUs: it can be used as it is), and in shards/
     the exact trained weights and the optimizer, written by each rank for itself with torch.distributed.checkpoint.
     """
 
@@ -1208,7 +1213,7 @@ class BagelTrainer(common.Trainer):
         try:
             if main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self.model.save_pretrained(temporary, dtype=torch.bfloat16 if self.args.precision == "bf16" else None)
+            self.model.save_pretrained(temporary, dtype=torch.bfloat16 if self.model.device.type == "cuda" and self.args.precision == "bf16" else None)
             with warnings.catch_warnings():                                             # "no process group": one process, as it should be
                 warnings.simplefilter("ignore")
                 dcp.save(self._shards(), checkpoint_id=temporary / "shards")
