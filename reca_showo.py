@@ -1,32 +1,39 @@
 """RecA on Show-o: one language model that reads text and writes images as discrete tokens (MaskGIT).
 
-What is special about this architecture: an image is 256 (256 px) or 1024 (512 px) tokens out of a codebook of 8192, and these
-tokens are simply further words of Phi-1.5's vocabulary. Text is predicted from left to right, image tokens by filling in masked
-ones, all by the same weights; only the attention mask tells the two apart ("omni-attention"). So L_recon is a cross-entropy over
-the masked tokens, and understanding shares every weight with generation: λ_i2t = 1 keeps it alive (paper, section 2.2).
+What is special about this architecture: an image is 256 (256 px) or 1024 (512 px) tokens out of a codebook of 8192, and
+these tokens are simply further words of Phi-1.5's vocabulary. Text is predicted from left to right, image tokens by
+filling in masked ones, all by the same weights; only the attention mask tells the two apart ("omni-attention"). So
+L_recon is a cross-entropy over the masked tokens, and understanding shares every weight with generation: lambda_i2t = 1
+keeps it alive (paper, section 2.2).
 
-    RecA, CLIP variant (512 px; N = 1024 image tokens, C = 576 CLIP rows, D = 2048)
+RecA, CLIP variant (512 px: N = 1024 image tokens, C = 576 CLIP rows, D = 2048):
 
-      image [3,512,512] ─┬─ shrink to 336 ─ CLIP (frozen) ─ [C,1024] ─ mm_projector ─ [C,D] ─┐
-                         └─ MAGVIT-v2 encoder (frozen) ─ codes [N] ─ some masked ──────────┐ │
-                                                                                           │ │
-      <mmu> <soi> CLIP rows <eoi> <eot> USER: \\n template ASSISTANT: <eot> pads <soi> image tokens <eoi>
-            │     ← the understanding embeddings: the "dense prompt" →            │
-            └──────────────────────────── Phi-1.5 ────────────────────────────────┘
-                                              └─ cross-entropy at the masked tokens only
+    image [3,512,512] --+-- shrink to 336 -> CLIP (frozen) [C,1024] -> mm_projector [C,D] --+
+                        |                                                                   v
+                        |                                                    <mmu> <soi> CLIP rows <eoi> template
+                        |                                                                   |
+                        +-- MAGVIT-v2 (frozen) -> codes [N] -> some are masked -> <soi> image tokens <eoi>
+                                                                                            |
+              text is causal and sees the CLIP rows; image tokens see everything            v
+              in front of them and each other                          Phi-1.5, all weights are trained [L,D]
+                                                                                            |
+                                          L_recon = cross-entropy over the vocabulary at the masked tokens only
 
-    RecA, VQ variant: Show-o without CLIP understands an image through the same 8192 codes that it writes. The prompt then holds the
-    codes of the *same* image, and copying them would solve the task: at full size the loss collapses to nearly zero and generation
-    gets worse (paper, F.2). The remedy is to show less: the codes of a smaller image (--und-size 256) or of a blurred one (--blur 8).
+RecA, VQ variant: Show-o without CLIP understands an image through the same 8192 codes that it writes. The prompt then
+holds the codes of the *same* image, and copying them would solve the task: at full size the loss collapses to nearly
+zero and generation gets worse (paper, F.2). The remedy is to show less: the codes of a smaller image (--und-size 256)
+or of a blurred one (--blur 8).
 
-    python reca_showo.py --data ./images --steps 5000 --i2t-data llava.json --i2t-images ./llava
-    python reca_showo.py --model showlab/show-o-w-clip-vit --data ./images                     256 px
-    python reca_showo.py --model tiny                                                          toy world on a CPU, no download
-    python reca_showo.py --model showlab/show-o-512x512 --und-size 256 --data ./images         a row of the table in F.2
+    python reca_showo.py --model tiny                                     toy world on a CPU, no download; also tiny-vq
+    python reca_showo.py --data ./images --i2t-data llava.json --i2t-images ./llava        512 px, the paper's run
+    python reca_showo.py --model showlab/show-o-w-clip-vit --data ./images ...             256 px
+    python reca_showo.py --model showlab/show-o-512x512 --und-size 256 --data ./images ... the rows of the table in F.2:
+                                                        --und-size 512 | 256 | 128, or --blur 8
     python reca_showo.py --model DIR --steps 0 --generate prompts.txt --out samples
 
-Legend of the shape comments: B images, N image tokens, C CLIP rows, L positions of a prompt, D width of the language model,
-V vocabulary (text + specials + 8192 codes + mask token), K codes, S pixels per side, h w token grid.
+Legend of the shape comments:
+    B images     N image tokens     C CLIP rows     L positions of a prompt     D width of the language model
+    V vocabulary: text, specials, K codes, mask token     S pixels per side     h w token grid     T ids of a text
 """
 import dataclasses
 import json
@@ -111,7 +118,8 @@ TINY = ShowoConfig(
     image_size=64, codebook_bits=10, hidden=128, layers=3, heads=4, intermediate=384, max_positions=512,
     clip_hidden=96, clip_intermediate=192, clip_layers=3, clip_heads=4, clip_image_size=32, clip_patch=8,
     # GroupNorm has 32 groups, so widths are multiples of 32; no residual block where the image is still 64 pixels wide.
-    vq_ch=32, vq_enc_mult=(1, 1, 1, 2, 2), vq_enc_res=(0, 1, 1, 1, 1), vq_dec_mult=(1, 1, 1, 2, 2), vq_dec_res=(0, 1, 1, 1, 1),
+    vq_ch=32, vq_enc_mult=(1, 1, 2, 4, 4), vq_enc_res=(0, 1, 1, 1, 1),
+    vq_dec_mult=(1, 1, 2, 4, 4), vq_dec_res=(0, 1, 1, 1, 1),
     recon_text=64, max_text=96, max_prompt=48)
 CONFIGS = {
     "showlab/show-o-w-clip-vit-512x512": ShowoConfig(),
@@ -127,10 +135,10 @@ CONFIGS = {
 class Recipe:
     """The paper's run (Table 8) in our steps. The defaults are those at 512 px.
 
-    One of our steps is one batch of each loss with a weight not 0; the original accumulates 5 of them for a weight update and
-    counts updates: its "5K steps" are 5,000 updates = 25,000 of our steps, its warm-up of 1,000 is in updates, as ours. Its cosine
-    ends at update 1,000,000 at 512 px (so it is a constant) and at 10,000 at 256 px (0.59 of the peak at the end of the run).
-    Weights are float32, computation is bf16, gradients are not clipped.
+    One of our steps is one batch of each loss with a weight not 0; the original accumulates 5 of them for a weight
+    update and counts updates: its "5K steps" are 5,000 updates = 25,000 of our steps, its warm-up of 1,000 is in
+    updates, as ours. Its cosine ends at update 1,000,000 at 512 px (so it is a constant) and at 10,000 at 256 px
+    (0.59 of the peak at the end of the run). Weights are float32, computation is bf16, gradients are not clipped.
     """
     steps: int = 25_000
     batch: int = 2
@@ -151,8 +159,8 @@ class Recipe:
 
 
 RECIPE_256 = Recipe(batch=4, horizon=10_000)
-RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=50, horizon=0, clip=1.0, i2t_data="shapes", guidance_scale=1.0,
-                     sampling_steps=8)
+RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=50, horizon=0, clip=1.0, i2t_data="shapes",
+                     guidance_scale=1.0, sampling_steps=8)
 RECIPES = {name: RECIPE_TINY if c is TINY or name == "tiny-vq" else RECIPE_256 if c.image_size == 256 else Recipe()
            for name, c in CONFIGS.items()}
 DEFAULT = "showlab/show-o-w-clip-vit-512x512"
@@ -168,9 +176,10 @@ TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit
 # ======================================================================================================
 # 2. The model
 # ======================================================================================================
-# Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
-# The image tokenizer is ours. diffusers' VQModel cannot express it: there encoder and decoder share one list of widths and one
-# number of residual blocks, here they have different lists of both, and the quantiser has no learned codebook.
+# Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model
+# exactly. The image tokenizer is ours. diffusers' VQModel cannot express it: there encoder and decoder share one list
+# of widths and one number of residual blocks, here they have different lists of both, and the quantiser has no
+# learned codebook.
 
 
 class ResBlock(nn.Module):
@@ -216,11 +225,13 @@ class Resample(nn.Module):
 
 
 def middle(width):
-    return nn.ModuleDict({"block_1": ResBlock(width, width), "attn_1": AttnBlock(width), "block_2": ResBlock(width, width)})
+    block_1, attn_1, block_2 = ResBlock(width, width), AttnBlock(width), ResBlock(width, width)
+    return nn.ModuleDict({"block_1": block_1, "attn_1": attn_1, "block_2": block_2})
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, and the change to the next one (called downsample or upsample in checkpoints)."""
+    """The residual blocks of one resolution, and the change to the next one (called downsample or upsample in
+    checkpoints)."""
 
     def __init__(self, width, out, blocks, resample=None):
         super().__init__()
@@ -229,7 +240,7 @@ class Level(nn.Module):
             self.add_module(resample, Resample(out, up=resample == "upsample"))
 
     def forward(self, x):
-        for module in self.children():                                                  # block (a list), then the resampling
+        for module in self.children():                                          # block (a list), then the resampling
             for layer in (module if isinstance(module, nn.ModuleList) else [module]):
                 x = layer(x)
         return x
@@ -256,7 +267,8 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Signs [B, bits, h, w] -> pixels [B, 3, 16h, 16w], about [-1, 1]. Level 0 is the full resolution, as in the encoder."""
+    """Signs [B, bits, h, w] -> pixels [B, 3, 16h, 16w], about [-1, 1]. Level 0 is the full resolution, as in the
+    encoder."""
 
     def __init__(self, ch, mult, blocks, bits):
         super().__init__()
@@ -276,18 +288,21 @@ class Decoder(nn.Module):
 
 
 class SignQuantizer(nn.Module):
-    """Look-up free quantisation: a token is the signs of `bits` numbers; its code is those signs read as a binary number, the
-    first channel being the most significant bit. The two tables only spell that out; checkpoints hold them."""
+    """Look-up free quantisation: a token is the signs of `bits` numbers; its code is those signs read as a binary
+    number, the first channel being the most significant bit. The two tables only spell that out; checkpoints hold
+    them."""
 
     def __init__(self, bits):
         super().__init__()
         powers = 2 ** torch.arange(bits - 1, -1, -1)
-        self.register_buffer("power_vals", powers)                                                          # [bits]
-        self.register_buffer("embedding", (torch.arange(2 ** bits)[:, None] & powers).bool().float() * 2 - 1)    # [K, bits]
+        signs = (torch.arange(2 ** bits)[:, None] & powers).bool().float() * 2 - 1
+        self.register_buffer("power_vals", powers)                                                      # [bits]
+        self.register_buffer("embedding", signs)                                                        # [K, bits]
 
 
 class MagVit2(nn.Module):
-    """The image tokenizer: 16 x 16 pixels are one of 2^bits codes. Convolutional, so any multiple of 16 pixels works."""
+    """The image tokenizer: 16 x 16 pixels are one of 2^bits codes. Convolutional, so any multiple of 16 pixels
+    works."""
 
     def __init__(self, config):
         super().__init__()
@@ -297,7 +312,7 @@ class MagVit2(nn.Module):
 
     def codes(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> int64 [B, N], rows of the grid one after the other. A zero counts as negative."""
-        bits = (self.encoder(pixels) > 0).flatten(2)                                                        # [B, bits, N]
+        bits = (self.encoder(pixels) > 0).flatten(2)                                                    # [B, bits, N]
         return (bits * self.quantize.power_vals[:, None]).sum(1)
 
     def decode(self, codes):
@@ -318,10 +333,10 @@ def short_side_square(image, size):
 class Rows:
     """A batch of prompts, and which positions each position attends to.
 
-    Every mask of Show-o is the same three statements with other numbers: position q attends to the span first[q] .. last[q]
-    (text: up to itself; image tokens: up to the end of their image), and to the `open` columns (the conditioning image), but
-    never to the `hidden` ones (padding). Kept like this it costs 4 B L numbers instead of B L² and feeds dense attention and
-    flex_attention alike.
+    Every mask of Show-o is the same three statements with other numbers: position q attends to the span first[q] ..
+    last[q] (text: up to itself; image tokens: up to the end of their image), and to the `open` columns (the
+    conditioning image), but never to the `hidden` ones (padding). Kept like this it costs 4 B L numbers instead of B
+    L² and feeds dense attention and flex_attention alike.
     """
     ids: torch.Tensor           # [B, L] int64; IGNORE where a CLIP row is put in
     labels: torch.Tensor        # [B, L] int64; IGNORE where nothing is predicted
@@ -348,7 +363,8 @@ class Rows:
         return dataclasses.replace(self, **{k: torch.cat([getattr(self, k), getattr(other, k)]) for k in names})
 
     def without_padding(self, pad):
-        """Leave out the columns that are padding in every row. Exact: no other position looks at them, and `positions` stay."""
+        """Leave out the columns that are padding in every row. Exact: no other position looks at them, and
+        `positions` stay."""
         keep = (self.ids != pad).any(0)
         return self.map(lambda v: v[..., keep])
 
@@ -370,7 +386,8 @@ class Rows:
 
 
 class Showo(nn.Module):
-    """Show-o: `showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit` (frozen)."""
+    """Show-o: `showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit`
+    (frozen)."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -378,15 +395,18 @@ class Showo(nn.Module):
         self.tokenizer = tokenizer
         self.showo = PhiForCausalLM(PhiConfig(
             vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-            intermediate_size=c.intermediate, max_position_embeddings=c.max_positions, layer_norm_eps=1e-5, hidden_act="gelu_new",
+            intermediate_size=c.intermediate, max_position_embeddings=c.max_positions,
+            layer_norm_eps=1e-5, hidden_act="gelu_new",
             rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
             qk_layernorm=True, attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
             bos_token_id=c.eot, eos_token_id=c.eot, pad_token_id=None))
         if c.w_clip_vit:
-            self.mm_projector = nn.Sequential(nn.Linear(c.clip_hidden, c.hidden), nn.GELU(), nn.Linear(c.hidden, c.hidden))
+            self.mm_projector = nn.Sequential(nn.Linear(c.clip_hidden, c.hidden), nn.GELU(),
+                                              nn.Linear(c.hidden, c.hidden))
             self.clip = CLIPVisionModel(CLIPVisionConfig(
                 hidden_size=c.clip_hidden, intermediate_size=c.clip_intermediate, num_hidden_layers=c.clip_layers,
-                num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch, hidden_act="quick_gelu"))
+                num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch,
+                hidden_act="quick_gelu"))
         self.magvit = MagVit2(c)
         for part in self.frozen():
             part.requires_grad_(False)
@@ -395,20 +415,25 @@ class Showo(nn.Module):
         self.set_und()
 
     def set_und(self, size=None, blur=None):
-        """What the understanding side of RecA sees of an image (paper, F.2). size: pixels per side. CLIP variant: 336, nothing else. VQ
-        variant: a multiple of 16; default half of the image, or all of it where it is blurred. blur: a factor, or None."""
+        """What the understanding side of RecA sees of an image (paper, F.2; see `shown`).
+
+        size: pixels per side. CLIP variant: 336 and nothing else; VQ variant: a multiple of 16, default half of the
+        image, or all of it where it is blurred. blur: a factor, or None. InputError for anything else.
+        """
         c = self.config
         size = size or (c.clip_image_size if c.w_clip_vit else c.image_size if blur else c.image_size // 2)
         if c.w_clip_vit and size != c.clip_image_size:
-            raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (the VQ variants take any multiple of 16)")
-        if size % 16 and not c.w_clip_vit or size > c.image_size and not c.w_clip_vit:
+            raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only "
+                             "(the VQ variants take multiples of 16)")
+        if not c.w_clip_vit and (size % 16 or size > c.image_size):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
         if blur and not 1 <= blur <= c.image_size // 2:
             raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
         self.und_size, self.blur = size, blur
 
     def set_flex(self, on=True):
-        """flex_attention in the losses: a sparse mask instead of a dense one. Meant for GPUs, where the kernel is compiled."""
+        """flex_attention in the losses: a sparse mask instead of a dense one. Meant for GPUs, where the kernel is
+        compiled."""
         self.flex = on
         self.showo.set_attn_implementation("flex_attention" if on else "sdpa")
 
@@ -430,9 +455,12 @@ class Showo(nn.Module):
         return list(self.showo.model.layers)
 
     def parameter_groups(self, weight_decay):
-        """Everything but CLIP and tokenizer is trained. The original exempts names with "bias", "layer_norm.weight",
-        "mlm_ln.weight" or "embeddings.weight" from weight decay, but Phi's are called layernorm.weight and embed_tokens.weight: in
-        effect only biases are exempt. Followed; at a learning rate of 5e-7 the decay of a norm's weight is next to nothing."""
+        """Everything but CLIP and tokenizer is trained.
+
+        The original exempts names with "bias", "layer_norm.weight", "mlm_ln.weight" or "embeddings.weight" from
+        weight decay, but Phi calls them layernorm.weight and embed_tokens.weight: in effect only biases are exempt.
+        Followed; at a learning rate of 5e-7 the decay of a norm's weight is next to nothing.
+        """
         named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
         return [{"params": [p for n, p in named if "bias" not in n], "weight_decay": weight_decay},
                 {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0}]
@@ -454,48 +482,56 @@ class Showo(nn.Module):
             return {"pixels": common.to_tensor(common.stretch_square(image, size))}
         if self.config.w_clip_vit:
             pixels = (common.to_tensor(short_side_square(image, self.config.clip_image_size)) + 1) / 2
-            return {"clip_pixels": (pixels - torch.tensor(CLIP_MEAN)[:, None, None]) / torch.tensor(CLIP_STD)[:, None, None]}
+            mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (CLIP_MEAN, CLIP_STD))
+            return {"clip_pixels": (pixels - mean) / std}
         return {"pixels": common.to_tensor(short_side_square(image, size))}
 
     def clip_rows(self, pixels):
-        """[B, 3, 336, 336] -> [B, C, width]: the output of the last layer but one, without the class token and the final norm."""
+        """[B, 3, 336, 336] -> [B, C, width]: the output of the last layer but one, without the class token and the
+        final norm."""
         x = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
-        for layer in self.clip.encoder.layers[:-1]:                       # the last of the 24 layers is loaded but never needed
+        for layer in self.clip.encoder.layers[:-1]:             # the last of the 24 layers is loaded but never needed
             x = layer(x, None)
         return x[:, 1:]
 
     def shown(self, pixels):
         """[B, 3, S, S] -> what the understanding side of RecA sees of it, [B, 3, s, s].
 
-        CLIP variant: 336 px. The original resizes the image as it is normalised for the tokenizer ((x/255 - 0.5) / 0.5) and never
-        applies CLIP's own mean and deviation, though captioning does; bilinear without antialiasing. It looks like an oversight,
-        but the released weights were trained with it, so it is followed.
-        VQ variant: `und_size` pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model
-        knows), or, with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its detail.
+        CLIP variant: 336 px. The original resizes the image as it is normalised for the tokenizer ((x/255 - 0.5) /
+        0.5) and never applies CLIP's own mean and deviation, though captioning does; bilinear without antialiasing.
+        It looks like an oversight, but the released weights were trained with it, so it is followed. VQ variant:
+        `und_size` pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model
+        knows), or, with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its
+        detail.
         """
         return common.resize(common.blur(pixels, self.blur) if self.blur else pixels, self.und_size)
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """What the frozen parts say of each image, always in float32 (a sign is a bit of a code: rounding would change tokens).
+        """What the frozen parts say of each image, always in float32 (a sign is a bit of a code: rounding would
+        change tokens).
 
-        samples: list of what preprocess returned -> list of {"codes": int64 [N] (recon, t2i), "und": float [C, width] or
-        int64 codes (recon, i2t)}.
+        samples: list of what preprocess returned -> list of {"codes": int64 [N] (recon, t2i), "und": float [C, width]
+        or int64 codes (recon, i2t)}.
         """
         with torch.autocast(self.device.type, enabled=False):
-            pixels = torch.stack([s["clip_pixels" if "clip_pixels" in s else "pixels"] for s in samples]).to(self.device)
-            features = {}
+            name, features = "clip_pixels" if "clip_pixels" in samples[0] else "pixels", {}
+            pixels = torch.stack([sample[name] for sample in samples]).to(self.device)
             if task in ("recon", "t2i"):
                 features["codes"] = self.magvit.codes(pixels)
             if task != "t2i":
                 view = self.shown(pixels) if task == "recon" else pixels
-                features["und"] = self.clip_rows(view.to(self.clip.dtype)) if self.config.w_clip_vit else self.magvit.codes(view)
+                if self.config.w_clip_vit:
+                    features["und"] = self.clip_rows(view.to(self.clip.dtype))
+                else:
+                    features["und"] = self.magvit.codes(view)
         return [{k: v[i] for k, v in features.items()} for i in range(len(samples))]
 
     # ---- the language model ------------------------------------------------------------------------------------------
 
     def embed(self, rows, und=None):
-        """Rows -> [B, L, D]; und: CLIP rows [B, C, width], projected and put in place of the IGNORE ids (None: ids only)."""
+        """Rows -> [B, L, D]; und: CLIP rows [B, C, width], projected and put in place of the IGNORE ids (None: ids
+        only)."""
         table = self.showo.model.embed_tokens
         if rows.clip_at is None:
             return table(rows.ids)
@@ -505,10 +541,11 @@ class Showo(nn.Module):
         return torch.cat([text[:, :a], image.to(text.dtype), text[:, a:]], 1)
 
     def hidden(self, embeds, mask, positions, cache=None):
-        """Through all layers and the final norm: [B, l, D] -> [B, l, D]. mask: bool [B, l, cached + l], or a flex block mask."""
+        """Through all layers and the final norm: [B, l, D] -> [B, l, D]. mask: bool [B, l, cached + l], or a flex
+        block mask."""
         mask = mask[:, None] if torch.is_tensor(mask) else mask
-        return self.showo.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None], past_key_values=cache,
-                                use_cache=cache is not None).last_hidden_state
+        return self.showo.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None],
+                                past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
 # ======================================================================================================
 # 3. Loading and saving
@@ -518,11 +555,12 @@ class Showo(nn.Module):
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """A Show-o with everything that belongs to it.
 
-        source: a hub id (showlab/show-o, show-o-512x512, show-o-w-clip-vit, show-o-w-clip-vit-512x512, sanaka87/Show-o-RecA,
-        sanaka87/Show-o-512x512-RecA), or a folder in that layout: config.json and pytorch_model.safetensors or .bin.
-        Tokenizer, CLIP and MAGVIT-v2 are taken from the sub-folders that save_pretrained writes, else from the hub.
-        "tiny", "tiny-vq": random weights (the command line pretrains them on the toy world first).
-        dtype: of language model, projector and CLIP; MAGVIT-v2 stays float32. InputError for keys that do not fit.
+        source: a hub id (showlab/show-o, show-o-512x512, show-o-w-clip-vit, show-o-w-clip-vit-512x512,
+        sanaka87/Show-o-RecA, sanaka87/Show-o-512x512-RecA), or a folder in that layout: config.json and
+        pytorch_model.safetensors or .bin. Tokenizer, CLIP and MAGVIT-v2 are taken from the sub-folders that
+        save_pretrained writes, else from the hub. "tiny", "tiny-vq": random weights (the command line pretrains them
+        on the toy world first). dtype: of language model, projector and CLIP; MAGVIT-v2 stays float32. InputError for
+        keys that do not fit.
         """
         if source in ("tiny", "tiny-vq"):
             return cls.random(source, device).eval()
@@ -537,7 +575,7 @@ class Showo(nn.Module):
             tokenizer = AutoTokenizer.from_pretrained(text)
         except (OSError, ValueError) as error:
             raise InputError(f"no text tokenizer in {text}: {str(error).splitlines()[0]}") from error
-        for note in ("is_local", "local_files_only"):            # where it was read from; would be written into the next checkpoint
+        for note in ("is_local", "local_files_only"):           # where it was read from has no place in a checkpoint
             tokenizer.init_kwargs.pop(note, None)
         # Built without memory, then filled: initialising 1.5 billion weights at random takes longer than reading them.
         with torch.device("meta"):
@@ -545,10 +583,10 @@ class Showo(nn.Module):
         model.to_empty(device="cpu")
         model._recompute_buffers()
         model._load_released(read_weights(folder), str(source))
-        common.load_strictly(model.magvit, read_weights(part("magvitv2", VQ_SOURCE, ["*.safetensors", "*.bin"])), "MAGVIT-v2")
+        weights = ["*.safetensors", "*.bin"]
+        common.load_strictly(model.magvit, read_weights(part("magvitv2", VQ_SOURCE, weights)), "MAGVIT-v2")
         if config.w_clip_vit:
-            state = read_weights(part("clip", CLIP_SOURCE, ["*.safetensors", "*.bin"]))
-            common.load_strictly(model.clip, clip_keys(state), "CLIP")
+            common.load_strictly(model.clip, clip_keys(read_weights(part("clip", CLIP_SOURCE, weights))), "CLIP")
         model.to(device)
         for module in [model.showo, *([model.mm_projector, model.clip] if config.w_clip_vit else [])]:
             module.to(dtype)
@@ -556,7 +594,8 @@ class Showo(nn.Module):
 
     @classmethod
     def random(cls, name, device="cpu"):
-        """The sizes of a released model (a key of CONFIGS) or of a tiny one, with random weights and a word-level tokenizer. No download."""
+        """A key of CONFIGS -> a model of these sizes with random weights and a word-level tokenizer. Downloads
+        nothing."""
         if name not in CONFIGS:
             raise InputError(f"no sizes known for {name}: choose one of {', '.join(CONFIGS)}")
         tokenizer, config = common.tiny_tokenizer(("<|endoftext|>",)), CONFIGS[name]
@@ -568,17 +607,19 @@ class Showo(nn.Module):
 
     @staticmethod
     def _read_config(folder):
-        """config.json of the released layout; "sizes" is ours and missing in released files, whose sizes are all the same."""
+        """config.json of the released layout; "sizes" is ours and missing in released files, whose sizes are all the
+        same."""
         given = common.read_json(folder / "config.json")
         try:
-            config = ShowoConfig(w_clip_vit=bool(given["w_clip_vit"]), image_size=16 * math.isqrt(given["num_vq_tokens"]),
-                                 llm_vocab_size=given["llm_vocab_size"], max_text=576 if given["w_clip_vit"] else 381)
+            clip, side = bool(given["w_clip_vit"]), math.isqrt(given["num_vq_tokens"])
+            config = ShowoConfig(w_clip_vit=clip, image_size=16 * side, llm_vocab_size=given["llm_vocab_size"],
+                                 max_text=576 if clip else 381)
             config = dataclasses.replace(config, **given.get("sizes", {}))
-            wrong = config.vocab_size != given["vocab_size"]
+            expected, found = config.vocab_size, given["vocab_size"]
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / 'config.json'} is not the config of a Show-o checkpoint ({error})") from error
-        if wrong:
-            raise InputError(f"{folder / 'config.json'}: vocab_size is {given['vocab_size']}, expected {config.vocab_size}")
+        if found != expected:
+            raise InputError(f"{folder / 'config.json'}: vocab_size is {found}, expected {expected}")
         return config
 
     def _recompute_buffers(self):
@@ -588,7 +629,8 @@ class Showo(nn.Module):
             self.clip.embeddings.position_ids.copy_(torch.arange(self.config.num_clip + 1))
 
     def released_state(self):
-        """{key: tensor} of what a Show-o checkpoint holds: showo.* and mm_projector.* (CLIP and MAGVIT-v2 lie elsewhere)."""
+        """{key: tensor} of what a Show-o checkpoint holds: showo.* and mm_projector.* (CLIP and MAGVIT-v2 lie
+        elsewhere)."""
         return {k: v for k, v in self.state_dict().items() if k.startswith(("showo.", "mm_projector."))}
 
     def _load_released(self, state, name):
@@ -596,13 +638,14 @@ class Showo(nn.Module):
         common.load_strictly(nn.ModuleDict(modules), state, name)
 
     def save_pretrained(self, folder):
-        """The released layout (the original repository reads it), self-contained: tokenizer, CLIP and MAGVIT-v2 in sub-folders."""
+        """The released layout (the original repository reads it), self-contained: tokenizer, CLIP and MAGVIT-v2 in
+        sub-folders."""
         folder, c = Path(folder), self.config
-        sizes = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("w_clip_vit", "image_size", "llm_vocab_size")}
-        write_weights(folder, self.released_state(), {
-            "_class_name": "Showo", "w_clip_vit": c.w_clip_vit, "vocab_size": c.vocab_size, "llm_vocab_size": c.llm_vocab_size,
-            "llm_model_path": TOKENIZER_SOURCE, "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens,
-            "load_from_showo": True, "mask_token_id": c.mask_token, "sizes": sizes})
+        theirs = {"_class_name": "Showo", "w_clip_vit": c.w_clip_vit, "vocab_size": c.vocab_size,
+                  "llm_vocab_size": c.llm_vocab_size, "llm_model_path": TOKENIZER_SOURCE,
+                  "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens, "load_from_showo": True, "mask_token_id": c.mask_token}
+        sizes = {k: v for k, v in dataclasses.asdict(c).items() if k not in (*theirs, "image_size")}
+        write_weights(folder, self.released_state(), {**theirs, "sizes": sizes})
         write_weights(folder / "magvitv2", self.magvit.state_dict(), {"_class_name": "MAGVITv2"})
         if c.w_clip_vit:
             state = {f"vision_model.{k}": v for k, v in self.clip.state_dict().items()}
@@ -627,20 +670,21 @@ class Showo(nn.Module):
         return (ids if ids[:1] == [self.config.eot] else [self.config.eot, *ids]) + [self.config.eot]
 
     def _recon_rows(self, texts, tokens, codes, und):
-        """The RecA prompt. texts: B lists of ids; tokens: [B, N] ids, partly masked; codes: [B, N] labels (IGNORE: none);
-        und: [B, n] codes of the small image; CLIP variant: not looked at, its rows are put in later (see embed).
+        """The RecA prompt. texts: B lists of ids; tokens: [B, N] ids, partly masked; codes: [B, N] labels (IGNORE:
+        none); und: [B, n] codes of the small image; CLIP variant: not looked at, its rows are put in later (see
+        embed).
 
-        CLIP variant: the CLIP rows are open to every position, also to those before them. Text is causal; the N image tokens see
-        everything in front of them and each other, but not the closing <eoi>. Padding stands between text and <soi> (the
-        released layout; the positions of the image tokens depend on it) and is seen by nobody.
-        VQ variant: each image sees itself and everything before it, text is causal, nothing sees the padding in front.
+        CLIP variant: the CLIP rows are open to every position, also to those before them. Text is causal; the N image
+        tokens see everything in front of them and each other, but not the closing <eoi>. Padding stands between text
+        and <soi> (the released layout; the positions of the image tokens depend on it) and is seen by nobody. VQ
+        variant: each image sees itself and everything before it, text is causal, nothing sees the padding in front.
         """
         c, batch = self.config, len(texts)
         texts = [self._bracket(t) for t in texts]
         tokens = tokens.cpu()
         soi, eoi = torch.full((batch, 1), c.soi), torch.full((batch, 1), c.eoi)
         if c.w_clip_vit:
-            room = c.recon_text - 3                                                     # markers and text share the slots
+            room = c.recon_text - 3                                             # markers and text share the slots
             self._must_fit(texts, room)
             clip = torch.full((batch, c.num_clip), IGNORE)
             text = torch.tensor([t + [c.pad] * (room - len(t)) for t in texts])
@@ -653,10 +697,11 @@ class Showo(nn.Module):
         else:
             self._must_fit(texts, c.max_text)
             und, pads = und.cpu() + c.first_code, [c.max_text - len(t) for t in texts]
-            front = [torch.tensor([c.pad] * n + [c.mmu, c.soi, *und[i].tolist(), c.eoi, *texts[i]]) for i, n in enumerate(pads)]
-            rows = Rows.causal(torch.cat([torch.stack(front), soi, tokens, eoi], 1))
+            front = torch.tensor([[c.pad] * n + [c.mmu, c.soi, *given, c.eoi, *text]
+                                  for n, given, text in zip(pads, und.tolist(), texts)])
+            rows = Rows.causal(torch.cat([front, soi, tokens, eoi], 1))
             self._hide_front(rows, pads)
-            for i, n in enumerate(pads):                                                # the given image: <soi> .. <eoi>
+            for i, n in enumerate(pads):                                        # the given image: <soi> .. <eoi>
                 rows.last[i, n + 1:n + 3 + und.shape[1]] = n + 2 + und.shape[1]
             rows.last[:, -2 - c.num_tokens:] = rows.ids.shape[1] - 1
         rows.labels[:, -1 - c.num_tokens:-1] = codes.cpu()
@@ -673,11 +718,11 @@ class Showo(nn.Module):
         rows.first = torch.where(rows.positions >= pads, pads, 0)
 
     def _t2i_rows(self, texts, tokens, codes=None, slots=None):
-        """The text-to-image prompt. texts: B lists of ids; tokens: [B, N] ids, codes: [B, N] labels or None (generation);
-        slots: room for the text (longer ones are cut and closed with <eot>).
+        """The text-to-image prompt. texts: B lists of ids; tokens: [B, N] ids, codes: [B, N] labels or None
+        (generation); slots: room for the text (longer ones are cut and closed with <eot>).
 
-        Text is causal and never sees the image; <soi>, image tokens and <eoi> see all of the text and each other. In training the
-        two markers are labelled with themselves, as in the original: two easy targets for each image.
+        Text is causal and never sees the image; <soi>, image tokens and <eoi> see all of the text and each other. In
+        training the two markers are labelled with themselves, as in the original: two easy targets for each image.
         """
         c, slots = self.config, (self.config.max_text if slots is None else slots) + 1
         heads = [[c.t2i, *self._bracket(t)] for t in texts]
@@ -693,9 +738,11 @@ class Showo(nn.Module):
         return rows
 
     def _i2t_rows(self, ids, labels, und, system=()):
-        """The captioning prompt. ids, labels: [B, T], padded on the right; und: as in encode; system: ids of the system prompt.
+        """The captioning prompt. ids, labels: [B, T], padded on the right; und: as in encode; system: ids of the
+        system prompt.
 
-        Everything is causal, only the image is open to every position (in the VQ variant with all that stands before it).
+        Everything is causal, only the image is open to every position (in the VQ variant with all that stands before
+        it).
         """
         c, batch = self.config, len(ids)
         if c.w_clip_vit:
@@ -721,8 +768,8 @@ class Showo(nn.Module):
         return self._text_ids(f"USER: \n {template} ASSISTANT:")
 
     def _conversation(self, turns):
-        """[(question, answer), ...] -> (ids, labels): "USER: q ASSISTANT: a<|endoftext|>USER: ...", answers and their end are
-        the labels. Cut to the slots which the recipe leaves for it."""
+        """[(question, answer), ...] -> (ids, labels): "USER: q ASSISTANT: a<|endoftext|>USER: ...", answers and their
+        end are the labels. Cut to the slots which the recipe leaves for it."""
         c, ids, labels = self.config, [], []
         for question, answer in turns:
             asked = self._text_ids(f"USER: {question.strip()} ASSISTANT:")
@@ -740,10 +787,11 @@ class Showo(nn.Module):
 # ======================================================================================================
 
     def _mask_tokens(self, codes, draws):
-        """MaskGIT's corruption. codes: [B, N] -> (ids [B, N], some of them the mask token; labels [B, N], IGNORE where not masked).
+        """MaskGIT's corruption. codes: [B, N] -> (ids [B, N], some of them the mask token; labels [B, N], IGNORE
+        where not masked).
 
-        A share cos(u pi/2) of each image is masked, u ~ U(0, 1), at least one token. draws: "timesteps" u [B], "scores" [B, N]
-        uniform: the permutation argsort(scores) says which tokens go.
+        A share cos(u pi/2) of each image is masked, u ~ U(0, 1), at least one token. draws: "timesteps" u [B],
+        "scores" [B, N] uniform: the permutation argsort(scores) says which tokens go.
         """
         tokens = codes.cpu() + self.config.first_code
         number = (tokens.shape[1] * torch.cos(draws["timesteps"] * math.pi * 0.5)).round().clamp(min=1)
@@ -755,14 +803,16 @@ class Showo(nn.Module):
         return {"timesteps": rng.uniform(), "scores": rng.uniform(self.config.num_tokens)}
 
     def _cross_entropy(self, rows, und=None, shift=False, detach=False):
-        """Mean cross-entropy over the labels of `rows`; shift: the label stands one position behind the row that predicts it.
+        """Mean cross-entropy over the labels of `rows`; shift: the label stands one position behind the row that
+        predicts it.
 
-        Only rows with a label meet the output layer: its 58,498 columns would otherwise be computed for every position of every
-        prompt (0.5 GB in float32 for one 512 px prompt, of which about a third is used). detach: no gradient into the inputs.
+        Only rows with a label meet the output layer: its 58,498 columns would otherwise be computed for every
+        position of every prompt (0.5 GB in float32 for one 512 px prompt, of which about a third is used). detach: no
+        gradient into the inputs.
         """
         rows = rows.without_padding(self.config.pad)
         labels = rows.labels[:, 1:] if shift else rows.labels
-        where = (labels != IGNORE).nonzero()                                            # [n, 2]: row and column, on the CPU
+        where = (labels != IGNORE).nonzero()                                    # [n, 2]: row and column, on the CPU
         target = labels[where[:, 0], where[:, 1]].to(self.device)
         rows = rows.map(lambda v: v.to(self.device))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
@@ -773,16 +823,18 @@ class Showo(nn.Module):
         return common.global_mean(F.cross_entropy(logits.float(), target, reduction="sum"), len(target))
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """L_recon, the RecA loss (section 3, equation 3): reconstruct the masked tokens of an image from its own understanding
-        embeddings, behind a captioning instruction and without a caption.
+        """L_recon, the RecA loss (section 3, equation 3): reconstruct the masked tokens of an image from its own
+        understanding embeddings, behind a captioning instruction and without a caption.
 
-        features: list of encode(..., "recon"); templates: list of B instructions (the original draws one per image in the CLIP
-        variant, one per batch in the VQ variant; here it is one per image in both). draws: "timesteps" [B], "scores" [B, N].
-        Returns a scalar: the mean over all masked tokens of the batch, so that an image with more of them weighs more.
+        features: list of encode(..., "recon"); templates: list of B instructions (the original draws one per image in
+        the CLIP variant, one per batch in the VQ variant; here it is one per image in both). draws: "timesteps" [B],
+        "scores" [B, N]. Returns a scalar: the mean over all masked tokens of the batch, so that an image with more of
+        them weighs more.
 
-        CLIP variant: the original builds the inputs of this pass without autograd, so that neither mm_projector nor the embedding
-        table learns from it; both are trained by L_i2t alone. Whether that was meant or not, the released weights were made
-        so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant the table does learn.
+        CLIP variant: the original builds the inputs of this pass without autograd, so that neither mm_projector nor
+        the embedding table learns from it; both are trained by L_i2t alone. Whether that was meant or not, the
+        released weights were made so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant
+        the table does learn.
         """
         return self._recon_loss(features, [self._recon_text(t) for t in templates], draws, rng)
 
@@ -797,13 +849,14 @@ class Showo(nn.Module):
         return self._recon_rows(texts, tokens, labels, und), und
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """L_i2t: next-token prediction of the answers in conversations about an image (LLaVA data); keeps understanding alive.
+        """L_i2t: next-token prediction of the answers in conversations about an image (LLaVA data); keeps
+        understanding alive.
 
-        features: list of encode(..., "i2t"); conversations: list of [(question, answer), ...]. draws, rng: nothing is drawn.
-        Returns a scalar, the mean over all answer tokens (with their end token) of the batch.
+        features: list of encode(..., "i2t"); conversations: list of [(question, answer), ...]. draws, rng: nothing is
+        drawn. Returns a scalar, the mean over all answer tokens (with their end token) of the batch.
         """
         pairs = [self._conversation(turns) for turns in conversations]
-        longest = max(len(ids) for ids, _ in pairs)        # the original pads every row to the full room (996 slots at 512 px)
+        longest = max(len(ids) for ids, _ in pairs)         # the original pads every row to the full room, 996 at 512 px
         ids = torch.tensor([ids + [self.config.pad] * (longest - len(ids)) for ids, _ in pairs])
         labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in pairs])
         return self._i2t_loss(features, ids, labels, self._system_ids())
@@ -813,7 +866,8 @@ class Showo(nn.Module):
         return self._cross_entropy(self._i2t_rows(ids, labels, und, system), und, shift=True)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """L_t2i: the masked tokens of an image behind its caption. λ_t2i = 0 in RecA; it is the loss of supervised fine-tuning.
+        """L_t2i: the masked tokens of an image behind its caption. lambda_t2i = 0 in RecA; it is the loss of supervised
+        fine-tuning.
 
         features: list of encode(..., "t2i"); captions: list of strings. draws: "timesteps" [B], "scores" [B, N],
         "text_drop" [B] uniform: below 0.1 the caption is left out. Returns a scalar, the mean over all targets.
@@ -832,17 +886,18 @@ class Showo(nn.Module):
 # ======================================================================================================
 
     @torch.no_grad()
-    def _sample(self, prompt, empty, und=None, num_steps=50, guidance_scale=5.0, temperature=1.0, draws=None, rng=None, progress=False,
-                watch=None):
+    def _sample(self, prompt, empty, und=None, num_steps=50, guidance_scale=5.0, temperature=1.0, draws=None, rng=None,
+                progress=False, watch=None):
         """MaskGIT sampling with guidance -> codes int64 [B, N].
 
-        prompt, empty: Rows that end with <soi> N masked tokens <eoi> (empty: without a condition, or None: no guidance).
-        In each of `num_steps` steps every masked token is drawn from its guided distribution, then the least certain draws are masked
-        again, so that a cosine of the tokens is left. draws: "drawn_ids" [num_steps, B, N] (the codes themselves) and
-        "gumbel_uniform" [num_steps, B, N]; rng: else they are drawn from there. watch(step, tokens, probabilities): for tests.
+        prompt, empty: Rows that end with <soi> N masked tokens <eoi> (empty: without a condition, or None: no
+        guidance). In each of `num_steps` steps every masked token is drawn from its guided distribution, then the
+        least certain draws are masked again, so that a cosine of the tokens is left. draws: "drawn_ids" [num_steps,
+        B, N] (the codes themselves) and "gumbel_uniform" [num_steps, B, N]; rng: else they are drawn from there.
+        watch(step, tokens, probabilities): for tests.
 
-        Text never sees the image, so what stands in front of <soi> is computed once and its keys and values are kept; each step
-        runs only the N + 2 positions of the image, guided and unguided rows in one batch.
+        Text never sees the image, so what stands in front of <soi> is computed once and its keys and values are kept;
+        each step runs only the N + 2 positions of the image, guided and unguided rows in one batch.
         """
         c, batch = self.config, len(prompt.ids)
         rows = prompt if empty is None else prompt.stack(empty)
@@ -881,26 +936,29 @@ class Showo(nn.Module):
             ratio = (step + 1) / num_steps
             keep = (c.num_tokens * torch.cos(torch.tensor(ratio) * math.pi * 0.5)).floor().long().to(self.device)
             keep = torch.minimum(masked.sum(-1, keepdim=True) - 1, keep).clamp(min=1)
-            # Certainty: log probability plus Gumbel noise. Its temperature falls as a *product* over the steps (so it is nearly
-            # nothing after a few); looks unintended, but it is the sampler of the published numbers.
+            # Certainty: log probability plus Gumbel noise. Its temperature falls as a *product* over the steps (so it
+            # is nearly nothing after a few); looks unintended, but it is the sampler of the published numbers.
             temperature *= 1 - ratio
             sure = probs.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
-            sure = sure.masked_fill(~masked, math.log(torch.finfo(torch.float32).max))          # known tokens stay known
+            sure = sure.masked_fill(~masked, math.log(torch.finfo(torch.float32).max))      # known tokens stay known
             sure = sure - temperature * (-noise.clamp(min=1e-20).log()).clamp(min=1e-20).log()
             threshold = sure.sort(-1).values.gather(1, keep)
             tokens = torch.where(sure < threshold, c.codebook_size, drawn)
-        return drawn                                # the draws of the last step: also the one token that would be masked again
+        return drawn                        # the draws of the last step: also the one token that would be masked again
 
     def _blank(self, batch):
         return torch.full((batch, self.config.num_tokens), self.config.mask_token)
 
     def _images(self, codes):
-        """int64 [B, N] -> list of PIL images. [-1, 1] becomes 0..255 by (x + 1) / 2 * 255, truncated, as in the original."""
-        pixels = ((self.magvit.decode(codes).clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-        return [Image.fromarray(p) for p in pixels]
+        """int64 [B, N] -> list of PIL images. [-1, 1] becomes 0..255 by (x + 1) / 2 * 255, truncated, as in the
+        original."""
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = (self.magvit.decode(codes).clamp(-1, 1) + 1) / 2 * 255                        # [B, 3, S, S]
+        return [Image.fromarray(p) for p in pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
 
     def _sampled(self, count, rows, unds, seed, draws, batch_size, settings):
-        """`count` images for the prompts that rows(slice) builds, batch_size at a time; an image's draws do not depend on that."""
+        """`count` images for the prompts that rows(slice) builds, batch_size at a time; an image's draws do not
+        depend on that."""
         seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
         images = []
         for start in range(0, count, batch_size):
@@ -912,11 +970,12 @@ class Showo(nn.Module):
             images += self._images(codes)
         return images
 
-    def generate(self, prompts, *, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None, progress=False, batch_size=8):
+    def generate(self, prompts, *, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None,
+                 progress=False, batch_size=8):
         """Text to image: list of strings -> list of PIL images. The defaults are those of the published benchmarks.
 
-        guidance_scale g: logits (1 + g) with prompt - g without; 0: no guidance. seed: image i is drawn from seed + i, or a list with
-        one seed an image; draws: see _sample.
+        guidance_scale g: logits (1 + g) with prompt - g without; 0: no guidance. seed: image i is drawn from seed +
+        i, or a list with one seed an image; draws: see _sample.
         """
         def rows(part):
             texts = [self._text_ids(p) for p in prompts[part]]
@@ -926,13 +985,13 @@ class Showo(nn.Module):
         settings = dict(num_steps=num_steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
         return self._sampled(len(prompts), rows, None, seed, draws, batch_size, settings)
 
-    def reconstruct(self, images, *, templates=None, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None, progress=False,
-                    batch_size=8):
+    def reconstruct(self, images, *, templates=None, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0,
+                    draws=None, progress=False, batch_size=8):
         """Image to image: the RecA prompt with every token masked, sampled. list of PIL -> list of PIL.
 
-        templates: list of instructions, one an image (None: the seed template). The unguided rows are the empty text-to-image
-        prompt, moved so that its image tokens have the same positions (the original leaves reconstruction half finished; rotary
-        embeddings are relative, so the empty prompt means the same there).
+        templates: list of instructions, one an image (None: the seed template). The unguided rows are the empty
+        text-to-image prompt, moved so that its image tokens have the same positions (the original leaves
+        reconstruction half finished; rotary embeddings are relative, so the empty prompt means the same there).
         """
         templates = templates or [common.SEED_TEMPLATE] * len(images)
         und = torch.stack([f["und"] for i in range(0, len(images), batch_size) for f in self.encode(
@@ -949,8 +1008,9 @@ class Showo(nn.Module):
 
     @torch.no_grad()
     def _continue(self, rows, und, max_new_tokens, stop=True):
-        """Greedy continuation of prompts without padding, with a KV cache -> (ids int64 [B, <= max_new_tokens], first logits
-        [B, V]). Every column of the vocabulary is allowed, as in the original. stop: end when every row has said <eot>."""
+        """Greedy continuation of prompts without padding, with a KV cache -> (ids int64 [B, <= max_new_tokens], first
+        logits [B, V]). Every column of the vocabulary is allowed, as in the original. stop: end when every row has
+        said <eot>."""
         rows = rows.map(lambda v: v.to(self.device))
         batch, length = rows.ids.shape
         cache, new, done = DynamicCache(), [], torch.zeros(batch, dtype=torch.bool, device=self.device)
@@ -971,8 +1031,8 @@ class Showo(nn.Module):
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=200, batch_size=8):
         """Image -> text: list of PIL -> list of strings (greedy decoding).
 
-        The prompt is the one of i2t_loss. (For the VQ variant the original's demo puts one more <eot> and a line break in; no
-        training ever did.)
+        The prompt is the one of i2t_loss. (For the VQ variant the original's demo puts one more <eot> and a line
+        break in; no training ever did.)
         """
         texts = []
         asked = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")])
@@ -1004,8 +1064,8 @@ def write_weights(folder, state, config, name="pytorch_model.safetensors"):
 
 
 def clip_keys(state):
-    """CLIP checkpoints (transformers 4.x names) -> the names of transformers 5: no prefix `vision_model.`. The hub's file holds
-    the text half of CLIP as well, and position numbers that are no longer stored; both are left out."""
+    """CLIP checkpoints (transformers 4.x names) -> the names of transformers 5: no prefix `vision_model.`. The hub's
+    file holds the text half of CLIP as well, and position numbers that are no longer stored; both are left out."""
     if any(k.startswith("vision_model.") for k in state):
         state = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
     return {k: v for k, v in state.items() if not k.endswith("position_ids")}
@@ -1019,7 +1079,7 @@ def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("Show-o only")
     group.add_argument("--recon-trains-embeddings", action="store_true",
-                       help="CLIP variant: L_recon also trains mm_projector and the embedding table (the original does not, see recon_loss)")
+                       help="CLIP variant: L_recon also trains mm_projector and the embedding table (see recon_loss)")
     group.add_argument("--flex", action="store_true", help="flex_attention instead of dense masks (GPU)")
 
 

@@ -3,6 +3,7 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -492,7 +493,9 @@ def test_showo_sampling_is_per_image(tiny):
     prompts = ["red circle", "blue cross top-left", "green square"]
     together = tiny.generate(prompts, num_steps=3, guidance_scale=2.0, seed=5)
     alone = tiny.generate(prompts[1:2], num_steps=3, guidance_scale=2.0, seed=[6], batch_size=1)
-    assert together[1].tobytes() == alone[0].tobytes() and together[0].size == (64, 64)
+    near = np.abs(np.asarray(together[1], int) - np.asarray(alone[0], int)).max()       # convolutions round by batch size
+    assert near <= 2 and together[0].size == (64, 64)
+    assert np.abs(np.asarray(together[0], int) - np.asarray(together[1], int)).max() > 2
     image = common.draw_scene([(0, 1, 2)], 64)
     assert len(tiny.reconstruct([image, image], num_steps=2, guidance_scale=0.0)) == 2
     a, b = (tiny.reconstruct([image], num_steps=3, seed=s)[0].tobytes() for s in (1, 1))
