@@ -85,7 +85,8 @@ class Problems(dict):
         self.setdefault(kind, []).append(str(name))
 
     def lines(self):
-        return [f"{len(names)} x {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}" for kind, names in self.items()]
+        return [f"{len(names)} x {kind}: {', '.join(names[:5])}{' ...' if len(names) > 5 else ''}"
+                for kind, names in self.items()]
 
     def stop(self, strict):
         """With --strict, everything that would be left out of the score is an error."""
@@ -157,7 +158,8 @@ class Journal:
         data = self.file.read()
         if data and not data.endswith(b"\n"):
             whole = data.rfind(b"\n") + 1
-            print(f"{self.path}: the last line was half-written and is repaired: its item is judged again", file=sys.stderr)
+            print(f"{self.path}: the last line was half-written and is repaired: its item is judged again",
+                  file=sys.stderr)
             self.file.truncate(whole)
             data = data[:whole]
         for number, line in enumerate(data.split(b"\n"), 1):
@@ -267,15 +269,17 @@ class Endpoint:
     def __init__(self, url, model, workers=8, retries=5, rate=0, timeout=120, reask=2):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise InputError("--judge-url must look like https://host/v1, without a key in it (that goes into OPENAI_API_KEY)")
+            raise InputError("--judge-url must look like https://host/v1, without a key (that goes into OPENAI_API_KEY)")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        if not re.fullmatch(r"[\x21-\x7e]*", self.key):  # http.client would quote the whole header, key included, in its error
+        # http.client would quote the whole header, key included, in its error
+        if not re.fullmatch(r"[\x21-\x7e]*", self.key):
             raise InputError("OPENAI_API_KEY holds a character that no key has (a blank or a line end?)")
         if self.key and parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1"):
             print(f"warning: the key goes to {parts.hostname} unencrypted (http)", file=sys.stderr)
         self.url, self.host, self.name = url.rstrip("/") + "/chat/completions", parts.hostname, model
         self.workers, self.retries, self.timeout, self.reask = workers, max(0, retries), timeout, max(0, reask)
-        self.pause, self.next_turn, self.lock, self.stopped = 60 / rate if rate else 0, 0.0, threading.Lock(), threading.Event()
+        self.pause, self.next_turn = 60 / rate if rate else 0, 0.0
+        self.lock, self.stopped = threading.Lock(), threading.Event()
 
         class Stay(urllib.request.HTTPRedirectHandler):
             def redirect_request(self, *args):
@@ -368,7 +372,7 @@ class Endpoint:
                 yield futures[future], reply, value, error
                 in_a_row = in_a_row + 1 if reply is None else 0
                 if in_a_row >= 10:
-                    raise InputError(f"the judge failed ten times in a row, last: {error}; what it did is kept, run again to go on")
+                    raise InputError(f"ten items in a row without a reply, last: {error}; run again to go on from here")
         finally:
             self.stopped.set()                                                        # wakes sleeping workers
             pool.shutdown(wait=True, cancel_futures=True)
@@ -422,7 +426,7 @@ class LocalJudge:
         inputs = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         ids = inputs["input_ids"]                                                     # [B, T]
         image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        # Without the token types the model runs, but gives image tokens the positions of text: worse answers and no error.
+        # Without the token types the model runs, but image tokens get the positions of text: worse answers and no error.
         return {"input_ids": ids, "attention_mask": inputs["attention_mask"], "pixel_values": images["pixel_values"],
                 "image_grid_thw": images["image_grid_thw"], "mm_token_type_ids": (ids == image_token).to(torch.int32)}
 
@@ -444,10 +448,11 @@ class LocalJudge:
         for start in range(0, len(items), self.batch):
             batch = items[start:start + self.batch]
             inputs = self.qwen_inputs(batch) if self.qwen else self.other_inputs(batch)
-            inputs = {k: v.to(self.device, self.model.dtype if v.is_floating_point() else v.dtype) for k, v in inputs.items()}
+            inputs = {k: v.to(self.device, self.model.dtype if v.is_floating_point() else v.dtype)
+                      for k, v in inputs.items()}
             with torch.inference_mode(), timed("judge"):
-                out = self.model.generate(**inputs, max_new_tokens=max(item.max_tokens for item in batch), do_sample=False,
-                                          pad_token_id=self.tokenizer.pad_token_id)
+                out = self.model.generate(**inputs, max_new_tokens=max(item.max_tokens for item in batch),
+                                          do_sample=False, pad_token_id=self.tokenizer.pad_token_id)
             replies = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
             for item, reply in zip(batch, replies):
                 value = item.parse(reply.strip())
@@ -517,7 +522,8 @@ def judge_prompt(path, fields):
             if isinstance(node, ast.Dict):                           # {"role": "system", "content": ... "text": "..."}
                 pairs = {getattr(k, "value", None): v for k, v in zip(node.keys, node.values)}
                 if getattr(pairs.get("role"), "value", None) == "system" and "content" in pairs:
-                    content = [n.value for n in ast.walk(pairs["content"]) if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+                    content = [n.value for n in ast.walk(pairs["content"]) if isinstance(n, ast.Constant)
+                               and isinstance(n.value, str)]
                     system = max(content, key=len, default=None)
         found = [f for f in found if all("{" + name + "}" in f for name in fields)]
         text = max(found, key=len, default="")
@@ -573,8 +579,8 @@ class Tools:
     def judge(self):
         args = self.args
         if args.judge_url:
-            return self.get("judge", lambda: Endpoint(args.judge_url, self.judge_name, args.workers, args.retries, args.rate,
-                                                      args.timeout, args.reask))
+            return self.get("judge", lambda: Endpoint(args.judge_url, self.judge_name, args.workers, args.retries,
+                                                      args.rate, args.timeout, args.reask))
         return self.get("judge", lambda: LocalJudge(self.judge_name, self.device, self.batch(8)))
 
     @property
@@ -625,15 +631,18 @@ def judge_all(out, items, problems, tools):
     with contextlib.closing(Journal(result_folder(out, tools.args) / "items.jsonl")) as journal:
         todo = []
         for item, fingerprint in good:
-            settings = (fingerprint, item.text, item.system, item.max_tokens, item.temperature, item.image_first, tools.judge_name)
+            settings = (fingerprint, item.text, item.system, item.max_tokens, item.temperature, item.image_first,
+                        tools.judge_name)
             keys[item.id] = hashlib.sha1(repr(settings).encode()).hexdigest()
             record = journal.records.get(item.id, {})
-            value = item.parse(record["reply"]) if record.get("key") == keys[item.id] and record.get("reply") is not None else None
+            known = record.get("key") == keys[item.id] and record.get("reply") is not None
+            value = item.parse(record["reply"]) if known else None
             if value is None:
                 todo.append(item)
             else:
                 values[item.id] = value
-        with tqdm(total=len(good), initial=len(values), desc=f"{tools.args.benchmark} {out.name}", unit="item", dynamic_ncols=True) as progress:
+        with tqdm(total=len(good), initial=len(values), desc=f"{tools.args.benchmark} {out.name}", unit="item",
+                  dynamic_ncols=True) as progress:
             for item, reply, value, error in tools.judge.answers(todo) if todo else ():
                 record = {"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
                           "prompt": item.prompt, "reply": reply}
@@ -683,14 +692,17 @@ def scores(values, n, expected, problems, **extra):
 
 # ---- GenEval -----------------------------------------------------------------------------------------
 
-COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,"
-        "dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
-        "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,"
-        "sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,"
-        "computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
-        "teddy bear,hair drier,toothbrush").split(",")  # the 80 classes in COCO's order; GenEval renames 64, 65, 66
+# the 80 classes in COCO's order; GenEval renames 64, 65 and 66
+COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+        "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,"
+        "handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,"
+        "surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,"
+        "broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,"
+        "computer mouse,tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,"
+        "clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-GENEVAL_TASKS = {"single_object": "Single", "two_object": "Two", "counting": "Count", "colors": "Color", "position": "Position",
+GENEVAL_TASKS = {"single_object": "Single", "two_object": "Two", "counting": "Count", "colors": "Color",
+                 "position": "Position",
                  "color_attr": "Attri."}
 
 
@@ -711,7 +723,8 @@ def keep_detections(detections, tag, threshold=0.3, counting_threshold=0.9, max_
     """
     scores_ = np.array([d["score"] for d in detections])
     order = np.argsort(scores_, kind="stable")[::-1]
-    order = [int(i) for i in order if scores_[i] > (counting_threshold if tag == "counting" else threshold)][:max_objects]
+    limit = counting_threshold if tag == "counting" else threshold
+    order = [int(i) for i in order if scores_[i] > limit][:max_objects]
     kept = []
     for i in order:
         if max_overlap == 1 or all(box_overlap(detections[i]["box"], detections[k]["box"]) < max_overlap for k in kept):
@@ -732,7 +745,8 @@ def relations(a, b, threshold=0.1):
     if np.all(np.abs(shrunk) < 1e-3):
         return set()
     x, y = shrunk / np.linalg.norm(offset)
-    return {name for name, holds in (("left of", x < -0.5), ("right of", x > 0.5), ("above", y < -0.5), ("below", y > 0.5)) if holds}
+    tests = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
+    return {name for name, holds in tests.items() if holds}
 
 
 def geneval_decide(metadata, objects, colors_of, position_threshold=0.1, **_):
@@ -837,17 +851,20 @@ class Detector:
         width, height = images[0].size
         scale = min(800 / min(width, height), 1333 / max(width, height))  # never 384: small objects would vanish
         h, w = int(height * scale + 0.5), int(width * scale + 0.5)
-        pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).to(self.device).permute(0, 3, 1, 2).float()  # [B, 3, H, W]
-        # bilinear without antialiasing and rounded to grey levels, as OpenCV does it; padded (not stretched) to a multiple of 32
+        # [B, 3, H, W]
+        pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).to(self.device).permute(0, 3, 1, 2).float()
+        # bilinear without antialiasing, rounded to grey levels, as OpenCV does it; padded (not stretched) to a multiple of 32
         pixels = F.interpolate(pixels, (h, w), mode="bilinear", align_corners=False).round()
-        mean_, std = (torch.tensor(v, device=self.device).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+        mean_, std = (torch.tensor(v, device=self.device).view(3, 1, 1)
+                      for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
         pixels = F.pad((pixels - mean_) / std, (0, -w % 32, 0, -h % 32))
         with torch.inference_mode():
             with timed("detector"):
                 logits, masks = self.model(pixels)
                 logits = logits.float().softmax(-1)[..., :-1].cpu()  # [B, Q, 80], "no object" dropped
             with timed("masks"):
-                return [self.instances(l, m, pixels.shape[-2:], (h, w), (height, width), threshold) for l, m in zip(logits, masks)]
+                return [self.instances(p, m, pixels.shape[-2:], (h, w), (height, width), threshold)
+                        for p, m in zip(logits, masks)]
 
     def instances(self, probabilities, masks, padded, inner, original, threshold):
         """The 100 best (query, class) pairs over all; score = class probability x mean sigmoid inside the mask; masks
@@ -870,7 +887,8 @@ class Detector:
         for s, c, m in zip(score.tolist(), label.tolist(), inside.cpu().numpy()):
             ys, xs = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
             if s > threshold and len(ys):  # right and bottom edges are exclusive
-                found[COCO[c]].append({"box": [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1], "score": s, "mask": m})
+                box = [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1]
+                found[COCO[c]].append({"box": box, "score": s, "mask": m})
         return found
 
 
@@ -905,7 +923,8 @@ class Clip:
 
     def colors(self, image, objects, name):
         if name not in self.classifiers:
-            texts = [t for c in GENEVAL_COLORS for t in (f"a photo of a {c} {name}", f"a photo of a {c}-colored {name}", f"a photo of a {c} object")]
+            templates = ("a photo of a {} {name}", "a photo of a {}-colored {name}", "a photo of a {} object")
+            texts = [t.format(c, name=name) for c in GENEVAL_COLORS for t in templates]
             self.classifiers[name] = self.texts(texts).reshape(len(GENEVAL_COLORS), 3, -1)
         features = self.images([object_crop(image, o["mask"], o["box"]) for o in objects])
         return [GENEVAL_COLORS[i] for i in color_logits(self.classifiers[name], features).argmax(1)]
@@ -949,11 +968,13 @@ def geneval(out, args, tools):
         found = sorted((folder / "samples").glob("*")) if (folder / "samples").is_dir() else []
         images = [f for f in found if re.match(r"\d+\.png", f.name)]
         if others := [f.name for f in found if f not in images and f.suffix.lower() in SUFFIXES]:
-            problems.add("image that is not <digits>.png (the official scorer ignores it too)", f"{folder.name}/{others[0]}")
+            problems.add("image that is not <digits>.png (the official scorer ignores it too)",
+                         f"{folder.name}/{others[0]}")
         if len(images) != args.samples:
             problems.add(f"prompt without its {args.samples} images", f"{folder.name} ({len(images)})")
         work += [(index, metadata, path) for path in images]
-    checked = check_pictures([Item(f"{p.parent.parent.name}/{p.name}", [Picture(p)], "", None) for _, _, p in work], problems)
+    checked = check_pictures([Item(f"{p.parent.parent.name}/{p.name}", [Picture(p)], "", None) for _, _, p in work],
+                             problems)
     problems.stop(args.strict)
     prints = {item.id: fingerprint for item, fingerprint in checked}
     stack = f"{args.detector} + {args.clip}, 800/1333"
@@ -961,33 +982,43 @@ def geneval(out, args, tools):
     with contextlib.closing(Journal(result_folder(out, args) / "items.jsonl")) as journal:
         for index, metadata, path in work:
             name = f"{path.parent.parent.name}/{path.name}"
-            key = hashlib.sha1(repr((prints.get(name), json.dumps(metadata, sort_keys=True), stack)).encode()).hexdigest()
+            key = hashlib.sha1(repr((prints.get(name), json.dumps(metadata, sort_keys=True),
+                                     stack)).encode()).hexdigest()
             record = journal.records.get(name, {})
             if record.get("key") == key:
                 results[name] = (metadata["tag"], index, record["correct"])
             elif name in prints:
                 todo.append((name, key, index, metadata, path))
         batch = []
-        with tqdm(total=len(checked), initial=len(results), desc=f"geneval {out.name}", unit="image", dynamic_ncols=True) as progress:
+        with tqdm(total=len(checked), initial=len(results), desc=f"geneval {out.name}", unit="image",
+                  dynamic_ncols=True) as progress:
             for entry in [*todo, None]:  # images of one size share a batch; None flushes the last one
                 image = open_image(entry[4].read_bytes()) if entry else None
                 if batch and (entry is None or image.size != batch[0][1].size or len(batch) == tools.batch(8)):
                     detector = tools.get("detector", lambda: Detector(args.detector, tools.device))
-                    for ((name, key, index, metadata, path), picture), found in zip(batch, detector([b[1] for b in batch])):
+                    detections = detector([picture for _, picture in batch])
+                    for ((name, key, index, metadata, path), picture), found in zip(batch, detections):
                         kept = {c: [found[c][i] for i in keep_detections(found[c], metadata["tag"])] for c in found}
-                        correct, reason = geneval_decide(metadata, kept, lambda objects, c: tools.clip.colors(picture, objects, c))
+                        # CLIP is loaded when the first color is asked
+                        def colors_of(objects, name, picture=picture):
+                            return tools.clip.colors(picture, objects, name)
+                        correct, reason = geneval_decide(metadata, kept, colors_of)
                         results[name] = (metadata["tag"], index, correct)
-                        journal.add({"id": name, "key": key, "file": os.path.relpath(path, out), "tag": metadata["tag"], "prompt": metadata["prompt"],
-                                     "correct": correct, "reason": reason, "mark": float(correct),
-                                     "details": {c: [[*o["box"], round(o["score"], 4)] for o in objects] for c, objects in kept.items() if objects}})
+                        details = {c: [[*o["box"], round(o["score"], 4)] for o in found] for c, found in kept.items()
+                                   if found}
+                        journal.add({"id": name, "key": key, "file": os.path.relpath(path, out), "tag": metadata["tag"],
+                                     "prompt": metadata["prompt"], "correct": correct, "reason": reason,
+                                     "mark": float(correct), "details": details})
                     progress.update(len(batch))
                     batch = []
                 if entry:
                     batch.append((entry, image))
     summary = geneval_summary([results[name] for name in sorted(results)])
     values = {column: percent(summary["tasks"].get(tag)) for tag, column in GENEVAL_TASKS.items()}
-    extra = {"image_accuracy": percent(summary["image_accuracy"]), "prompt_accuracy_any": percent(summary["prompt_accuracy_any"]), "stack": stack}
-    return scores({**values, "Overall": percent(summary["overall"])}, len(results), len(limited(sorted(prompts), args)) * args.samples,
+    extra = {"image_accuracy": percent(summary["image_accuracy"]),
+             "prompt_accuracy_any": percent(summary["prompt_accuracy_any"]), "stack": stack}
+    return scores({**values, "Overall": percent(summary["overall"])}, len(results),
+                  len(limited(sorted(prompts), args)) * args.samples,
                   problems, **extra)
 
 
@@ -1104,7 +1135,8 @@ def dpg(out, args, tools):
     for name in items:
         if count[name] != expected:
             problems.add(f"prompt without its {expected} images", f"{name} ({count[name]})")
-    asks = [Item(f"{path.name}|{k}|{q}", [Picture(path, crop)], f"{question} Answer with one word, yes or no.", parse_yes_no, max_tokens=8,
+    asks = [Item(f"{path.name}|{k}|{q}", [Picture(path, crop)], f"{question} Answer with one word, yes or no.",
+                 parse_yes_no, max_tokens=8,
                  image_first=True, prompt=question, mark=lambda v: float(v == "yes"))
             for path, k, crop in work for q, (_, _, question) in items[path.stem.partition("_")[0]].items()]
     replies = judge_all(out, asks, problems, tools)
@@ -1119,7 +1151,8 @@ def dpg(out, args, tools):
         problems.add("prompt with a dependency that does not exist", name)
     problems.stop(args.strict)
     n = sum(len(f["passes"]) for f in summary["files"].values())
-    return scores({"Score": summary["score"]}, n, len(items) * expected, problems, categories=summary["category_l1"], fine=summary["category_l2"])
+    return scores({"Score": summary["score"]}, n, len(items) * expected, problems, categories=summary["category_l1"],
+                  fine=summary["category_l2"])
 
 
 # ---- WISE --------------------------------------------------------------------------------------------
@@ -1134,7 +1167,8 @@ def parse_wise(reply):
     time. `**Realism:** 2`, bold around the colon, is not found.
     """
     found = {"consistency": 9.9, "realism": 9.9, "aesthetic_quality": 9.9}
-    for name, digit in re.findall(r"\*{0,2}(consistency|realism|aesthetic quality)\*{0,2}\s*[:：]?\s*(\d)", reply, re.IGNORECASE):
+    for name, digit in re.findall(r"\*{0,2}(consistency|realism|aesthetic quality)\*{0,2}\s*[:：]?\s*(\d)", reply,
+                                  re.IGNORECASE):
         found[name.lower().replace(" ", "_")] = float(digit)
     return found
 
@@ -1164,7 +1198,8 @@ def wise_summary(rows):
         groups[wise_group(prompt_id, subcategory)].append((0.7 * consistency + 0.2 * realism + 0.1 * aesthetic) / 2)
     categories = {name: mean(groups[name]) for name in WISE_GROUPS}
     whole = all(v is not None for v in categories.values())
-    weighted = sum(w * categories[c] for c, w in zip(WISE_GROUPS, (0.4, 0.167, 0.133, 0.1, 0.1, 0.1))) if whole else None
+    weights = (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)
+    weighted = sum(w * categories[c] for c, w in zip(WISE_GROUPS, weights)) if whole else None
     return {"categories": categories, "overall": over(categories, WISE_GROUPS), "overall_weighted": weighted}
 
 
@@ -1176,7 +1211,8 @@ def wise(out, args, tools):
     text file with {prompt} and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens.
     """
     source = Path(args.prompts)
-    files = [f for f in sorted(source.glob("*.json")) if not f.stem.endswith("_rewrite")] if source.is_dir() else [source]
+    files = [f for f in sorted(source.glob("*.json"))
+             if not f.stem.endswith("_rewrite")] if source.is_dir() else [source]
     rows = {}
     for file in files:
         for row in read_json(file):
@@ -1187,18 +1223,22 @@ def wise(out, args, tools):
         raise InputError(f"{source}: no prompts in it")
     text, system = judge_prompt(args.judge_prompt, ("explanation", "prompt"))
     problems = Problems()
-    items = [Item(str(r["prompt_id"]), [Picture(find_image(out, r["prompt_id"]))], fill(text, prompt=r["Prompt"], explanation=r["Explanation"]),
+    items = [Item(str(r["prompt_id"]), [Picture(find_image(out, r["prompt_id"]))],
+                  fill(text, prompt=r["Prompt"], explanation=r["Explanation"]),
                   strict_wise, system, 2000, prompt=r["Prompt"],
-                  mark=lambda v: (0.7 * v["consistency"] + 0.2 * v["realism"] + 0.1 * v["aesthetic_quality"]) / 2) for r in rows]
+                  mark=lambda v: (0.7 * v["consistency"] + 0.2 * v["realism"] + 0.1 * v["aesthetic_quality"]) / 2)
+                  for r in rows]
     values = judge_all(out, items, problems, tools)
-    summary = wise_summary([(r["prompt_id"], r["Subcategory"], *values[str(r["prompt_id"])].values()) for r in rows if str(r["prompt_id"]) in values])
+    summary = wise_summary([(r["prompt_id"], r["Subcategory"], *values[str(r["prompt_id"])].values()) for r in rows
+                            if str(r["prompt_id"]) in values])
     return scores({**summary["categories"], "Overall": summary["overall"]}, len(values), len(rows), problems,
                   overall_weighted=summary["overall_weighted"])
 
 
 # ---- T2I-CompBench -----------------------------------------------------------------------------------
 
-COMPBENCH = {"color": "Color", "shape": "Shape", "texture": "Texture", "spatial": "Spatial", "non_spatial": "Non-Spatial", "numeracy": "Numeracy",
+COMPBENCH = {"color": "Color", "shape": "Shape", "texture": "Texture", "spatial": "Spatial",
+             "non_spatial": "Non-Spatial", "numeracy": "Numeracy",
              "3d_spatial": "3D Spatial", "complex": "Complex", "complex_action": None, "complex_spatial": None}
 
 
@@ -1230,7 +1270,8 @@ def compbench_summary(results):
         groups[category].append(value)
     ten = {c: mean(groups[c]) for c in COMPBENCH}
     columns = {name: ten[c] for c, name in COMPBENCH.items() if name}
-    return {**columns, "Complex": over(ten, [c for c in COMPBENCH if c.startswith("complex")]), "Overall": over(ten, COMPBENCH)}
+    return {**columns, "Complex": over(ten, [c for c in COMPBENCH if c.startswith("complex")]),
+            "Overall": over(ten, COMPBENCH)}
 
 
 def compbench(out, args, tools):
@@ -1244,26 +1285,30 @@ def compbench(out, args, tools):
     problems = Problems()
     rows = read_json(args.prompts)
     text, _ = judge_prompt(args.judge_prompt, ("prompt",))
-    items, categories = [], {}
+    items, categories, alone = [], {}, len({r.get("Category") for r in rows}) == 1
     for row in limited(rows, args):
         question, category, number = need(row, ("Question", "Category", "Question_id"), args.prompts)
         categories[key := f"{category}/{number}"] = re.sub(r"[\s-]+", "_", category.strip().lower())
         if categories[key] not in COMPBENCH:
             raise InputError(f"{args.prompts}: unknown category {category!r}")
-        places = [out / category / "samples", out / category] + ([out] if len({r["Category"] for r in rows}) == 1 else [])
-        path = next((p for place in places if (p := find_image(place, number)).is_file()), find_image(out / category, number))
-        items.append(Item(key, [Picture(path)], fill(text, prompt=question), strict_compbench, max_tokens=512, image_first=True, prompt=question,
+        places = [out / category / "samples", out / category] + ([out] if alone else [])
+        path = next((p for place in places if (p := find_image(place, number)).is_file()),
+                    find_image(out / category, number))
+        items.append(Item(key, [Picture(path)], fill(text, prompt=question), strict_compbench, max_tokens=512,
+                          image_first=True, prompt=question,
                           mark=lambda v: v / 100))
     values = judge_all(out, items, problems, tools)
     return scores(compbench_summary([(categories[k], v) for k, v in values.items()]), len(values), len(items), problems,
-                  complex={c: mean(v for k, v in values.items() if categories[k] == c) for c in COMPBENCH if c.startswith("complex")})
+                  complex={c: mean(v for k, v in values.items() if categories[k] == c) for c in COMPBENCH
+                           if c.startswith("complex")})
 
 
 # ======================================================================================================
 # 5. Editing
 # ======================================================================================================
 
-IMGEDIT = {"background": "Bg.", "style": "Style", "adjust": "Adj.", "extract": "Ext.", "remove": "Rem.", "replace": "Rep.", "add": "Add",
+IMGEDIT = {"background": "Bg.", "style": "Style", "adjust": "Adj.", "extract": "Ext.", "remove": "Rem.",
+           "replace": "Rep.", "add": "Add",
            "compose": "Comp.", "action": "Act."}
 
 
@@ -1315,15 +1360,18 @@ def imgedit(out, args, tools):
         if types[key] not in IMGEDIT:
             raise InputError(f"{args.prompts}: unknown edit_type {types[key]!r}")
         text, = need(texts, (types[key],), args.judge_prompt)
-        items.append(Item(key, [Picture(Path(args.sources) / source), Picture(find_image(out, key))], text.replace("<edit_prompt>", prompt),
+        items.append(Item(key, [Picture(Path(args.sources) / source), Picture(find_image(out, key))],
+                          text.replace("<edit_prompt>", prompt),
                           strict_imgedit, max_tokens=1024, temperature=None, prompt=prompt, mark=lambda v: (v - 1) / 4))
     values = judge_all(out, items, problems, tools)
     table = imgedit_summary(types, values)
-    return scores({**{name: table.get(t) for t, name in IMGEDIT.items()}, "Ovr.": table.get("overall")}, len(values), len(edits), problems,
+    return scores({**{name: table.get(t) for t, name in IMGEDIT.items()}, "Ovr.": table.get("overall")}, len(values),
+                  len(edits), problems,
                   overall_by_type=over(table, IMGEDIT))
 
 
-GEDIT_GROUPS = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change", "subject-add", "subject-remove",
+GEDIT_GROUPS = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change",
+                "subject-add", "subject-remove",
                 "subject-replace", "text_change", "tone_transfer")
 
 
@@ -1386,7 +1434,8 @@ def parse_gedit(reply):
 def strict_gedit(reply):
     """The minimum, but only of two numbers in 0..10."""
     found, lowest, error = parse_gedit(reply)
-    good = not error and isinstance(found, list) and len(found) == 2 and all(type(v) in (int, float) and 0 <= v <= 10 for v in found)
+    good = not error and isinstance(found, list) and len(found) == 2
+    good = good and all(type(v) in (int, float) and 0 <= v <= 10 for v in found)
     return lowest if good else None
 
 
@@ -1402,7 +1451,8 @@ def gedit_summary(rows, language="en"):
                 column(lambda r: math.sqrt(r[3] * r[4]), "avg_overall"))
     rows = [r for r in rows if r[1] == language]
     names = ("SC", "PQ", "overall")
-    return {**dict(zip(names, table(rows))), **dict(zip((n + "_intersection" for n in names), table([r for r in rows if r[2]])))}
+    return {**dict(zip(names, table(rows))), **dict(zip((n + "_intersection" for n in names),
+                                                        table([r for r in rows if r[2]])))}
 
 
 def gedit_texts(path):
@@ -1417,9 +1467,11 @@ def gedit_texts(path):
         tree = parse_source(path, Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
-    texts = {t.id: node.value.value for node in tree.body if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+    texts = {t.id: node.value.value for node in tree.body if isinstance(node, ast.Assign)
+             and isinstance(node.value, ast.Constant)
              for t in node.targets if isinstance(t, ast.Name)}
-    context, rule, sc, pq = need(texts, ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC",
+    context, rule, sc, pq = need(texts, ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
+                                         "_prompts_0shot_tie_rule_SC",
                                          "_prompts_0shot_rule_PQ"), path)
     return ["\n".join((context, rule, sc)), "\n".join((context, pq))]
 
@@ -1433,9 +1485,12 @@ def gedit(out, args, tools):
     0..10 counts. Official judge: gpt-4.1-2025-04-14, 1400 tokens.
     """
     problems, root = Problems(), out / "gen_image" if (out / "gen_image").is_dir() else out
-    rows = [r for r in read_json(args.prompts, lines=True) if need(r, ("key", "task_type", "instruction", "instruction_language"), args.prompts)[3] == "en"]
-    if any(r["task_type"] not in GEDIT_GROUPS for r in rows):
-        raise InputError(f"{args.prompts}: unknown task_type {next(r['task_type'] for r in rows if r['task_type'] not in GEDIT_GROUPS)!r}")
+    rows = read_json(args.prompts, lines=True)
+    for row in rows:
+        _, group, _, _ = need(row, ("key", "task_type", "instruction", "instruction_language"), args.prompts)
+        if group not in GEDIT_GROUPS:
+            raise InputError(f"{args.prompts}: unknown task_type {group!r}")
+    rows = [r for r in rows if r["instruction_language"] == "en"]
     rows, (sc, pq) = limited(rows, args), gedit_texts(args.judge_prompt)
     items = []
     for row in rows:
@@ -1444,25 +1499,30 @@ def gedit(out, args, tools):
         size = None
         with contextlib.suppress(*BROKEN):
             size = ImageOps.exif_transpose(Image.open(source)).size
-        common = dict(parse=strict_gedit, temperature=None, max_tokens=1400 if args.judge_url else 512, image_first=not args.judge_url,
+        common = dict(parse=strict_gedit, temperature=None, max_tokens=1400 if args.judge_url else 512,
+                      image_first=not args.judge_url,
                       prompt=row["instruction"], mark=lambda v: v / 10)
         items.append(Item(f"{row['key']}|SC", [Picture(source, jpeg=True), Picture(result, size=size, jpeg=True)],
                           sc.replace("<instruction>", row["instruction"]), **common))
         items.append(Item(f"{row['key']}|PQ", [Picture(result, size=size, jpeg=True)], pq, **common))
     values = judge_all(out, items, problems, tools)
-    both = [(r["task_type"], "en", bool(r.get("Intersection_exist")), values[f"{r['key']}|SC"], values[f"{r['key']}|PQ"])
+    both = [(r["task_type"], "en", bool(r.get("Intersection_exist")), values[f"{r['key']}|SC"],
+             values[f"{r['key']}|PQ"])
             for r in rows if f"{r['key']}|SC" in values and f"{r['key']}|PQ" in values]
     table = gedit_summary(both)
-    return scores({"SC": table["SC"]["avg_semantics"], "PQ": table["PQ"]["avg_quality"], "Overall": table["overall"]["avg_overall"]},
+    return scores({"SC": table["SC"]["avg_semantics"], "PQ": table["PQ"]["avg_quality"],
+                   "Overall": table["overall"]["avg_overall"]},
                   len(both), len(rows), problems, groups=table)
 
 
 # ======================================================================================================
 # 6. Understanding: strings against strings
 # ======================================================================================================
-# Each benchmark is a reader of its released questions -> rows {question_id, image, text, answer or label ...}, a rule for one reply, a sum.
+# Each benchmark: a reader of its released questions -> rows {question_id, image, text, answer or label ...}, a rule for
+# one reply, a sum.
 
-SHORT, LETTER = "Answer the question using a single word or phrase.", "Answer with the option's letter from the given choices directly."
+SHORT = "Answer the question using a single word or phrase."
+LETTER = "Answer with the option's letter from the given choices directly."
 
 
 def pope_prediction(reply):
@@ -1509,11 +1569,14 @@ def pope_grade(rows, answers):
     parts = {}
     for category in dict.fromkeys(r["category"] for r in rows):
         mine = [r for r in rows if r["category"] == category and r["question_id"] in answers]
-        parts[category] = pope_metrics([r["label"] for r in mine], [pope_prediction(answers[r["question_id"]]) for r in mine])
-    return {"POPE (Acc)": percent(mean(p["accuracy"] for p in parts.values())), "POPE (F1)": percent(mean(p["f1"] for p in parts.values()))}, parts
+        parts[category] = pope_metrics([r["label"] for r in mine],
+                                       [pope_prediction(answers[r["question_id"]]) for r in mine])
+    return {"POPE (Acc)": percent(mean(p["accuracy"] for p in parts.values())),
+            "POPE (F1)": percent(mean(p["f1"] for p in parts.values()))}, parts
 
 
-MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
+MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
+                  "OCR")
 MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
 
 
@@ -1541,9 +1604,11 @@ def mme_questions(args):
         for number, line in enumerate(lines):
             if len(parts := line.strip().split("\t")) != 3 or parts[2] not in ("Yes", "No"):
                 raise InputError(f"{folder / task}.txt: line {number + 1} is not image, question, Yes/No")
-            image = next((p for p in (f"{task}/images/{parts[0]}", f"{task}/{parts[0]}") if (Path(args.images or "") / p).exists()),
+            image = next((p for p in (f"{task}/images/{parts[0]}", f"{task}/{parts[0]}")
+                          if (Path(args.images or "") / p).exists()),
                          f"{task}/{parts[0]}")
-            rows.append({"question_id": f"{task}/{number}", "image": image, "text": f"{parts[1]} {SHORT}", "task": task, "label": parts[2]})
+            rows.append({"question_id": f"{task}/{number}", "image": image, "text": f"{parts[1]} {SHORT}", "task": task,
+                         "label": parts[2]})
     return rows
 
 
@@ -1555,7 +1620,8 @@ def mme_grade(rows, answers):
     for task in MME_PERCEPTION + MME_COGNITION:
         mine = [r for r in rows if r["task"] == task]
         pairs = [pair for pair in zip(mine[::2], mine[1::2]) if all(r["question_id"] in answers for r in pair)]
-        tasks[task] = mme_task([(r["label"], mme_prediction(answers[r["question_id"]])) for p in pairs for r in p]) if pairs else None
+        tasks[task] = mme_task([(r["label"], mme_prediction(answers[r["question_id"]])) for p in pairs
+                                for r in p]) if pairs else None
     sums = {name: None if any(tasks[t] is None for t in group) else sum(tasks[t] for t in group)
             for name, group in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION))}
     return {"MME": sums["perception"]}, {**sums, "tasks": tasks}
@@ -1573,12 +1639,14 @@ def gqa_questions(args):
     source = read_json(args.questions, lines=str(args.questions).endswith(".jsonl"))
     if isinstance(source, dict):
         source = [{"question_id": k, "image": f"{v.get('imageId')}.jpg", **v} for k, v in source.items()]
-    return [{**row, "text": row.get("text") or f"{need(row, ('question',), args.questions)[0]} {SHORT}"} for row in source]
+    return [{**row, "text": row.get("text") or f"{need(row, ('question',), args.questions)[0]} {SHORT}"}
+            for row in source]
 
 
 def gqa_grade(rows, answers):
     """GQA, testdev balanced (Hudson & Manning 2019): exact match."""
-    return {"GQA": percent(mean(gqa_correct(answers[r["question_id"]], r["answer"]) for r in rows if r["question_id"] in answers))}, {}
+    return {"GQA": percent(mean(gqa_correct(answers[r["question_id"]], r["answer"]) for r in rows
+                                if r["question_id"] in answers))}, {}
 
 
 def mmmu_choice(reply, options):
@@ -1627,11 +1695,13 @@ def mmmu_open(reply, gold):
         cues += ["="] if number == len(sentences) - 1 else []
         tail = ""
         for said in (sentence.split(cue)[-1].strip() for cue in cues if cue in sentence):
-            tail = said if not tail or len(said) < len(tail) else tail      # the shortest; an empty one is replaced by any
+            # the shortest; an empty one is replaced by any
+            tail = said if not tail or len(said) < len(tail) else tail
         tails += [tail] if tail and tail not in set(":,.!?;'") else []
     tails = tails or [reply.strip().strip(".").lower()]
     numbers = [n for tail in tails for pattern in (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-                                                   r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])") for n in re.findall(pattern, tail)]
+                                                   r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+                                                   for n in re.findall(pattern, tail)]
     said = [a for text in tails + numbers for a in normal_answers(text)]
     gold = [a for g in (gold if isinstance(gold, list) else [gold]) for a in normal_answers(g)]
     return any(g in s if isinstance(s, str) and isinstance(g, str) else g == s for s in said for g in gold)
@@ -1655,15 +1725,18 @@ def mmmu_questions(args):
 def mmmu_grade(rows, answers):
     """MMMU validation (Yue et al. 2024): accuracy over questions, by MMMU's own parser; `short` gives it by BAGEL's."""
     rows = [(r, answers[r["question_id"]]) for r in rows if r["question_id"] in answers]
+
     def accuracy(choose):
-        return percent(mean(choose(a, r["options"]) == r["answer"] if r["options"] else mmmu_open(a, r["answer"]) for r, a in rows))
+        return percent(mean(choose(a, r["options"]) == r["answer"] if r["options"] else mmmu_open(a, r["answer"])
+                            for r, a in rows))
     return {"MMMU": accuracy(mmmu_choice)}, {"short": accuracy(mmmu_short)}
 
 
 def seed_questions(args):
     """SEED-Bench.json, its image part: choice_a .. choice_d, answer, data_id, question_id, question_type_id, data_type.
     """
-    rows = [r for r in need(read_json(args.questions), ("questions",), args.questions)[0] if r.get("data_type", "image") == "image"]
+    rows = [r for r in need(read_json(args.questions), ("questions",), args.questions)[0]
+            if r.get("data_type", "image") == "image"]
     for row in rows:
         row["options"] = dict(zip("ABCD", need(row, ("choice_a", "choice_b", "choice_c", "choice_d"), args.questions)))
         listed = "".join(f"\n{k}. {o}" for k, o in row["options"].items())
@@ -1675,22 +1748,27 @@ def seed_grade(rows, answers):
     """SEED-Bench, images (Li et al. 2023): accuracy over all questions. No official code for free answers: MMMU's rule,
     no letter is wrong.
     """
-    rows = [(mmmu_choice(answers[r["question_id"]], r["options"]) == r["answer"], r.get("question_type_id")) for r in rows if r["question_id"] in answers]
-    return {"SEED": percent(mean(r[0] for r in rows))}, {str(t): percent(mean(r[0] for r in rows if r[1] == t)) for t in sorted({r[1] for r in rows}, key=str)}
+    rows = [(mmmu_choice(answers[r["question_id"]], r["options"]) == r["answer"], r.get("question_type_id"))
+            for r in rows if r["question_id"] in answers]
+    types = {str(t): percent(mean(right for right, kind in rows if kind == t))
+             for t in sorted({k for _, k in rows}, key=str)}
+    return {"SEED": percent(mean(right for right, _ in rows))}, types
 
 
 def understanding(out, args, tools):
     """--prepare writes the question file for --describe; otherwise an answer file is compared with the benchmark's
     answers.
     """
-    read, grade = {"pope": (pope_questions, pope_grade), "mme": (mme_questions, mme_grade), "gqa": (gqa_questions, gqa_grade),
+    read, grade = {"pope": (pope_questions, pope_grade), "mme": (mme_questions, mme_grade),
+                   "gqa": (gqa_questions, gqa_grade),
                    "mmmu": (mmmu_questions, mmmu_grade), "seed": (seed_questions, seed_grade)}[args.benchmark]
     rows, problems, answers = limited(read(args), args), Problems(), {}
     for row in rows:
         row["question_id"] = str(need(row, ("question_id", "image", "text"), args.questions)[0])
     if args.prepare:
         keep = ("question_id", "image", "text", "category", "task", "options")
-        write(args.prepare, "".join(json.dumps({k: r[k] for k in keep if k in r}, ensure_ascii=False) + "\n" for r in rows))
+        write(args.prepare, "".join(json.dumps({k: r[k] for k in keep if k in r}, ensure_ascii=False) + "\n"
+                                    for r in rows))
         return print(f"{len(rows)} questions in {args.prepare}: now `python reca_<model>.py --model DIR --describe {args.prepare} --steps 0`")
     known = {r["question_id"] for r in rows}
     for number, row in enumerate(read_json(out, lines=True), 1):
@@ -1746,7 +1824,9 @@ def pairs(out, sources, problems, args):
     if not (sources := Path(sources)).is_dir():
         raise InputError(f"no such folder: {sources}")
     files = limited(sorted(p for p in sources.rglob("*") if p.suffix.lower() in SUFFIXES), args)
-    items = [Item(str(p.relative_to(sources)), [Picture(p), Picture(find_image(out, p.relative_to(sources).with_suffix("")))], "", None) for p in files]
+    names = [p.relative_to(sources) for p in files]
+    items = [Item(str(name), [Picture(sources / name), Picture(find_image(out, name.with_suffix("")))], "", None)
+             for name in names]
     if not items:
         raise InputError(f"{sources}: no image in it")
     checked = check_pictures(items, problems)
@@ -1777,7 +1857,8 @@ def recon(out, args, tools):
             fa, fb = tools.clip.images([a, b])
             rows[name]["CLIP"] = float(fa @ fb / np.linalg.norm(fa) / np.linalg.norm(fb))
     problems.stop(args.strict)
-    return scores({c: mean(r[c] for r in rows.values() if c in r) for c in ("PSNR", "SSIM", "CLIP")}, len(rows), expected, problems, images=rows)
+    return scores({c: mean(r[c] for r in rows.values() if c in r) for c in ("PSNR", "SSIM", "CLIP")}, len(rows),
+                  expected, problems, images=rows)
 
 
 def shapes(out, args, tools):
@@ -1797,7 +1878,8 @@ def shapes(out, args, tools):
             return right
         if args.prompts:
             try:
-                lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines() if line.strip()]
+                lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()
+                         if line.strip()]
             except OSError as error:
                 raise InputError(f"cannot read {args.prompts}: {error.strerror}") from None
             items = []
@@ -1814,22 +1896,26 @@ def shapes(out, args, tools):
             right = []
             for item, said, image in cases:
                 seen = common.read_scene(image)
-                there = all(any(all(want is None or want == have for want, have in zip(s, o)) for o in seen) for s in said)
+                there = all(any(all(want is None or want == have for want, have in zip(s, o)) for o in seen)
+                            for s in said)
                 right.append(note(item.pictures[0].path, item.text, there))
             whole = [(said, image) for _, said, image in cases if all(v is not None for s in said for v in s)]
             tasks = common.score_generations([s for s, _ in whole], [i for _, i in whole])
             ones, twos = (any(len(s) == k for s, _ in whole) for k in (1, 2))
-            values = {SHAPE_COLUMNS[t]: percent(v) for t, v in tasks.items() if t in SHAPE_COLUMNS and (ones if t in ("single_object", "colors") else twos)}
+            values = {SHAPE_COLUMNS[t]: percent(v) for t, v in tasks.items() if t in SHAPE_COLUMNS
+                      and (ones if t in ("single_object", "colors") else twos)}
             values |= {"Overall": over(values, SHAPE_COLUMNS.values()), "All": percent(mean(right))}
             n, expected = n + len(cases), expected + len(items)
         if args.sources:
             work, count = pairs(out, args.sources, problems, args)
-            same = [note(b, name, common.read_scene(Image.open(a)) == common.read_scene(Image.open(b))) for name, a, b in work]
+            same = [note(b, name, common.read_scene(Image.open(a)) == common.read_scene(Image.open(b))) for name, a,
+                    b in work]
             values["Recon."], n, expected = percent(mean(same)), n + len(same), expected + count
     return scores(values, n, expected, problems)
 
 
-SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Color", "position": "Position", "color_attribution": "Attri."}
+SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Color", "position": "Position",
+                 "color_attribution": "Attri."}
 
 
 # ======================================================================================================
@@ -1844,7 +1930,8 @@ class Benchmark:
     score: callable
     columns: tuple
     decimals: object = 1                  # or {column: decimals}
-    style: str = "brackets"  # Table 2: "98.2 (+1.0)"; "row": Table 3's last line; "columns": Table 12, models as columns
+    # Table 2: "98.2 (+1.0)"; "row": Table 3's last line; "columns": Table 12, models as columns
+    style: str = "brackets"
     judge: str = None
     judged: bool = False
 
@@ -1853,11 +1940,13 @@ BENCHMARKS = {
     "geneval": Benchmark(geneval, (*GENEVAL_TASKS.values(), "Overall")),
     "dpg": Benchmark(dpg, ("Score",), 2, judged=True),
     "wise": Benchmark(wise, (*WISE_GROUPS, "Overall"), 2, judge="gpt-4o-2024-05-13", judged=True),
-    "compbench": Benchmark(compbench, (*filter(None, COMPBENCH.values()), "Overall"), 2, "columns", "Qwen/Qwen2.5-VL-32B-Instruct", True),
+    "compbench": Benchmark(compbench, (*filter(None, COMPBENCH.values()), "Overall"), 2, "columns",
+                           "Qwen/Qwen2.5-VL-32B-Instruct", True),
     "imgedit": Benchmark(imgedit, (*IMGEDIT.values(), "Ovr."), 2, "row", "gpt-4.1-2025-04-14", True),
     "gedit": Benchmark(gedit, ("SC", "PQ", "Overall"), 2, "row", "gpt-4.1-2025-04-14", True),
     "pope": Benchmark(understanding, ("POPE (Acc)", "POPE (F1)")), "mme": Benchmark(understanding, ("MME",), 0),
-    "gqa": Benchmark(understanding, ("GQA",)), "mmmu": Benchmark(understanding, ("MMMU",)), "seed": Benchmark(understanding, ("SEED",)),
+    "gqa": Benchmark(understanding, ("GQA",)), "mmmu": Benchmark(understanding, ("MMMU",)),
+    "seed": Benchmark(understanding, ("SEED",)),
     "recon": Benchmark(recon, ("PSNR", "SSIM", "CLIP"), {"PSNR": 2, "SSIM": 4, "CLIP": 4}),
     "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "Overall", "All", "Recon.")),
 }
@@ -1880,7 +1969,8 @@ def summarize(label, folders, results, columns):
 
 def markdown(benchmark, rows):
     """The table as the paper prints it; the first row is the baseline. Differences are those of the printed numbers."""
-    decimals = benchmark.decimals if isinstance(benchmark.decimals, dict) else dict.fromkeys(benchmark.columns, benchmark.decimals)
+    decimals = benchmark.decimals if isinstance(benchmark.decimals, dict) else dict.fromkeys(benchmark.columns,
+                                                                                             benchmark.decimals)
     columns = list(benchmark.columns)
 
     def delta(row, c):
@@ -1894,7 +1984,8 @@ def markdown(benchmark, rows):
         if row["mean"][c] is None:
             return "–"
         text = f"{row['mean'][c]:.{decimals[c]}f}" + (f" ± {row['std'][c]:.{decimals[c]}f}" if row.get("std") else "")
-        return f"{text} ({d})" if row is not rows[0] and benchmark.style != "row" and (d := delta(row, c)) is not None else text
+        change = None if row is rows[0] or benchmark.style == "row" else delta(row, c)
+        return f"{text} ({change})" if change else text
 
     names = [r["label"] + (" (partial)" if r["partial"] else "") for r in rows]
     if benchmark.style == "columns":
@@ -1919,7 +2010,8 @@ def parse_outputs(arguments):
             if not path.exists():
                 raise InputError(f"no such folder or file: {path}")
         if len(paths) == 1 and paths[0].is_dir():
-            paths = sorted((p for p in paths[0].glob("seed*") if p.is_dir()), key=lambda p: (len(p.name), p.name)) or paths
+            paths = sorted((p for p in paths[0].glob("seed*") if p.is_dir()),
+                           key=lambda p: (len(p.name), p.name)) or paths
         rows.append((label or rest.rstrip("/"), paths))
     if len({label for label, _ in rows}) < len(rows):
         raise InputError("two rows have the same name; give LABEL=PATH")
@@ -1944,20 +2036,23 @@ def run(args):
     text = [f"# {args.benchmark}", "", markdown(benchmark, rows), ""]
     if judge:
         official = benchmark.judge or "mPLUG-large VQA"
-        text += [f"Judge: {judge}." + ("" if tools.judge_name == official else f" The paper's is {official}: do not compare with its numbers."), ""]
+        text += [f"Judge: {judge}." + ("" if tools.judge_name == official
+                                       else f" The paper's is {official}: do not compare with its numbers."), ""]
     for row in rows:
         if row["partial"] or args.limit:
             text.append(f"{row['label']}: {row['n']} of {row['expected']} scored{f' (--limit {args.limit})' if args.limit else ''}")
         text += [f"- {seed['folder']}: {line}" for seed in row["seeds"] for line in seed["problems"].lines()]
     print("\n".join(text).strip())
     versions = {m: sys.modules[m].__version__ for m in ("numpy", "PIL", "torch", "transformers") if m in sys.modules}
-    record = {"benchmark": args.benchmark, "judge": judge, "columns": benchmark.columns, "rows": rows, "limit": args.limit or None, "versions": versions}
+    record = {"benchmark": args.benchmark, "judge": judge, "columns": benchmark.columns, "rows": rows,
+              "limit": args.limit or None, "versions": versions}
     folder = Path(args.out) if args.out else result_folder(outputs[-1][1][-1], args)
     write(folder / "scores.json", json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     write(folder / "scores.md", "\n".join(text).strip() + "\n")
     if CLOCK:
         total = time.perf_counter() - start
-        print(f"{total:.1f} s: " + ", ".join(f"{part} {100 * s / total:.0f}%" for part, s in CLOCK.most_common()), file=sys.stderr)
+        print(f"{total:.1f} s: " + ", ".join(f"{part} {100 * s / total:.0f}%" for part, s in CLOCK.most_common()),
+              file=sys.stderr)
     print(f"{folder / 'scores.json'}, {folder / 'scores.md'}", file=sys.stderr)
 
 
@@ -1979,11 +2074,13 @@ def contact_sheet(args):
             marks, prompts = collections.defaultdict(list), {}
             for journal in sorted(out.glob("eval/*/items.jsonl")):
                 for line in journal.read_text(encoding="utf-8").splitlines():
-                    with contextlib.suppress(ValueError, KeyError, TypeError):  # a torn last line is the scorer's to repair
+                    # a torn last line is the scorer's to repair
+                    with contextlib.suppress(ValueError, KeyError, TypeError):
                         record = json.loads(line)
                         marks[record["file"]] += [record["mark"]] if record.get("mark") is not None else []
                         prompts.setdefault(record["file"], record.get("prompt", ""))
-            files = {os.path.relpath(p, out) for p in out.rglob("*") if p.suffix.lower() in SUFFIXES and "eval" not in p.relative_to(out).parts}
+            files = {os.path.relpath(p, out) for p in out.rglob("*") if p.suffix.lower() in SUFFIXES
+                     and "eval" not in p.relative_to(out).parts}
             for file in sorted(files | {f for f in prompts if not f.startswith("..")}):
                 meta = (out / file).parent.parent / "metadata.jsonl"
                 if file not in prompts and meta.is_file():
@@ -1995,7 +2092,8 @@ def contact_sheet(args):
     tiles = [t for t in tiles if t[3] is not None and t[3] < 0.5] if args.failed else tiles
     shown = tiles[:args.limit or 60]
     cell, text_height, columns = args.cell, 44, max(1, min(args.columns, len(shown)))
-    sheet = Image.new("RGB", (columns * (cell + 12), max(1, -(-len(shown) // columns)) * (cell + text_height + 12)), "white")
+    sheet = Image.new("RGB", (columns * (cell + 12), max(1, -(-len(shown) // columns)) * (cell + text_height + 12)),
+                      "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for k, (label, path, prompt, mark) in enumerate(shown):
         x, y = k % columns * (cell + 12) + 6, k // columns * (cell + text_height + 12) + 6
@@ -2007,7 +2105,8 @@ def contact_sheet(args):
         sheet.paste(image, (x, y))
         frame = "#999999" if mark is None else "#c62828" if mark < 0.5 else "#2e7d32"
         draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline=frame, width=3)
-        words = ("FAILED  " if mark is not None and mark < 0.5 else "") + (f"[{label}] " if len(args.outputs) > 1 else "") + prompt
+        words = ("FAILED  " if mark is not None and mark < 0.5 else "") + (f"[{label}] " if len(args.outputs) > 1
+                                                                           else "") + prompt
         lines, line = [], ""
         for word in words.split():  # wrapped to the cell, three lines at most
             if line and draw.textlength(f"{line} {word}", font) > cell:
@@ -2015,7 +2114,8 @@ def contact_sheet(args):
                 line = ""
             line = f"{line} {word}".strip()
         for i, line in enumerate([*lines, line][:3]):
-            draw.text((x, y + cell + 4 + 14 * i), line, frame if mark is not None and mark < 0.5 else "black", font=font)
+            draw.text((x, y + cell + 4 + 14 * i), line, frame if mark is not None and mark < 0.5 else "black",
+                      font=font)
     path = Path(args.out or Path(parse_outputs(args.outputs)[-1][1][-1]) / "eval" / "contact_sheet.png")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -2048,7 +2148,8 @@ def parser():
     top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = top.add_subparsers(dest="benchmark", required=True, parser_class=Parser, metavar="BENCHMARK")
     for name, benchmark in BENCHMARKS.items():
-        sub = commands.add_parser(name, description=benchmark.score.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        sub = commands.add_parser(name, description=benchmark.score.__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
         sub.add_argument("outputs", nargs="*", help="[LABEL=]PATH[,PATH ...]: rows of the table, seeds of a row")
         sub.add_argument("--out", help="where scores.json and scores.md go (default: eval/ in the last OUTPUTS)")
         sub.add_argument("--strict", action="store_true", help="whatever would be left out is an error")
@@ -2056,13 +2157,16 @@ def parser():
         sub.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
         sub.add_argument("--batch", type=positive(int), help="batch of a local model (default: 8 on a GPU, 1 on a CPU)")
         if name in ("geneval", "wise", "compbench", "imgedit", "gedit", "shapes"):
-            sub.add_argument("--prompts", required=name not in ("geneval", "shapes"), help="the benchmark's prompts or metadata, as released")
+            sub.add_argument("--prompts", required=name not in ("geneval", "shapes"),
+                             help="the benchmark's prompts or metadata, as released")
         if name in ("wise", "compbench", "imgedit", "gedit"):
-            sub.add_argument("--judge-prompt", required=True, help="the benchmark's judge text: a text or JSON file, or the official .py")
+            sub.add_argument("--judge-prompt", required=True,
+                             help="the benchmark's judge text: a text or JSON file, or the official .py")
         if name in ("imgedit", "recon", "shapes"):
             sub.add_argument("--sources", required=name != "shapes", help="folder of the source images")
         if name in ("geneval", "dpg"):
-            sub.add_argument("--samples", type=positive(int), default=4, help="images per prompt (4; the paper's starred rows: 12)")
+            sub.add_argument("--samples", type=positive(int), default=4,
+                             help="images per prompt (4; the paper's starred rows: 12)")
         if name == "geneval":
             sub.add_argument("--detector", default="facebook/mask2former-swin-small-coco-instance")
         if name in ("geneval", "recon"):
@@ -2070,10 +2174,12 @@ def parser():
         if name == "dpg" or benchmark.score is understanding:
             sub.add_argument("--questions", required=True, help="the benchmark's questions, as released")
         if name == "dpg":
-            sub.add_argument("--grid", type=positive(int), metavar="SIDE", help="<name>.png is a 2 x 2 grid of samples of this side")
+            sub.add_argument("--grid", type=positive(int), metavar="SIDE",
+                             help="<name>.png is a 2 x 2 grid of samples of this side")
             sub.add_argument("--whole", action="store_true", help="<name>.png is one sample, the only one")
         if benchmark.score is understanding:
-            sub.add_argument("--prepare", metavar="FILE", help="write the question file for --describe instead of scoring")
+            sub.add_argument("--prepare", metavar="FILE",
+                             help="write the question file for --describe instead of scoring")
             sub.add_argument("--labels", help="pope: folder of the coco_pope_*.json")
             sub.add_argument("--images", help="mme: folder of the images, to write their paths")
         if benchmark.judged:
@@ -2084,7 +2190,8 @@ def parser():
             sub.add_argument("--retries", type=int, default=5, help="after 429, 5xx, time-outs")
             sub.add_argument("--timeout", type=positive(float), default=120, help="seconds for one reply")
             sub.add_argument("--reask", type=int, default=2, help="more tries where a reply cannot be read")
-    sub = commands.add_parser("contact-sheet", description=contact_sheet.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sub = commands.add_parser("contact-sheet", description=contact_sheet.__doc__,
+                              formatter_class=argparse.RawDescriptionHelpFormatter)
     sub.add_argument("outputs", nargs="+")
     sub.add_argument("--out", help="the picture (default: eval/contact_sheet.png in the last OUTPUTS)")
     sub.add_argument("--columns", type=positive(int), default=6)

@@ -592,7 +592,7 @@ def test_dead_judge_stops_the_run(tmp_path, capsys, monkeypatch):
     out = wise_folder(tmp_path)
     with Judge(lambda *_: (503, "down", {"Retry-After": "0"})) as judge:
         assert not run("wise", out, *wise_args(tmp_path, judge, None, "--retries", "1", "--workers", "2"), ok=False)
-        assert "ten times in a row" in capsys.readouterr().err and len(judge.requests) <= 24
+        assert "ten items in a row" in capsys.readouterr().err and len(judge.requests) <= 24
     with Judge(lambda *_: (404, "no such model", {})) as judge:
         assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", "1"), ok=False)
         assert "404: no such model" in capsys.readouterr().err and len(judge.requests) <= 2
