@@ -571,6 +571,8 @@ class Tools:
     @property
     def judge_name(self):
         args, benchmark = self.args, BENCHMARKS[self.args.benchmark]
+        if args.benchmark == "geneval":
+            return f"{args.detector} + {args.clip}, 800/1333"
         if args.judge_url and not (args.judge or benchmark.judge):
             raise InputError("--judge-url needs --judge NAME: the model's name at that endpoint")
         return args.judge or (benchmark.judge if args.judge_url else "Qwen/Qwen2.5-VL-7B-Instruct")
@@ -578,6 +580,8 @@ class Tools:
     @property
     def judge(self):
         args = self.args
+        if args.benchmark == "geneval":
+            return self.get("judge", lambda: GenevalJudge(self))
         if args.judge_url:
             return self.get("judge", lambda: Endpoint(args.judge_url, self.judge_name, args.workers, args.retries,
                                                       args.rate, args.timeout, args.reask))
@@ -930,6 +934,31 @@ class Clip:
         return [GENEVAL_COLORS[i] for i in color_logits(self.classifiers[name], features).argmax(1)]
 
 
+class GenevalJudge:
+    """Detector and CLIP in the role of a judge: the "reply" about an image is what was found in it, as JSON."""
+
+    def __init__(self, tools):
+        self.tools, self.detector = tools, Detector(tools.args.detector, tools.device)
+
+    def answers(self, items):
+        batch = []
+        for item in [*items, None]:                                  # images of one size share a batch; None flushes the last
+            image = item.pictures[0].load() if item else None
+            if batch and (item is None or image.size != batch[0][1].size or len(batch) == self.tools.batch(8)):
+                for (one, picture), found in zip(batch, self.detector([picture for _, picture in batch])):
+                    reply = json.dumps(self.look(json.loads(one.text), picture, found))
+                    yield one, reply, one.parse(reply), None
+                batch = []
+            if item:
+                batch.append((item, image))
+
+    def look(self, metadata, picture, found):
+        kept = {c: [found[c][i] for i in keep_detections(found[c], metadata["tag"])] for c in found}
+        correct, reason = geneval_decide(metadata, kept, lambda objects, c: self.tools.clip.colors(picture, objects, c))
+        boxes = {c: [[*o["box"], round(o["score"], 4)] for o in objects] for c, objects in kept.items() if objects}
+        return {"correct": correct, "reason": reason, "details": boxes}
+
+
 def geneval(out, args, tools):
     """GenEval (Ghosh et al. 2023, github.com/djghosh13/geneval): 553 prompts about objects, counts, colors and places,
     4 images each.
@@ -939,7 +968,7 @@ def geneval(out, args, tools):
     from the hub in float32; the detector's weights are Meta's release instead of mmdet's retraining. Rules:
     keep_detections, relations, geneval_decide, geneval_summary.
     """
-    problems, work = Problems(), []
+    problems, work = Problems(), []                                  # work: (prompt, tag, item)
     folders = {int(p.name): p for p in sorted(out.iterdir()) if p.is_dir() and p.name.isdigit()}
     prompts = dict(enumerate(read_json(args.prompts, lines=True))) if args.prompts else {}
     if not args.prompts:
@@ -972,54 +1001,16 @@ def geneval(out, args, tools):
                          f"{folder.name}/{others[0]}")
         if len(images) != args.samples:
             problems.add(f"prompt without its {args.samples} images", f"{folder.name} ({len(images)})")
-        work += [(index, metadata, path) for path in images]
-    checked = check_pictures([Item(f"{p.parent.parent.name}/{p.name}", [Picture(p)], "", None) for _, _, p in work],
-                             problems)
-    problems.stop(args.strict)
-    prints = {item.id: fingerprint for item, fingerprint in checked}
-    stack = f"{args.detector} + {args.clip}, 800/1333"
-    results, todo = {}, []
-    with contextlib.closing(Journal(result_folder(out, args) / "items.jsonl")) as journal:
-        for index, metadata, path in work:
-            name = f"{path.parent.parent.name}/{path.name}"
-            key = hashlib.sha1(repr((prints.get(name), json.dumps(metadata, sort_keys=True),
-                                     stack)).encode()).hexdigest()
-            record = journal.records.get(name, {})
-            if record.get("key") == key:
-                results[name] = (metadata["tag"], index, record["correct"])
-            elif name in prints:
-                todo.append((name, key, index, metadata, path))
-        batch = []
-        with tqdm(total=len(checked), initial=len(results), desc=f"geneval {out.name}", unit="image",
-                  dynamic_ncols=True) as progress:
-            for entry in [*todo, None]:  # images of one size share a batch; None flushes the last one
-                image = open_image(entry[4].read_bytes()) if entry else None
-                if batch and (entry is None or image.size != batch[0][1].size or len(batch) == tools.batch(8)):
-                    detector = tools.get("detector", lambda: Detector(args.detector, tools.device))
-                    detections = detector([picture for _, picture in batch])
-                    for ((name, key, index, metadata, path), picture), found in zip(batch, detections):
-                        kept = {c: [found[c][i] for i in keep_detections(found[c], metadata["tag"])] for c in found}
-                        # CLIP is loaded when the first color is asked
-                        def colors_of(objects, name, picture=picture):
-                            return tools.clip.colors(picture, objects, name)
-                        correct, reason = geneval_decide(metadata, kept, colors_of)
-                        results[name] = (metadata["tag"], index, correct)
-                        details = {c: [[*o["box"], round(o["score"], 4)] for o in found] for c, found in kept.items()
-                                   if found}
-                        journal.add({"id": name, "key": key, "file": os.path.relpath(path, out), "tag": metadata["tag"],
-                                     "prompt": metadata["prompt"], "correct": correct, "reason": reason,
-                                     "mark": float(correct), "details": details})
-                    progress.update(len(batch))
-                    batch = []
-                if entry:
-                    batch.append((entry, image))
-    summary = geneval_summary([results[name] for name in sorted(results)])
+        for path in images:
+            item = Item(f"{folder.name}/{path.name}", [Picture(path)], json.dumps(metadata, sort_keys=True), json.loads,
+                        prompt=metadata["prompt"], mark=lambda value: float(value["correct"]))
+            work.append((index, tag, item))
+    seen = judge_all(out, [item for _, _, item in work], problems, tools)
+    summary = geneval_summary([(tag, index, seen[item.id]["correct"]) for index, tag, item in work if item.id in seen])
     values = {column: percent(summary["tasks"].get(tag)) for tag, column in GENEVAL_TASKS.items()}
-    extra = {"image_accuracy": percent(summary["image_accuracy"]),
-             "prompt_accuracy_any": percent(summary["prompt_accuracy_any"]), "stack": stack}
-    return scores({**values, "Overall": percent(summary["overall"])}, len(results),
-                  len(limited(sorted(prompts), args)) * args.samples,
-                  problems, **extra)
+    return scores({**values, "Overall": percent(summary["overall"])}, len(seen),
+                  len(limited(sorted(prompts), args)) * args.samples, problems, stack=tools.judge_name,
+                  image_accuracy=percent(summary["image_accuracy"]), prompt_accuracy_any=percent(summary["prompt_accuracy_any"]))
 
 
 def percent(value):

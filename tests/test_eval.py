@@ -304,7 +304,7 @@ def test_geneval_with_tiny_models(tiny, tmp_path, capsys):
     assert first["rows"][0]["n"] == 12 == first["rows"][0]["expected"] and first["rows"][0]["mean"]["Overall"] is not None
     journal = (out / "eval/geneval/items.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in journal]
-    assert len(records) == 12 and any(r["details"] for r in records)          # the random detector sees something somewhere
+    assert len(records) == 12 and any(json.loads(r["reply"])["details"] for r in records)          # the random detector sees something somewhere
     # a rerun judges nothing again (a detector that does not exist is never loaded), and says the same; a changed picture is judged again
     assert run("geneval", out, "--samples", 2, *models) and scores(out / "eval/geneval") == first
     assert (out / "eval/geneval/items.jsonl").read_text().splitlines() == journal
