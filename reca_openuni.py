@@ -1056,6 +1056,11 @@ def prepare(model, args):
         model.lmm.to(torch.bfloat16)
         model.vae.to(torch.bfloat16)
         exact_rotary(model)
+    if args.compile:
+        # A layer of the language model is compiled for its place in the stack (it asks the cache by number), with and without
+        # a graph, for one length of prompt and for any: torch's limit of 8 versions would send most layers back to eager.
+        torch._dynamo.config.recompile_limit = 8 * len(model.blocks())
+        torch._dynamo.config.accumulated_recompile_limit = 8 * len(model.blocks())
     return {}
 
 
