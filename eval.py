@@ -20,10 +20,10 @@ Qwen2.5-VL). With --judge-url URL it is any OpenAI-compatible endpoint; its key 
 OPENAI_API_KEY, from nowhere else, and is written nowhere. A judge other than the benchmark's own gives numbers that
 must not be put beside the paper's; the table names the judge.
 
-Files. OUT/eval/BENCHMARK/items.jsonl gets one line per judged item at once, with the raw reply, so that an interrupted run
-goes on where it stopped and tables can be redone without asking again. scores.json and scores.md go there too, or into
---out. What is missing, unreadable, too much or not understood is named and counted, never scored; --strict makes it
-an error (exit code 2).
+Files. OUT/eval/BENCHMARK/items.jsonl gets one line per judged item at once, with the raw reply, so that an interrupted
+run goes on where it stopped and tables can be redone without asking again. scores.json and scores.md go there too, or
+into --out. What is missing, unreadable, too much or not understood is named and counted, never scored; --strict makes
+it an error (exit code 2).
 
 Question and answer files (understanding). `--prepare FILE` turns a benchmark's released questions into one form,
 
@@ -35,8 +35,8 @@ which every script's --describe FILE reads; it writes answers.jsonl, one object 
 
 Lines may come in any order; labels and options are always taken from --questions, never from the answer file.
 
-Four layers, each of plain functions: list the work -> judge one item -> parse the reply -> add up. Parsing and adding up
-follow the official scorers rule by rule (tests/fixtures/eval holds values that those computed) and load no torch.
+Four layers, each of plain functions: list the work -> judge one item -> parse the reply -> add up. Parsing and adding
+up follow the official scorers rule by rule (tests/fixtures/eval holds values that those computed) and load no torch.
 """
 import argparse
 import ast
@@ -269,7 +269,7 @@ class Endpoint:
     def __init__(self, url, model, workers=8, retries=5, rate=0, timeout=120, reask=2):
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
-            raise InputError("--judge-url must look like https://host/v1, without a key (that goes into OPENAI_API_KEY)")
+            raise InputError("--judge-url must look like https://host/v1, without a key (it goes into OPENAI_API_KEY)")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         # http.client would quote the whole header, key included, in its error
         if not re.fullmatch(r"[\x21-\x7e]*", self.key):
@@ -308,10 +308,10 @@ class Endpoint:
             try:
                 with self.opener.open(request, timeout=self.timeout) as response:
                     content = json.loads(self.read(response))["choices"][0]["message"]["content"]
-                return self.clean(content or "")                                      # null: the judge refused
+                return self.clean("" if content is None else content)                 # null: the judge refused
             except urllib.error.HTTPError as error:
                 with contextlib.suppress(OSError, http.client.HTTPException):
-                    error.detail = self.clean(" ".join(error.read(2000).decode(errors="replace").split()))[:200]
+                    error.detail = self.clean(" ".join(error.read(100_000).decode(errors="replace").split()))[:200]
                 detail = f"{self.host} answers {error.code}: {getattr(error, 'detail', '')}"
                 if error.code in (401, 402, 403, 404, 405) or error.code < 400 or "insufficient_quota" in detail:
                     raise InputError(detail) from None
@@ -321,7 +321,7 @@ class Endpoint:
                     wait = min(60, max(0, float(error.headers.get("Retry-After"))))
             except (OSError, http.client.HTTPException) as error:                     # includes URLError and time-outs
                 detail = self.clean(f"{self.host}: {type(error).__name__}: {getattr(error, 'reason', error)}")
-            except (ValueError, KeyError, IndexError, TypeError):
+            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
                 detail = f"{self.host}: the body is not a chat completion; does the URL end in /v1?"
             if attempt < self.retries:
                 self.stopped.wait(wait)
@@ -426,7 +426,7 @@ class LocalJudge:
         inputs = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
         ids = inputs["input_ids"]                                                     # [B, T]
         image_token = self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        # Without the token types the model runs, but image tokens get the positions of text: worse answers and no error.
+        # Without the token types the model runs, but image tokens get the positions of text: worse answers, no error.
         return {"input_ids": ids, "attention_mask": inputs["attention_mask"], "pixel_values": images["pixel_values"],
                 "image_grid_thw": images["image_grid_thw"], "mm_token_type_ids": (ids == image_token).to(torch.int32)}
 
@@ -857,7 +857,7 @@ class Detector:
         h, w = int(height * scale + 0.5), int(width * scale + 0.5)
         # [B, 3, H, W]
         pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).to(self.device).permute(0, 3, 1, 2).float()
-        # bilinear without antialiasing, rounded to grey levels, as OpenCV does it; padded (not stretched) to a multiple of 32
+        # bilinear without antialiasing, rounded to grey levels, as OpenCV does it; padded, not stretched, to 32 k
         pixels = F.interpolate(pixels, (h, w), mode="bilinear", align_corners=False).round()
         mean_, std = (torch.tensor(v, device=self.device).view(3, 1, 1)
                       for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
@@ -942,7 +942,7 @@ class GenevalJudge:
 
     def answers(self, items):
         batch = []
-        for item in [*items, None]:                                  # images of one size share a batch; None flushes the last
+        for item in [*items, None]:                     # images of one size share a batch; None flushes the last one
             image = item.pictures[0].load() if item else None
             if batch and (item is None or image.size != batch[0][1].size or len(batch) == self.tools.batch(8)):
                 for (one, picture), found in zip(batch, self.detector([picture for _, picture in batch])):
@@ -1010,7 +1010,8 @@ def geneval(out, args, tools):
     values = {column: percent(summary["tasks"].get(tag)) for tag, column in GENEVAL_TASKS.items()}
     return scores({**values, "Overall": percent(summary["overall"])}, len(seen),
                   len(limited(sorted(prompts), args)) * args.samples, problems, stack=tools.judge_name,
-                  image_accuracy=percent(summary["image_accuracy"]), prompt_accuracy_any=percent(summary["prompt_accuracy_any"]))
+                  image_accuracy=percent(summary["image_accuracy"]),
+                  prompt_accuracy_any=percent(summary["prompt_accuracy_any"]))
 
 
 def percent(value):
@@ -1690,9 +1691,9 @@ def mmmu_open(reply, gold):
             tail = said if not tail or len(said) < len(tail) else tail
         tails += [tail] if tail and tail not in set(":,.!?;'") else []
     tails = tails or [reply.strip().strip(".").lower()]
-    numbers = [n for tail in tails for pattern in (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",
-                                                   r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
-                                                   for n in re.findall(pattern, tail)]
+    patterns = (r"-?\b\d{1,3}(?:,\d{3})+\b", r"-?\d+(?:\.\d+)?[eE][+-]?\d+",          # 1,200; 2e-3; plain
+                r"-?(?:\d+\.\d+|\.\d+|\d+\b)(?![eE][+-]?\d+)(?![,\d])")
+    numbers = [n for tail in tails for pattern in patterns for n in re.findall(pattern, tail)]
     said = [a for text in tails + numbers for a in normal_answers(text)]
     gold = [a for g in (gold if isinstance(gold, list) else [gold]) for a in normal_answers(g)]
     return any(g in s if isinstance(s, str) and isinstance(g, str) else g == s for s in said for g in gold)
@@ -1760,7 +1761,7 @@ def understanding(out, args, tools):
         keep = ("question_id", "image", "text", "category", "task", "options")
         write(args.prepare, "".join(json.dumps({k: r[k] for k in keep if k in r}, ensure_ascii=False) + "\n"
                                     for r in rows))
-        return print(f"{len(rows)} questions in {args.prepare}: now `python reca_<model>.py --model DIR --describe {args.prepare} --steps 0`")
+        return print(f"{len(rows)} questions in {args.prepare}, for a script's --describe")
     known = {r["question_id"] for r in rows}
     for number, row in enumerate(read_json(out, lines=True), 1):
         key = str(row.get("question_id", row.get("id")))
@@ -1960,8 +1961,8 @@ def summarize(label, folders, results, columns):
 
 def markdown(benchmark, rows):
     """The table as the paper prints it; the first row is the baseline. Differences are those of the printed numbers."""
-    decimals = benchmark.decimals if isinstance(benchmark.decimals, dict) else dict.fromkeys(benchmark.columns,
-                                                                                             benchmark.decimals)
+    decimals = benchmark.decimals
+    decimals = decimals if isinstance(decimals, dict) else dict.fromkeys(benchmark.columns, decimals)
     columns = list(benchmark.columns)
 
     def delta(row, c):
@@ -2031,7 +2032,8 @@ def run(args):
                                        else f" The paper's is {official}: do not compare with its numbers."), ""]
     for row in rows:
         if row["partial"] or args.limit:
-            text.append(f"{row['label']}: {row['n']} of {row['expected']} scored{f' (--limit {args.limit})' if args.limit else ''}")
+            limit = f" (--limit {args.limit})" if args.limit else ""
+            text.append(f"{row['label']}: {row['n']} of {row['expected']} scored{limit}")
         text += [f"- {seed['folder']}: {line}" for seed in row["seeds"] for line in seed["problems"].lines()]
     print("\n".join(text).strip())
     versions = {m: sys.modules[m].__version__ for m in ("numpy", "PIL", "torch", "transformers") if m in sys.modules}
@@ -2096,8 +2098,8 @@ def contact_sheet(args):
         sheet.paste(image, (x, y))
         frame = "#999999" if mark is None else "#c62828" if mark < 0.5 else "#2e7d32"
         draw.rectangle((x - 3, y - 3, x + cell + 2, y + cell + 2), outline=frame, width=3)
-        words = ("FAILED  " if mark is not None and mark < 0.5 else "") + (f"[{label}] " if len(args.outputs) > 1
-                                                                           else "") + prompt
+        failed = mark is not None and mark < 0.5
+        words = ("FAILED  " if failed else "") + (f"[{label}] " if len(args.outputs) > 1 else "") + prompt
         lines, line = [], ""
         for word in words.split():  # wrapped to the cell, three lines at most
             if line and draw.textlength(f"{line} {word}", font) > cell:
@@ -2105,7 +2107,7 @@ def contact_sheet(args):
                 line = ""
             line = f"{line} {word}".strip()
         for i, line in enumerate([*lines, line][:3]):
-            draw.text((x, y + cell + 4 + 14 * i), line, frame if mark is not None and mark < 0.5 else "black",
+            draw.text((x, y + cell + 4 + 14 * i), line, frame if failed else "black",
                       font=font)
     path = Path(args.out or Path(parse_outputs(args.outputs)[-1][1][-1]) / "eval" / "contact_sheet.png")
     try:
@@ -2198,6 +2200,11 @@ def main(argv=None):
         contact_sheet(args) if args.benchmark == "contact-sheet" else run(args)
     except InputError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":               # torch's; torch itself may not be loaded
+            raise
+        print("error: the batch does not fit into the GPU's memory: lower --batch", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted; what was judged is kept: the same command goes on from there", file=sys.stderr)
