@@ -77,7 +77,8 @@ def internvl3(width, layers, heads, kv_heads, intermediate):
 
     The vocabulary is 151674 and the output head a matrix of its own (not tied). The published configuration asks for
     "dynamic" rotary scaling by 2: it acts only beyond 32768 positions, and no prompt here reaches 1000, so it is left
-    out. """
+    out.
+    """
     return dict(
         image_token_id=151667, image_seq_length=256, downsample_ratio=0.5, tie_word_embeddings=False,
         vision_config=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
@@ -251,7 +252,8 @@ class PrefixCache(DynamicCache):
 
     A DynamicCache grows at every call. Once `read_only` is set, this one returns [prompt's, queries'] without keeping
     the queries': so the layers can run a second time on the same cache, as activation checkpointing does in the
-    backward pass. """
+    backward pass.
+    """
     read_only = False
 
     def update(self, keys, values, layer_idx, *args, **kwargs):                   # [B, kv heads, tokens, head dim]
@@ -337,7 +339,8 @@ class OpenUni(nn.Module):
 
         None, a conversation without an image, gives {}. "recon" and "t2i": square crop along the long side (random
         with rng, else the centre), resized to S, as the original trains. "i2t": the whole image, stretched to S, as
-        the original's demonstration does it. """
+        the original's demonstration does it.
+        """
         if image is None:
             return {}
         size = self.config.image_size
@@ -357,7 +360,8 @@ class OpenUni(nn.Module):
         tokens are the same for all 360 templates. But they are 24 layers x 2 x 128 values a token, 3.2 MB an image
         (L: 7.5 MB), seven times the rest, and save an eighth of the step's arithmetic that is left (one forward of
         260 tokens through the language model, against forward and backward of 256 queries there and in SANA). Per
-        template it would be 1.2 GB an image. """
+        template it would be 1.2 GB an image.
+        """
         features = [{} for _ in samples]
         seen = [row for row, sample in zip(features, samples) if sample]
         if seen:
@@ -376,7 +380,8 @@ class OpenUni(nn.Module):
 
         The original normalises first and then resizes, bilinear and without antialiasing. The order makes no
         difference (both are linear, the weights sum to 1) but antialiasing would: 512 -> 448 px loses a little, and
-        so it was trained. """
+        so it was trained.
+        """
         mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         if self.und_blur > 1:
             pixels = common.blur(pixels, self.und_blur)
@@ -438,7 +443,8 @@ class OpenUni(nn.Module):
         Two passes. The prompt cannot see the queries behind it (causal attention) and all weights are frozen, so it
         runs without a graph and leaves its keys and values; then the queries run with one. Same numbers as one pass
         over L+Q tokens with a graph, which is what the original does, for less than half of the activations and of
-        the backward pass. """
+        the backward pass.
+        """
         length = prompt.shape[1]
         mask, positions = self._positions(attention_mask)
         llm, cache = self.lmm.model.language_model, PrefixCache()
@@ -486,7 +492,8 @@ class OpenUni(nn.Module):
         source: "tiny" | a name in RELEASED (the checkpoint RecA starts from) | a .pth or .safetensors file in the
         released layout | a hub id "owner/name" or a folder that holds one such file | "owner/name:FILE" where it
         holds several | a folder that save_pretrained wrote. bases: {"lmm": ..., "sana": ..., "vae": ...}, hub ids or
-        folders to use for those parts. Every key must fit, or InputError names what does not. """
+        folders to use for those parts. Every key must fit, or InputError names what does not.
+        """
         if source == "tiny":
             model = cls.random("tiny").to(device, dtype)
             exact_rotary(model)
@@ -495,7 +502,9 @@ class OpenUni(nn.Module):
         state = dict(common.load_state(path))
         if described is None:
             described = guess_variant(state, path)
-        described["bases"] = described["bases"] | (bases or cls.base_overrides)
+        for part, base in (bases or cls.base_overrides).items():
+            local = Path(base).expanduser()
+            described["bases"][part] = str(local.resolve()) if local.is_dir() else str(base)
         parts = {k.split(".")[0] for k in state}
         config, folders = read_bases(described, path.parent, need_sana="transformer" not in parts)
         model = empty_model(config, device, dtype)
@@ -521,8 +530,7 @@ class OpenUni(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         with common.atomic(folder / "openuni.pth") as path, open(path, "wb") as stream:
-            # into a stream: given a path, torch would write its name into the file, and equal weights were unequal
-            # bytes
+            # into a stream: given a path, torch would write its name into the file, equal weights were unequal bytes
             torch.save(self.released_state("finetuned"), stream)
         if "lmm" not in self.config.bases:
             self.lmm.config.save_pretrained(folder / "lmm")
@@ -577,7 +585,8 @@ class OpenUni(nn.Module):
 
         The original pads reconstruction prompts on the left and text prompts on the right; with positions counted
         from the mask both give the same numbers. We pad on the right: on the left, the first padded places would have
-        nothing to attend to. """
+        nothing to attend to.
+        """
         length = max(map(len, rows))
         pad = [[value] * (length - len(row)) for row in rows]
         ids = torch.tensor([p + row if left else row + p for row, p in zip(rows, pad)], device=self.device)
@@ -606,7 +615,8 @@ class OpenUni(nn.Module):
 
         features: list of {"und" [N, D], "latents" [C, h, w]} from encode; templates: as many strings. draws: {"noise"
         [B, C, h, w] standard normal, "u" [B] uniform on [0, 1)}, or None: from rng. Returns the mean over images,
-        channels and places. """
+        channels and places.
+        """
         ids, mask = self._pad(self._tokenize([self.recon_prompt(t) for t in templates]))
         return self._recon_loss_from_ids(features, ids, mask, draws, rng)
 
@@ -638,7 +648,8 @@ class OpenUni(nn.Module):
 
         Time is discrete: σ in {0.001, ..., 1}, and the network is told 1000 σ. The mixture is made in float32; the
         original makes it in bf16, which rounds σ by up to 0.4% while the network is told the exact t. Not followed:
-        it is noise in the target. """
+        it is noise in the target.
+        """
         rng = rng or Rng.fresh(len(latents))
         noise = (draws["noise"] if draws else rng.normal(*latents.shape[1:])).to(latents)               # ε [B, C, h, w]
         u = (draws["u"] if draws else rng.uniform()).to(latents)                                                   # [B]
@@ -665,7 +676,8 @@ class OpenUni(nn.Module):
         A measure, not a training signal: the understanding model is frozen and the queries stand behind everything
         that is read here, so no trained parameter has a part in it (λ_i2t = 0 in the paper for this model). features:
         list of {"und"}, or {} for a conversation without an image; conversations: list of [(question, answer), ...].
-        draws and rng are not used: nothing is drawn. """
+        draws and rng are not used: nothing is drawn.
+        """
         rows, targets = [], []
         for feature, turns in zip(features, conversations):
             row, target = [], []
@@ -698,7 +710,8 @@ class OpenUni(nn.Module):
 
         seed: image i has seed + i; or a list with one seed an image, on which alone its noise depends. draws:
         {"latents" [B, C, h, w]} standard normal, or None. guidance_scale 1 (or less): no guidance, half the time.
-        negative_prompt: a text to be guided away from, or None: the unconditional prompt. """
+        negative_prompt: a text to be guided away from, or None: the unconditional prompt.
+        """
         guided = guidance_scale > 1
         ids, mask = self._pad(self._text_ids([*prompts, negative_prompt] if guided else list(prompts)))
         condition = self._condition(self._prompt_embeds(ids), mask)                                   # [B (+1), Q, T]
@@ -713,7 +726,8 @@ class OpenUni(nn.Module):
 
         templates: one string an image; None: the seed template. The default is no guidance: RecA never drops the
         image, and the original's demonstration gives the negative branch the same image and, by default, the same
-        words, which comes to the same. guidance_scale > 1 guides away from the unconditional text prompt. """
+        words, which comes to the same. guidance_scale > 1 guides away from the unconditional text prompt.
+        """
         guided = guidance_scale > 1
         features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
         templates = templates or [common.SEED_TEMPLATE] * len(images)
@@ -738,7 +752,8 @@ class OpenUni(nn.Module):
 
         Guidance acts on the velocity, v = v_uncond + scale (v_cond - v_uncond), before the solver turns it into a
         clean image. The noise levels are shifted towards noise (SCHEDULER). The library truncates 1000 σ to an
-        integer for the network (the first is 999) and computes with the exact σ; the original does so too. """
+        integer for the network (the first is 999) and computes with the exact σ; the original does so too.
+        """
         solver = DPMSolverMultistepScheduler.from_config(self.config.scheduler)
         solver.set_timesteps(num_steps, device=latents.device)
         latents = latents.float()
@@ -858,7 +873,8 @@ def guess_variant(state, path):
     and k norms.
 
     L-512 and L-1024 have equal key lists where SANA is not in the file; then the file's name decides (1024 in it, or
-    not). """
+    not).
+    """
     queries = state.get("meta_queries")
     if queries is None:
         raise InputError(f"{path} is not an OpenUni checkpoint: it has no meta_queries")
@@ -877,7 +893,8 @@ def read_bases(described, folder, need_sana):
     """A checkpoint's settings -> (OpenUniConfig with the sizes that the bases' own files state, {part: local folder}).
 
     Parts that settings["bases"] does not name lie in `folder`, beside the checkpoint. need_sana: SANA's weights are
-    needed too. """
+    needed too.
+    """
     sana_weights = [f"transformer/diffusion_pytorch_model{name}" for name in (".safetensors*", "-*.safetensors")]
     patterns = {"lmm": ["*.json", "*.txt", "*.safetensors"], "vae": ["config.json", "*.safetensors"],
                 "sana": ["transformer/config.json", "scheduler/*.json"] + sana_weights * need_sana}
@@ -900,7 +917,10 @@ def internvl_sizes(folder):
     config = common.read_json(folder / "config.json")
     if "llm_config" not in config:                                                                       # converted
         ignored = ("architectures", "transformers_version", "dtype", "torch_dtype")
-        return {k: v for k, v in config.items() if k not in ignored}
+        sizes = {k: v for k, v in config.items() if k not in ignored}
+        # Never tied here: whatever the file says, the head is a matrix of its own, a copy where the checkpoint has
+        # none.
+        return sizes | {"tie_word_embeddings": False, "text_config": config["text_config"] | {"tie_word_embeddings": False}}
     vision, llm = config["vision_config"], config["llm_config"]
     side = config.get("force_image_size") or vision["image_size"]
     other_kind = (vision.get("qk_normalization"), vision.get("norm_type", "layer_norm") != "layer_norm",
@@ -933,7 +953,8 @@ def exact_rotary(model):
 
     The original casts the whole model to bf16 and these frequencies with it, which turns distant positions by some
     tenths of a radian. Not followed: InternVL itself was trained with exact ones, and so are the queries from here
-    on. """
+    on.
+    """
     llm = model.lmm.model.language_model
     llm.rotary_emb = Qwen2RotaryEmbedding(llm.config).to(model.device)
 
@@ -962,7 +983,8 @@ def pretrain_toy(model, fraction, seed):
     """The history of the published model in small, for `--model tiny`: an autoencoder; a language model; a vision
     encoder whose embeddings say words; then, with all of that frozen, generation from sparse captions. What RecA
     finds is a model that draws the right shapes, was seldom told colors and places, and has never been shown an image
-    while it draws. """
+    while it draws.
+    """
     size, words = model.config.image_size, model.tokenizer.convert_tokens_to_ids(TOY_WORDS)
     side = math.isqrt(model.image_tokens)
     table = model.lmm.get_input_embeddings().weight
@@ -1057,8 +1079,9 @@ def prepare(model, args):
         model.vae.to(torch.bfloat16)
         exact_rotary(model)
     if args.compile:
-        # A layer of the language model is compiled for its place in the stack (it asks the cache by number), with and without
-        # a graph, for one length of prompt and for any: torch's limit of 8 versions would send most layers back to eager.
+        # A layer of the language model is compiled for its place in the stack (it asks the cache by number), with and
+        # without a graph, for one length of prompt and for any: torch's limit of 8 versions would send most layers
+        # back to eager.
         torch._dynamo.config.recompile_limit = 8 * len(model.blocks())
         torch._dynamo.config.accumulated_recompile_limit = 8 * len(model.blocks())
     return {}

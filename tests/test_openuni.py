@@ -1,6 +1,7 @@
 """OpenUni: equality with the original implementation, released layouts, prompts, the cut between prompt and queries."""
 import json
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -299,6 +300,21 @@ def test_released_layouts_load(hub, model, kind, lmm):
     assert loaded.config.bases == bases_in(hub, lmm) and not loaded.training
     ours, theirs = (m.lmm.model.language_model.rotary_emb.inv_freq for m in (loaded, model))
     assert torch.equal(ours, theirs)
+
+
+def test_a_tied_head_is_copied(hub, model, tmp_path):
+    """A converted InternVL whose config ties the head and whose file leaves it out."""
+    state = load_file(hub / "hf" / "model.safetensors")
+    embedding = state["model.language_model.embed_tokens.weight"]
+    del state["lm_head.weight"]
+    config = json.loads((hub / "hf" / "config.json").read_text())
+    config.update(tie_word_embeddings=True, text_config=config["text_config"] | {"tie_word_embeddings": True})
+    shutil.copytree(hub / "hf", tmp_path / "tied")
+    save_file(state, tmp_path / "tied" / "model.safetensors")
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(config))
+    loaded = OpenUni.from_pretrained(hub / "finetuned", bases=bases_in(hub) | {"lmm": str(tmp_path / "tied")})
+    assert torch.equal(loaded.lmm.lm_head.weight, embedding)
+    assert torch.equal(loaded.lmm.get_input_embeddings().weight, embedding)
 
 
 def test_original_names_come_back(hub, model):
