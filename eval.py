@@ -631,6 +631,8 @@ def judge_all(out, items, problems, tools):
         raise InputError(f"the prompt file has {twice[0]} twice")
     good = check_pictures(items, problems)
     problems.stop(tools.args.strict)
+    if not good:
+        raise InputError(f"{out}: nothing to score; {'; '.join(problems.lines()) or 'no image of a known prompt'}")
     values, keys, failed = {}, {}, {}
     with contextlib.closing(Journal(result_folder(out, tools.args) / "items.jsonl")) as journal:
         todo = []
@@ -874,7 +876,6 @@ class Detector:
         """The 100 best (query, class) pairs over all; score = class probability x mean sigmoid inside the mask; masks
         may overlap.
         """
-        import torch
         import torch.nn.functional as F
         best, index = probabilities.flatten().topk(min(100, probabilities.numel()))
         keep = best > threshold  # the factor is below 1: what is not above the threshold now never will be

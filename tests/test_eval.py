@@ -342,7 +342,6 @@ def test_detector_is_the_library_model_and_masks_follow_mmdet(tiny, monkeypatch)
 
 
 def test_detector_input_is_800_padded_and_never_384(tiny):
-    import torch
     detector, seen = ev.Detector(str(tiny / "mask2former"), "cpu"), []
     real = detector.model
     detector.model = lambda pixels: (seen.append(pixels), real(pixels))[1]
@@ -975,11 +974,13 @@ def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, cap
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "not Python source"),
     (["geneval", "folder", "--limit", "0"], "not above 0"),
     (["geneval", "folder"], "no GenEval folder"),
+    (["wise", "empty", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], "nothing to score; 1 x missing image"),
     (["gqa", "a=answers.jsonl", "a=answers.jsonl", "--questions", "q.json"], "same name"),
 ])
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "folder").mkdir()
+    (tmp_path / "empty").mkdir()
     for name, text in (("answers.jsonl", '{"id": "1", "answer": "x"}'), ("noanswer.jsonl", '{"id": "1"}'), ("bad.jsonl", '{"a": 1}\n{"a"'),
                        ("q.json", '{"1": {"question": "q", "imageId": "i", "answer": "x"}}'), ("judge.txt", "{prompt} {explanation}"), ("broken.py", "def ("),
                        ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]')):
