@@ -107,6 +107,7 @@ class HarmonConfig:
     # The sampler's defaults.
     num_steps: int = 64
     guidance_scale: float = 3.0
+    clip_latents: float = math.inf      # tiny only: an error of the noise at t = 999 is 20000 times as large in x_0
     # RecA: factor on the gradient that reaches the understanding embeddings.
     grad_scale: float = 0.1
 
@@ -121,8 +122,9 @@ CONFIGS = {
     "tiny": HarmonConfig(
         name="harmon_tiny", image_size=32, vocab_size=512, llm_width=128, llm_layers=3, llm_heads=4, llm_mlp=384,
         encoder_width=96, encoder_layers=2, encoder_heads=4, decoder_width=96, decoder_layers=2, decoder_heads=4,
-        buffer_size=8, table_size=4, class_num=10, dropout=0.0, diffusion_width=128, diffusion_layers=3,
-        vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4, num_steps=16, guidance_scale=1.5),
+        buffer_size=8, table_size=4, class_num=10, dropout=0.0, diffusion_width=128, diffusion_layers=3, diffusion_steps=25,
+        vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4, num_steps=16, guidance_scale=1.5,
+        clip_latents=4.0),
 }
 
 RELEASED = {                            # what --model accepts beside hub ids and folders: the hub's repository and file
@@ -380,13 +382,13 @@ def diffusion_schedule(steps, device):
             for name, table in tables.items()}
 
 
-def denoising_step(at, x_t, noise, v):
+def denoising_step(at, x_t, noise, v, limit=math.inf):
     """p(x_{t-1} | x_t) as the network sees it -> its mean and log-variance, [rows, C] each.
 
     at: the tables at timestep t ([rows, 1], or scalars); x_t [rows, C]; noise, v [rows, C]: the two halves of the
-    network's output.
+    network's output. limit: bound of the predicted x_0, infinite in Harmon (latents are not pixels).
     """
-    x_0 = at["x0_from_xt"] * x_t - at["x0_from_noise"] * noise               # not clipped: latents are not pixels
+    x_0 = (at["x0_from_xt"] * x_t - at["x0_from_noise"] * noise).clamp(-limit, limit)
     part = (v + 1) / 2                                                       # 0: the posterior's variance, 1: beta
     return (at["mean_x0"] * x_0 + at["mean_xt"] * x_t,
             part * at["log_beta"] + (1 - part) * at["log_posterior"])
@@ -959,7 +961,8 @@ class Harmon(nn.Module):
         paints there.
         """
         c = self.config
-        num_steps, guidance_scale = num_steps or c.num_steps, guidance_scale or c.guidance_scale
+        num_steps = num_steps or c.num_steps
+        guidance_scale = c.guidance_scale if guidance_scale is None else guidance_scale
         branches = branches[:1] if guidance_scale == 1 else branches
         B, grid = len(branches), (c.image_size // self.stride,) * 2
         n, N, E = len(branches[0][1]), grid[0] * grid[1], c.buffer_size
@@ -1018,7 +1021,8 @@ class Harmon(nn.Module):
             noise, v = out[:rows].chunk(2, dim=-1)
             if len(z) > rows:
                 noise = out[rows:, :C] + guidance_scale * (noise - out[rows:, :C])
-            x, log_var = denoising_step({name: table[j] for name, table in tables.items()}, x, noise, v)
+            at = {name: table[j] for name, table in tables.items()}
+            x, log_var = denoising_step(at, x, noise, v, self.config.clip_latents)
             if j > 0:
                 x = x + temperature * (0.5 * log_var).exp() * later[steps - 1 - j]
         return x
