@@ -115,12 +115,12 @@ class ShowoConfig:
 
 
 TINY = ShowoConfig(
-    image_size=64, codebook_bits=10, hidden=128, layers=3, heads=4, intermediate=384, max_positions=512,
+    image_size=64, codebook_bits=8, hidden=128, layers=3, heads=4, intermediate=384, max_positions=512,
     clip_hidden=96, clip_intermediate=192, clip_layers=3, clip_heads=4, clip_image_size=32, clip_patch=8,
     # GroupNorm has 32 groups, so widths are multiples of 32; no residual block where the image is still 64 pixels wide.
     vq_ch=32, vq_enc_mult=(1, 1, 2, 4, 4), vq_enc_res=(0, 1, 1, 1, 1),
     vq_dec_mult=(1, 1, 2, 4, 4), vq_dec_res=(0, 1, 1, 1, 1),
-    recon_text=64, max_text=96, max_prompt=48)
+    recon_text=32, max_text=96, max_prompt=48)
 CONFIGS = {
     "showlab/show-o-w-clip-vit-512x512": ShowoConfig(),
     "showlab/show-o-w-clip-vit": ShowoConfig(image_size=256),
@@ -153,13 +153,12 @@ class Recipe:
     lambda_recon: float = 1.0
     lambda_i2t: float = 1.0
     lambda_t2i: float = 0.0
-    i2t_data: str = None
     guidance_scale: float = 5.0             # of GenEval and DPG-Bench
     sampling_steps: int = 50
 
 
 RECIPE_256 = Recipe(batch=4, horizon=10_000)
-RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=50, horizon=0, clip=1.0, i2t_data="shapes",
+RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=50, horizon=0, clip=1.0,
                      guidance_scale=1.0, sampling_steps=8)
 RECIPES = {name: RECIPE_TINY if c is TINY or name == "tiny-vq" else RECIPE_256 if c.image_size == 256 else Recipe()
            for name, c in CONFIGS.items()}
@@ -407,7 +406,7 @@ class Showo(nn.Module):
                 hidden_size=c.clip_hidden, intermediate_size=c.clip_intermediate, num_hidden_layers=c.clip_layers,
                 num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch,
                 hidden_act="quick_gelu"))
-        self.magvit = MagVit2(c)
+        self.magvit = MagVit2(c).to(memory_format=torch.channels_last)       # a quarter faster than channels first
         for part in self.frozen():
             part.requires_grad_(False)
         self.train_embeddings_in_recon = False       # see recon_loss
@@ -643,7 +642,8 @@ class Showo(nn.Module):
         folder, c = Path(folder), self.config
         theirs = {"_class_name": "Showo", "w_clip_vit": c.w_clip_vit, "vocab_size": c.vocab_size,
                   "llm_vocab_size": c.llm_vocab_size, "llm_model_path": TOKENIZER_SOURCE,
-                  "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens, "load_from_showo": True, "mask_token_id": c.mask_token}
+                  "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens, "load_from_showo": True,
+                  "mask_token_id": c.mask_token}
         sizes = {k: v for k, v in dataclasses.asdict(c).items() if k not in (*theirs, "image_size")}
         write_weights(folder, self.released_state(), {**theirs, "sizes": sizes})
         write_weights(folder / "magvitv2", self.magvit.state_dict(), {"_class_name": "MAGVITv2"})
@@ -779,6 +779,14 @@ class Showo(nn.Module):
         room = c.max_text - (c.num_clip - c.num_tokens) - c.system_len if c.w_clip_vit else c.max_text
         return ids[:room], labels[:room]
 
+    def _conversations(self, conversations):
+        """B conversations -> ids and labels [B, T], padded on the right to the longest (the original: always to the
+        full room, 996 slots at 512 px, which no position looks at)."""
+        pairs = [self._conversation(turns) for turns in conversations]
+        longest = max(len(ids) for ids, _ in pairs)
+        return (torch.tensor([ids + [self.config.pad] * (longest - len(ids)) for ids, _ in pairs]),
+                torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in pairs]))
+
     def _system_ids(self):
         return self._text_ids(SYSTEM_PROMPT) if self.config.w_clip_vit and self.config.system_len else []
 
@@ -855,11 +863,7 @@ class Showo(nn.Module):
         features: list of encode(..., "i2t"); conversations: list of [(question, answer), ...]. draws, rng: nothing is
         drawn. Returns a scalar, the mean over all answer tokens (with their end token) of the batch.
         """
-        pairs = [self._conversation(turns) for turns in conversations]
-        longest = max(len(ids) for ids, _ in pairs)         # the original pads every row to the full room, 996 at 512 px
-        ids = torch.tensor([ids + [self.config.pad] * (longest - len(ids)) for ids, _ in pairs])
-        labels = torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in pairs])
-        return self._i2t_loss(features, ids, labels, self._system_ids())
+        return self._i2t_loss(features, *self._conversations(conversations), self._system_ids())
 
     def _i2t_loss(self, features, ids, labels, system=()):
         und = torch.stack([f["und"] for f in features])
@@ -1073,6 +1077,143 @@ def clip_keys(state):
 # ======================================================================================================
 # 7. main()
 # ======================================================================================================
+
+
+def pretrain_toy(model, fraction, seed):
+    """What the released Show-o had at scale, in small, so that RecA finds what the paper describes: a model that can
+    say all it sees, but draws from captions that seldom name a color or a place.
+
+    fraction: of the full length. CLIP variant: the embeddings of an image must live where words live, as they do in a
+    model of 1.3 billion parameters; a tiny one would make up arbitrary vectors, and RecA could carry nothing over to
+    text.
+    """
+    c, pool = model.config, max(64, round(4000 * fraction))
+    table, question = model.showo.model.embed_tokens, common.SEED_TEMPLATE
+
+    def steps(count):
+        return max(1, round(count * fraction))
+
+    def rng(stage, position):
+        return np.random.default_rng((seed, stage, position))
+
+    def pixels(scenes, size=c.image_size):
+        return torch.stack([common.to_tensor(common.draw_scene(scene, size)) for scene in scenes])
+
+    def said(scenes):
+        return model._conversations([[(question, common.caption(scene))] for scene in scenes])
+
+    # 1. The tokenizer. The toy world is made of a few dozen kinds of 16 x 16 patches; each gets a number as its code,
+    # which the encoder learns to say and the decoder to paint. (A real tokenizer invents its own codes; that takes
+    # longer.)
+    def patches(images):                                                            # [B, 3, S, S] -> [B, N, 768]
+        return F.unfold(images, 16, stride=16).transpose(1, 2)
+
+    cells = [[]] + [[(0, shape, color)] for shape in range(4) for color in range(8)]
+    sizes = (c.image_size, c.image_size // 2)
+    book = torch.cat([patches(pixels(cells, size)).flatten(0, 1) for size in sizes]).unique(dim=0)
+
+    def tokenizer_loss(positions):
+        loss = 0
+        for size in sizes:
+            dense = [[(place, int(g.integers(4)), int(g.integers(8))) for place in range(4) if g.random() < 0.7]
+                     for g in (rng(1, p) for p in positions)]
+            images = pixels(dense, size)
+            codes = torch.cdist(patches(images), book.expand(len(images), -1, -1)).argmin(-1)               # [B, N]
+            signs = model.magvit.quantize.embedding[codes].transpose(1, 2).unflatten(2, (size // 16,) * 2)
+            loss = loss + F.binary_cross_entropy_with_logits(model.magvit.encoder(images), (signs > 0).float())
+            loss = loss + F.mse_loss(model.magvit.decoder(signs), images)
+        return loss
+
+    model.magvit.requires_grad_(True)
+    common.toy_stage("image tokenizer", model.magvit.parameters(), tokenizer_loss, steps(300), lr=2e-3, batch=16)
+    model.magvit.requires_grad_(False)
+
+    comma = model._text_ids(",")[0]
+    scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
+    images = [common.draw_scene(scene, c.image_size) for scene in scenes]
+
+    def pick(positions):
+        return [p * 7919 % pool for p in positions]
+
+    if c.w_clip_vit:
+        # 2. Reading. The language model learns to say in a sentence what 16 words in the places of the CLIP rows say:
+        # as CLIP will say it (the four rows 4k.. name the color, shape and place of what is in cell k), or with the
+        # words anywhere.
+        names = [[model._text_ids(word)[0] for word in kind] for kind in (common.PLACES, common.SHAPES, common.COLORS)]
+
+        def in_order(scene):
+            ids = [[comma] * 4 for _ in range(4)]
+            for thing in scene:
+                place, shape, color = (names[kind][i] for kind, i in enumerate(thing))
+                ids[thing[0]] = [color, shape, place, comma]
+            return sum(ids, [])
+
+        def anywhere(scene, g):
+            spoken = [i for i in in_order(scene) if i != comma]
+            ids = np.full(c.num_clip, comma)
+            ids[np.sort(g.choice(c.num_clip, len(spoken), replace=False))] = spoken
+            return ids.tolist()
+
+        def reading_loss(positions):
+            some, generators = [scenes[i] for i in pick(positions)], [rng(3, p) for p in positions]
+            words = [in_order(scene) if g.random() < 0.5 else anywhere(scene, g) for scene, g in zip(some, generators)]
+            rows = model._i2t_rows(*said(some), None, model._system_ids())
+            rows.ids[:, rows.clip_at:rows.clip_at + c.num_clip] = torch.tensor(words)
+            rows.clip_at = None
+            return model._cross_entropy(rows, shift=True)
+
+        common.toy_stage("language model", model.showo.parameters(), reading_loss, steps(400), lr=2e-3)
+
+        # 3. Seeing. CLIP and projector learn to say these words to a language model that stays as it is. CLIP sees
+        # images with its own statistics and, in RecA, with the tokenizer's (see `shown`).
+        order = torch.tensor([in_order(scene) for scene in scenes])
+
+        def alignment_loss(rows, picked):
+            spoken = model.mm_projector(rows)
+            target = table(order[picked]).detach()
+            return F.mse_loss(spoken, target) / target.square().mean()
+
+        def seeing_loss(positions):
+            picked = pick(positions)
+            view = [model.shown(pixels([scenes[i] for i in picked])),
+                    torch.stack([model.preprocess(images[i], "i2t")["clip_pixels"] for i in picked])]
+            rows = model.clip_rows(torch.cat([v[k::2] for k, v in enumerate(view)]))
+            picked = picked[::2] + picked[1::2]
+            ids, labels = said([scenes[i] for i in picked])
+            loss = model._i2t_loss([{"und": r} for r in rows], ids, labels, model._system_ids())
+            return loss + alignment_loss(rows, picked)
+
+        model.showo.requires_grad_(False)
+        seeing = [*model.clip.requires_grad_(True).parameters(), *model.mm_projector.parameters()]
+        common.toy_stage("CLIP and projector", seeing, seeing_loss, steps(400), lr=2e-3)
+        model.clip.requires_grad_(False)
+        model.showo.requires_grad_(True)
+
+    # 4. Everything: understanding as before, and generation from sparse captions. Many captions are spread out by
+    # commas, so that the distance between a word and the image means nothing. VQ variant: also codes of the image at
+    # half its size, which Show-o knows from its own pretraining at a lower resolution.
+    def spread(ids, g):
+        for _ in range(int(g.integers(25)) if g.random() < 0.7 else 0):
+            ids.insert(int(g.integers(len(ids) + 1)), comma)
+        return ids
+
+    def features(task, samples):
+        return [f for k in range(0, pool, 250) for f in model.encode(samples[k:k + 250], task)]
+
+    painted, seen = (features(task, [model.preprocess(image, task) for image in images]) for task in ("t2i", "i2t"))
+    seen = [seen] if c.w_clip_vit else [seen, features("i2t", [{"pixels": x} for x in pixels(scenes, sizes[1])])]
+
+    def joint_loss(positions):
+        picked, generators = pick(positions), [rng(4, p) for p in positions]
+        texts = [spread(model._text_ids(common.caption(scenes[i], 0.1, g)), g) for i, g in zip(picked, generators)]
+        loss = model._t2i_loss([painted[i] for i in picked], texts, rng=Rng(seed, "toy", positions=positions))
+        some = picked[:len(picked) // 2]
+        und = [seen[positions[0] % len(seen)][i] for i in some]
+        loss = loss + model._i2t_loss(und, *said([scenes[i] for i in some]), model._system_ids())
+        return loss + alignment_loss(torch.stack([f["und"] for f in und]), some) if c.w_clip_vit else loss
+
+    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
+    common.toy_stage("understanding and generation", trained, joint_loss, steps(1500), lr=1e-3)
 
 
 def flags(parser):

@@ -1,6 +1,8 @@
 """Show-o: equality with the reference implementation (fixture), released key lists, prompt layouts, files, sampler, resume."""
 import json
 import os
+import signal
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -549,3 +551,84 @@ def test_showo_und_size_and_blur():
 def test_showo_text_only_conversations_are_left_out(tiny):
     with pytest.raises(ValueError):
         tiny.preprocess(None, "i2t")
+
+
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+SHORT = ["--pretrain", "0.005", "--batch", "2", "--self-captions", "4", "--max-new-tokens", "4", "--sampling-steps", "2",
+         "--precision", "fp32"]
+
+
+@pytest.fixture(scope="module")
+def toy_cache(tmp_path_factory):
+    """One (very short) toy pretraining per variant for this file, nothing in the user's own cache."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def run(*arguments):
+    """main() in this process, as `python reca_showo.py ...` would."""
+    handlers = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["reca_showo.py", *map(str, arguments)])
+        try:
+            reca_showo.main()
+        finally:
+            for number, handler in handlers:
+                signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny-vq"])
+def test_showo_end_to_end(name, toy_cache, tmp_path):
+    """Toy pretraining, RecA, scores; an interrupted run resumes to the same numbers and weights; inference on the checkpoint."""
+    tiny = ["--model", name, *SHORT]
+    run(*tiny, "--steps", 4, "--out", tmp_path / "whole")
+    scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
+    assert scores.keys() == {"before", "after"} and scores["after"].keys() == {
+        "reconstruction", "single_object", "two_object", "colors", "position", "color_attribution", "overall"}
+    log = common.read_json(tmp_path / "whole" / "log.jsonl", lines=True)
+    assert [row["step"] for row in log] == [1, 2, 3, 4] and all({"recon", "i2t", "grad_norm"} <= row.keys() for row in log)
+    assert list((tmp_path / "whole" / "previews").glob("step_*.png"))
+
+    run(*tiny, "--steps", 2, "--out", tmp_path / "parts")
+    run(*tiny, "--steps", 4, "--out", tmp_path / "parts", "--resume")
+    again = common.read_json(tmp_path / "parts" / "log.jsonl", lines=True)
+    assert [(r["recon"], r["i2t"], r["grad_norm"]) for r in log] == [(r["recon"], r["i2t"], r["grad_norm"]) for r in again]
+    one, two = (contents(tmp_path / kind / "checkpoint-000004") for kind in ("whole", "parts"))
+    assert one.keys() == two.keys() and all(one[f] == two[f] for f in one if f != "trainer.pt")
+
+    made = tmp_path / "made"
+    (tmp_path / "prompts.txt").write_text("red circle\nblue cross top-left\n")
+    run("--model", tmp_path / "whole" / "checkpoint-000004", "--steps", 0, "--generate", tmp_path / "prompts.txt", "--sampling-steps", 2,
+        "--out", made, "--precision", "fp32")
+    assert len(list(made.glob("*.png"))) == 2
+
+
+def test_showo_switches_of_the_command_line(toy_cache, tmp_path, capsys):
+    """--und-size, --blur, --recon-trains-embeddings and the cache reach the model; what cannot work is refused in one line."""
+    seen = {}
+
+    def watch(model, args):
+        seen["model"] = model
+        return prepare(model, args)
+    prepare = reca_showo.prepare
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reca_showo, "prepare", watch)
+        run("--model", "tiny-vq", *SHORT, "--steps", 1, "--blur", 4, "--lambda-i2t", 0, "--cache", tmp_path / "cache", "--out", tmp_path / "a")
+        assert (seen["model"].und_size, seen["model"].blur) == (64, 4)
+        assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
+        run("--model", "tiny-vq", *SHORT, "--steps", 1, "--und-size", 16, "--lambda-i2t", 0, "--out", tmp_path / "b")
+        assert (seen["model"].und_size, seen["model"].blur) == (16, None)
+        run("--model", "tiny", *SHORT, "--steps", 1, "--recon-trains-embeddings", "--out", tmp_path / "c")
+        assert seen["model"].train_embeddings_in_recon
+    for wrong, message in ((["--und-size", "24"], "multiple of 16"), (["--flex"], "needs a GPU"), (["--data", "/nowhere"], "no such folder")):
+        with pytest.raises(common.InputError, match=message):
+            run("--model", "tiny-vq", *SHORT, "--steps", 1, "--lambda-i2t", 0, *wrong, "--out", tmp_path / "d")
+
+
+def test_showo_bench(capsys):
+    """--bench runs the step of the command line; here at the tiny size."""
+    run("--model", "tiny", "--bench", "--precision", "fp32", "--batch", 2)
+    figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
+    assert figures["losses"] == ["recon", "i2t"] and figures["step_s"] > 0
