@@ -580,7 +580,6 @@ class Showo(nn.Module):
         with torch.device("meta"):
             model = cls(config, tokenizer)
         model.to_empty(device="cpu")
-        model._recompute_buffers()
         model._load_released(read_weights(folder), str(source))
         weights = ["*.safetensors", "*.bin"]
         common.load_strictly(model.magvit, read_weights(part("magvitv2", VQ_SOURCE, weights)), "MAGVIT-v2")
@@ -589,6 +588,10 @@ class Showo(nn.Module):
         model.to(device)
         for module in [model.showo, *([model.mm_projector, model.clip] if config.w_clip_vit else [])]:
             module.to(dtype)
+        # The buffers that no checkpoint holds, after the cast: rounded rotary frequencies would turn distant tokens wrongly.
+        model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.showo.config).to(device)
+        if config.w_clip_vit:
+            model.clip.embeddings.position_ids.copy_(torch.arange(config.num_clip + 1))
         return model.eval()
 
     @classmethod
@@ -620,12 +623,6 @@ class Showo(nn.Module):
         if found != expected:
             raise InputError(f"{folder / 'config.json'}: vocab_size is {found}, expected {expected}")
         return config
-
-    def _recompute_buffers(self):
-        """The buffers that no checkpoint holds: rotary frequencies and CLIP's position numbers."""
-        self.showo.model.rotary_emb = type(self.showo.model.rotary_emb)(self.showo.config)
-        if self.config.w_clip_vit:
-            self.clip.embeddings.position_ids.copy_(torch.arange(self.config.num_clip + 1))
 
     def released_state(self):
         """{key: tensor} of what a Show-o checkpoint holds: showo.* and mm_projector.* (CLIP and MAGVIT-v2 lie

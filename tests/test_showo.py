@@ -348,6 +348,18 @@ def test_showo_save_load_save(tiny, tmp_path):
         assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_showo_bfloat16(tiny, tmp_path):
+    """Half the memory for inference; the tokenizer and the rotary frequencies stay float32."""
+    tiny.save_pretrained(tmp_path)
+    model = Showo.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
+    assert model.showo.lm_head.weight.dtype == torch.bfloat16 and model.magvit.encoder.conv_in.weight.dtype == torch.float32
+    assert torch.equal(model.showo.model.rotary_emb.inv_freq, tiny.showo.model.rotary_emb.inv_freq)
+    image = common.draw_scene([(0, 1, 2)], 64)
+    assert torch.equal(model.encode([model.preprocess(image, "t2i")], "t2i")[0]["codes"], tiny.encode([tiny.preprocess(image, "t2i")], "t2i")[0]["codes"])
+    assert len(model.generate(["red circle"], num_steps=2)) == len(model.reconstruct([image], num_steps=2)) == 1
+    assert isinstance(model.describe([image], max_new_tokens=2)[0], str)
+
+
 def test_showo_loads_bin(tiny, tmp_path):
     """The hub's files are .bin; CLIP there comes with its text half; a half-precision file is read into float32."""
     tiny.save_pretrained(tmp_path)
