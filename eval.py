@@ -94,12 +94,14 @@ class Problems(dict):
             raise InputError(f"{'; '.join(self.lines())} (--strict; without it these are left out and named)")
 
 
-def read_json(path, lines=False):
-    """A JSON file; lines=True: the objects of a .jsonl file. The error names the line."""
+def read_json(path, lines=False, kind=(dict, list)):
+    """A JSON file that holds a `kind`; lines=True: the objects of a .jsonl file. The error names the line."""
     try:
         text = Path(path).read_text(encoding="utf-8")
         if not lines:
-            return json.loads(text)
+            if isinstance(data := json.loads(text), kind):
+                return data
+            raise InputError(f"{path} does not hold a JSON {'list' if kind is list else 'object'}")
     except json.JSONDecodeError as error:
         raise InputError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -983,7 +985,7 @@ def geneval(out, args, tools):
         folder = folders.get(index, out / f"{index:05d}")
         own = folder / "metadata.jsonl"
         if own.is_file():
-            text = read_json(own)
+            text = read_json(own, kind=dict)
             if metadata is not None and metadata != text:
                 problems.add("metadata that is not the prompt file's", folder.name)
                 continue
@@ -1208,7 +1210,7 @@ def wise(out, args, tools):
              if not f.stem.endswith("_rewrite")] if source.is_dir() else [source]
     rows = {}
     for file in files:
-        for row in read_json(file):
+        for row in read_json(file, kind=list):
             need(row, ("Prompt", "Explanation", "Subcategory", "prompt_id"), file)
             rows[row["prompt_id"]] = row
     rows = limited([rows[i] for i in sorted(rows)], args)
@@ -1276,11 +1278,11 @@ def compbench(out, args, tools):
     Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Not the classical metrics.
     """
     problems = Problems()
-    rows = read_json(args.prompts)
+    rows = [need(row, ("Question", "Category", "Question_id"), args.prompts)
+            for row in read_json(args.prompts, kind=list)]
     text, _ = judge_prompt(args.judge_prompt, ("prompt",))
-    items, categories, alone = [], {}, len({r.get("Category") for r in rows}) == 1
-    for row in limited(rows, args):
-        question, category, number = need(row, ("Question", "Category", "Question_id"), args.prompts)
+    items, categories, alone = [], {}, len({category for _, category, _ in rows}) == 1
+    for question, category, number in limited(rows, args):
         categories[key := f"{category}/{number}"] = re.sub(r"[\s-]+", "_", category.strip().lower())
         if categories[key] not in COMPBENCH:
             raise InputError(f"{args.prompts}: unknown category {category!r}")
@@ -1346,7 +1348,8 @@ def imgedit(out, args, tools):
     fit neither exactly.
     """
     problems = Problems()
-    edits, texts = dict(limited(list(read_json(args.prompts).items()), args)), read_json(args.judge_prompt)
+    edits = dict(limited(list(read_json(args.prompts, kind=dict).items()), args))
+    texts = read_json(args.judge_prompt, kind=dict)
     items, types = [], {}
     for key, edit in edits.items():
         source, prompt, types[key] = need(edit, ("id", "prompt", "edit_type"), args.prompts)
@@ -1728,7 +1731,7 @@ def mmmu_grade(rows, answers):
 def seed_questions(args):
     """SEED-Bench.json, its image part: choice_a .. choice_d, answer, data_id, question_id, question_type_id, data_type.
     """
-    rows = [r for r in need(read_json(args.questions), ("questions",), args.questions)[0]
+    rows = [r for r in need(read_json(args.questions, kind=dict), ("questions",), args.questions)[0]
             if r.get("data_type", "image") == "image"]
     for row in rows:
         row["options"] = dict(zip("ABCD", need(row, ("choice_a", "choice_b", "choice_c", "choice_d"), args.questions)))
@@ -1764,6 +1767,8 @@ def understanding(out, args, tools):
                                     for r in rows))
         return print(f"{len(rows)} questions in {args.prepare}, for a script's --describe")
     known = {r["question_id"] for r in rows}
+    if len(known) < len(rows) or any("answer" not in r and "label" not in r for r in rows):
+        raise InputError(f"{args.questions}: question ids that repeat, or questions without their answer")
     for number, row in enumerate(read_json(out, lines=True), 1):
         key = str(row.get("question_id", row.get("id")))
         if not isinstance(row.get("answer"), str):
@@ -1867,8 +1872,11 @@ def shapes(out, args, tools):
     problems, n, expected, values = Problems(), 0, 0, {}
     with contextlib.closing(Journal(result_folder(out, args) / "items.jsonl")) as journal:
         def note(path, prompt, right):
-            journal.add({"id": path.name, "file": os.path.relpath(path, out), "prompt": prompt, "mark": float(right)})
+            record = {"id": path.name, "file": os.path.relpath(path, out), "prompt": prompt, "mark": float(right)}
+            if journal.records.get(path.name) != record:
+                journal.add(record)
             return right
+
         if args.prompts:
             try:
                 lines = [line.strip() for line in Path(args.prompts).read_text(encoding="utf-8").splitlines()
@@ -1901,8 +1909,8 @@ def shapes(out, args, tools):
             n, expected = n + len(cases), expected + len(items)
         if args.sources:
             work, count = pairs(out, args.sources, problems, args)
-            same = [note(b, name, common.read_scene(Image.open(a)) == common.read_scene(Image.open(b))) for name, a,
-                    b in work]
+            same = [note(result, name, common.read_scene(Image.open(source)) == common.read_scene(Image.open(result)))
+                    for name, source, result in work]
             values["Recon."], n, expected = percent(mean(same)), n + len(same), expected + count
     return scores(values, n, expected, problems)
 

@@ -968,12 +968,15 @@ def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, cap
     (["recon", "folder"], "--sources"),
     (["gqa", "answers.jsonl", "--questions", "bad.jsonl"], "line 2 is not JSON"),
     (["gqa", "noanswer.jsonl", "--questions", "q.json"], 'line 1 has no "answer"'),
-    (["wise", "folder", "--prompts", "q.json", "--judge-prompt", "q.json", "--judge-url", "ftp://x"], "is this the benchmark's own file"),
+    (["wise", "folder", "--prompts", "other.json", "--judge-prompt", "q.json", "--judge-url", "ftp://x"], "is this the benchmark's own file"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--judge-url", "http://127.0.0.1:9/v1"], "no judge text"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "ftp://x"], "must look like"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "not Python source"),
     (["geneval", "folder", "--limit", "0"], "not above 0"),
     (["geneval", "folder"], "no GenEval folder"),
+    (["gqa", "answers.jsonl", "--questions", "llava.jsonl"], "questions without their answer"),
+    (["compbench", "folder", "--prompts", "q.json", "--judge-prompt", "judge.txt"], "does not hold a JSON list"),
+    (["imgedit", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--sources", "folder"], "does not hold a JSON object"),
     (["wise", "empty", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], "nothing to score; 1 x missing image"),
     (["gqa", "a=answers.jsonl", "a=answers.jsonl", "--questions", "q.json"], "same name"),
 ])
@@ -982,7 +985,8 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     (tmp_path / "folder").mkdir()
     (tmp_path / "empty").mkdir()
     for name, text in (("answers.jsonl", '{"id": "1", "answer": "x"}'), ("noanswer.jsonl", '{"id": "1"}'), ("bad.jsonl", '{"a": 1}\n{"a"'),
-                       ("q.json", '{"1": {"question": "q", "imageId": "i", "answer": "x"}}'), ("judge.txt", "{prompt} {explanation}"), ("broken.py", "def ("),
+                       ("q.json", '{"1": {"question": "q", "imageId": "i", "answer": "x"}}'), ("judge.txt", "{prompt} {explanation}"), ("llava.jsonl", '{"question_id": 1, "image": "i", "text": "t"}'), ("other.json", '[{"a": 1}]'),
+                       ("broken.py", "def ("),
                        ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]')):
         (tmp_path / name).write_text(text)
     save(tmp_path / "folder" / "1.png") if arguments[0] == "wise" else None
