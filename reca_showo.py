@@ -72,6 +72,8 @@ class ShowoConfig:
     heads: int = 32
     intermediate: int = 8192
     max_positions: int = 2048
+    rope_theta: float = 10000.0
+    partial_rotary: float = 0.5             # share of a head's dimensions that the rotary embedding turns
     # CLIP ViT-L/14 at 336 px (unused in the VQ variant)
     clip_hidden: int = 1024
     clip_intermediate: int = 4096
@@ -396,7 +398,8 @@ class Showo(nn.Module):
             vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
             intermediate_size=c.intermediate, max_position_embeddings=c.max_positions,
             layer_norm_eps=1e-5, hidden_act="gelu_new",
-            rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta,
+                             "partial_rotary_factor": c.partial_rotary},
             qk_layernorm=True, attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
             bos_token_id=c.eot, eos_token_id=c.eot, pad_token_id=None))
         if c.w_clip_vit:
@@ -588,7 +591,7 @@ class Showo(nn.Module):
         model.to(device)
         for module in [model.showo, *([model.mm_projector, model.clip] if config.w_clip_vit else [])]:
             module.to(dtype)
-        # The buffers that no checkpoint holds, after the cast: rounded rotary frequencies would turn distant tokens wrongly.
+        # The buffers that no checkpoint holds, after the cast: rounded rotary frequencies would turn tokens wrongly.
         model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.showo.config).to(device)
         if config.w_clip_vit:
             model.clip.embeddings.position_ids.copy_(torch.arange(config.num_clip + 1))

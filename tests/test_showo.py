@@ -1,4 +1,5 @@
 """Show-o: equality with the reference implementation (fixture), released key lists, prompt layouts, files, sampler, resume."""
+
 import json
 import os
 import signal
@@ -21,14 +22,34 @@ MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
 
 def fixture_config(c, w_clip_vit):
     return ShowoConfig(
-        w_clip_vit=w_clip_vit, image_size=c["image_size"], llm_vocab_size=c["llm_vocab_size"], eot=c["eot"],
-        codebook_bits=c["codebook_bits"], hidden=c["hidden"], layers=c["layers"], heads=c["heads"], intermediate=c["intermediate"],
-        max_positions=c["phi"]["max_position_embeddings"], clip_hidden=c["clip"]["hidden_size"],
-        clip_intermediate=c["clip"]["intermediate_size"], clip_layers=c["clip"]["num_hidden_layers"],
-        clip_heads=c["clip"]["num_attention_heads"], clip_image_size=c["clip"]["image_size"], clip_patch=c["clip"]["patch_size"],
-        vq_ch=c["vq"]["ch"], vq_enc_mult=c["vq"]["enc_mult"], vq_enc_res=c["vq"]["enc_res"], vq_dec_mult=c["vq"]["dec_mult"],
-        vq_dec_res=c["vq"]["dec_res"], recon_text=c["recon_text"], max_text=c["max_seq_length"] if w_clip_vit else c["vq_max_seq"],
-        max_prompt=c["max_seq_length"], system_len=c["system_len"])
+        w_clip_vit=w_clip_vit,
+        image_size=c["image_size"],
+        llm_vocab_size=c["llm_vocab_size"],
+        eot=c["eot"],
+        codebook_bits=c["codebook_bits"],
+        hidden=c["hidden"],
+        layers=c["layers"],
+        heads=c["heads"],
+        intermediate=c["intermediate"],
+        max_positions=c["phi"]["max_position_embeddings"],
+        rope_theta=c["phi"]["rope_theta"],
+        partial_rotary=c["partial_rotary_factor"],
+        clip_hidden=c["clip"]["hidden_size"],
+        clip_intermediate=c["clip"]["intermediate_size"],
+        clip_layers=c["clip"]["num_hidden_layers"],
+        clip_heads=c["clip"]["num_attention_heads"],
+        clip_image_size=c["clip"]["image_size"],
+        clip_patch=c["clip"]["patch_size"],
+        vq_ch=c["vq"]["ch"],
+        vq_enc_mult=c["vq"]["enc_mult"],
+        vq_enc_res=c["vq"]["enc_res"],
+        vq_dec_mult=c["vq"]["dec_mult"],
+        vq_dec_res=c["vq"]["dec_res"],
+        recon_text=c["recon_text"],
+        max_text=c["max_seq_length"] if w_clip_vit else c["vq_max_seq"],
+        max_prompt=c["max_seq_length"],
+        system_len=c["system_len"],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +110,7 @@ def same_norms(model, expected):
             assert parameter.grad is None
         elif expected[name] is None:
             assert parameter.grad is None, name
-        elif expected[name] < 1e-5:         # zero: the reference computes t2i and i2t in one graph, here each has its own
+        elif expected[name] < 1e-5:  # zero: the reference computes t2i and i2t in one graph, here each has its own
             assert parameter.grad is None or parameter.grad.norm() < 1e-4, name
         else:
             assert parameter.grad.norm().item() == pytest.approx(expected[name], rel=1e-3), name
@@ -135,7 +156,7 @@ def test_parity_showo_tokenizer(clip_model, golden):
         assert torch.equal(clip_model.magvit.codes(shown), golden["vq.codes"])
         assert torch.equal(clip_model.magvit.codes(pixels(golden["in.t2i_pixels_u8"])), golden["vq.t2i_codes"])
         close(clip_model.magvit.decode(golden["vq.codes"][:1]), golden["vq.decoded_first"])
-        quantizer = clip_model.magvit.quantize                           # the table spells out the codes that the sum computes
+        quantizer = clip_model.magvit.quantize  # the table spells out the codes that the sum computes
         bits = quantizer.embedding[golden["vq.codes"]].transpose(1, 2).reshape(golden["vq.quantized"].shape)
         assert torch.equal(bits, golden["vq.quantized"])
 
@@ -162,21 +183,21 @@ def test_parity_showo_recon_prompt(clip_model, config, golden):
     rows, und = clip_model._recon_inputs(*recon_inputs(clip_model, config, golden, "recon"))
     n = clip_model.config.num_tokens
     assert torch.equal(rows.ids, golden["recon.token_ids"])
-    assert torch.equal(rows.labels[:, -n - 1:-1], golden["recon.labels"][:, -n - 1:-1])
-    assert torch.equal(rows.labels[:, -n - 1:-1] != IGNORE, golden["recon.mask"])
+    assert torch.equal(rows.labels[:, -n - 1 : -1], golden["recon.labels"][:, -n - 1 : -1])
+    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORE, golden["recon.mask"])
     assert torch.equal(rows.attention(), golden["recon.attention"])
     with torch.no_grad():
         embeds = clip_model.embed(rows, und)
         close(embeds, golden["recon.input_embeds"])
         logits = clip_model.showo.lm_head(clip_model.hidden(embeds, rows.attention(), rows.positions))
     c = clip_model.config
-    close(logits[:, -n - 1:-1, c.first_code:c.mask_token], golden["recon.logits_image_slice"])
+    close(logits[:, -n - 1 : -1, c.first_code : c.mask_token], golden["recon.logits_image_slice"])
     close(logits[:, -3:], golden["recon.logits_last_rows"])
 
 
 def test_parity_showo_recon_loss(clip_model, config, golden, norms):
     inputs = recon_inputs(clip_model, config, golden, "recon")
-    loss, = loss_and_grad(clip_model, lambda: clip_model._recon_loss(*inputs))
+    (loss,) = loss_and_grad(clip_model, lambda: clip_model._recon_loss(*inputs))
     same_loss(loss, golden["recon.loss"])
     same_norms(clip_model, norms["recon"])
 
@@ -185,7 +206,7 @@ def test_showo_recon_loss_trains_embeddings_on_request(clip_model, config, golde
     """The switch gives projector and table a gradient and leaves every other number as it is."""
     inputs = recon_inputs(clip_model, config, golden, "recon")
     monkeypatch.setattr(clip_model, "train_embeddings_in_recon", True)
-    loss, = loss_and_grad(clip_model, lambda: clip_model._recon_loss(*inputs))
+    (loss,) = loss_and_grad(clip_model, lambda: clip_model._recon_loss(*inputs))
     same_loss(loss, golden["recon.loss"])
     assert clip_model.mm_projector[0].weight.grad.norm() > 0
     assert clip_model.showo.model.embed_tokens.weight.grad.norm() > 0
@@ -199,9 +220,9 @@ def test_parity_showo_recon_vq_loss(vq_model, config, golden, norms):
     n = vq_model.config.num_tokens
     assert torch.equal(rows.ids, golden["recon_vq.token_ids"])
     assert torch.equal(rows.labels, golden["recon_vq.labels"])
-    assert torch.equal(rows.labels[:, -n - 1:-1] != IGNORE, golden["recon_vq.mask"])
+    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORE, golden["recon_vq.mask"])
     assert torch.equal(rows.attention(), golden["recon_vq.attention"])
-    loss, = loss_and_grad(vq_model, lambda: vq_model._recon_loss(features, prompts, given))
+    (loss,) = loss_and_grad(vq_model, lambda: vq_model._recon_loss(features, prompts, given))
     same_loss(loss, golden["recon_vq.loss"])
     same_norms(vq_model, norms["recon_vq"])
 
@@ -216,7 +237,7 @@ def test_parity_showo_t2i_loss(clip_model, config, golden, norms):
     slots = clip_model.config.max_text + 1
     assert torch.equal(rows.labels[:, slots:], golden["t2i.labels"][:, slots:])
     assert torch.equal(rows.attention(), golden["t2i.attention"])
-    loss, = loss_and_grad(clip_model, lambda: clip_model._t2i_loss(features, config["t2i_prompts"], given))
+    (loss,) = loss_and_grad(clip_model, lambda: clip_model._t2i_loss(features, config["t2i_prompts"], given))
     same_loss(loss, golden["t2i.loss"])
     same_norms(clip_model, norms["t2i"])
 
@@ -231,15 +252,17 @@ def test_parity_showo_i2t_loss(clip_model, golden, norms):
     und = torch.stack([f["und"] for f in features])
     rows = clip_model._i2t_rows(ids, labels, und, system)
     at, c = rows.clip_at, clip_model.config
-    assert torch.equal(torch.cat([rows.ids[:, :at], rows.ids[:, at + c.num_clip:]], 1), golden["mmu.token_ids_without_image"])
+    assert torch.equal(
+        torch.cat([rows.ids[:, :at], rows.ids[:, at + c.num_clip :]], 1), golden["mmu.token_ids_without_image"]
+    )
     assert torch.equal(rows.labels, golden["mmu.labels"])
     assert torch.equal(rows.attention(), golden["mmu.attention"])
     with torch.no_grad():
         embeds = clip_model.embed(rows, und)
         close(embeds, golden["mmu.input_embeds"])
         logits = clip_model.showo.lm_head(clip_model.hidden(embeds, rows.attention(), rows.positions))
-    close(logits[:, -ids.shape[1]:, :c.first_code], golden["mmu.logits_text_rows"])
-    loss, = loss_and_grad(clip_model, lambda: clip_model._i2t_loss(features, ids, labels, system))
+    close(logits[:, -ids.shape[1] :, : c.first_code], golden["mmu.logits_text_rows"])
+    (loss,) = loss_and_grad(clip_model, lambda: clip_model._i2t_loss(features, ids, labels, system))
     same_loss(loss, golden["mmu.loss"])
     same_norms(clip_model, norms["mmu"])
 
@@ -257,8 +280,11 @@ def test_parity_showo_total_loss(clip_model, config, golden, norms):
     """L = 1 · recon + 1 · i2t + 0 · t2i, through the objective of common.py."""
     clip_model.zero_grad(set_to_none=True)
     recon, i2t = recon_inputs(clip_model, config, golden, "recon"), i2t_inputs(clip_model, golden)
-    losses = {"recon": lambda: clip_model._recon_loss(*recon), "i2t": lambda: clip_model._i2t_loss(*i2t),
-              "t2i": lambda: pytest.fail("a loss with weight 0 was computed")}
+    losses = {
+        "recon": lambda: clip_model._recon_loss(*recon),
+        "i2t": lambda: clip_model._i2t_loss(*i2t),
+        "t2i": lambda: pytest.fail("a loss with weight 0 was computed"),
+    }
     total, _ = common.objective(losses, {"recon": 1.0, "i2t": 1.0, "t2i": 0.0}, torch.Tensor.backward)
     same_loss(total, config["results"]["total_loss"])
     same_norms(clip_model, norms["total"])
@@ -276,15 +302,20 @@ def test_parity_showo_sampler(clip_model, config, golden):
     assert torch.equal(cond.ids, golden["sample.cond_ids"])
     assert torch.equal(uncond.ids, golden["sample.uncond_ids"])
     assert torch.equal(cond.stack(uncond).attention(), golden["sample.attention"])
-    given = {k: torch.stack([golden[f"sample.step{i}.{k}"] for i in range(steps)]) for k in ("drawn_ids", "gumbel_uniform")}
+    given = {
+        k: torch.stack([golden[f"sample.step{i}.{k}"] for i in range(steps)]) for k in ("drawn_ids", "gumbel_uniform")
+    }
     seen = []
 
     def watch(step, tokens, probs):
         seen.append(step)
-        assert torch.equal(tokens + c.first_code, golden[f"sample.step{step}.input_ids"][:, -c.num_tokens - 1:-1])
+        assert torch.equal(tokens + c.first_code, golden[f"sample.step{step}.input_ids"][:, -c.num_tokens - 1 : -1])
         if f"sample.step{step}.probs" in golden:
             close(probs, golden[f"sample.step{step}.probs"])
-    codes = clip_model._sample(cond, uncond, num_steps=steps, guidance_scale=config["guidance"], draws=given, watch=watch)
+
+    codes = clip_model._sample(
+        cond, uncond, num_steps=steps, guidance_scale=config["guidance"], draws=given, watch=watch
+    )
     assert seen == list(range(steps))
     assert torch.equal(codes, golden["sample.codes"])
 
@@ -294,8 +325,10 @@ def test_parity_showo_caption(clip_model, config, golden):
     ids = torch.tensor([config["caption"]])
     rows = clip_model._i2t_rows(ids, torch.full_like(ids, IGNORE), und, golden["in.mmu_system_ids"].tolist())
     at = rows.clip_at
-    assert torch.equal(torch.cat([rows.ids[:, :at], rows.ids[:, at + clip_model.config.num_clip:]], 1),
-                       golden["caption.token_ids_without_image"])
+    assert torch.equal(
+        torch.cat([rows.ids[:, :at], rows.ids[:, at + clip_model.config.num_clip :]], 1),
+        golden["caption.token_ids_without_image"],
+    )
     new, first = clip_model._continue(rows, und, config["caption_new"], stop=False)
     close(first[0], golden["caption.first_logits"])
     assert torch.equal(new[0], golden["caption.new_ids"])
@@ -304,12 +337,21 @@ def test_parity_showo_caption(clip_model, config, golden):
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, manifest", [("showlab/show-o-w-clip-vit-512x512", "showo_clip"), ("showlab/show-o-w-clip-vit", "showo_clip"),
-                                            ("showlab/show-o-512x512", "showo_vq"), ("showlab/show-o", "showo_vq")])
+@pytest.mark.parametrize(
+    "name, manifest",
+    [
+        ("showlab/show-o-w-clip-vit-512x512", "showo_clip"),
+        ("showlab/show-o-w-clip-vit", "showo_clip"),
+        ("showlab/show-o-512x512", "showo_vq"),
+        ("showlab/show-o", "showo_vq"),
+    ],
+)
 def test_released_keys_showo(name, manifest):
     """Names and shapes of every weight at the released sizes, strictly: language model, tokenizer, CLIP (4.x names)."""
+
     def listed(file):
         return {k: list(v) for k, v in json.loads((MANIFESTS / f"{file}.json").read_text()).items()}
+
     with torch.device("meta"):
         model = Showo(reca_showo.CONFIGS[name])
     assert {k: list(v.shape) for k, v in model.released_state().items()} == listed(manifest)
@@ -341,7 +383,7 @@ def test_showo_save_load_save(tiny, tmp_path):
     assert again.config == reca_showo.Showo._read_config(tmp_path / "b")
     with torch.no_grad():
         ids = torch.arange(24)[None]
-        assert torch.equal(again.showo(input_ids=ids).logits, tiny.showo(input_ids=ids).logits)      # rotary buffers, too
+        assert torch.equal(again.showo(input_ids=ids).logits, tiny.showo(input_ids=ids).logits)  # rotary buffers, too
     image = common.draw_scene([(0, 1, 2)], 64)
     for task in ("recon", "i2t"):
         ours, theirs = (m.encode([m.preprocess(image, task)], task)[0] for m in (tiny, again))
@@ -352,10 +394,16 @@ def test_showo_bfloat16(tiny, tmp_path):
     """Half the memory for inference; the tokenizer and the rotary frequencies stay float32."""
     tiny.save_pretrained(tmp_path)
     model = Showo.from_pretrained(str(tmp_path), dtype=torch.bfloat16)
-    assert model.showo.lm_head.weight.dtype == torch.bfloat16 and model.magvit.encoder.conv_in.weight.dtype == torch.float32
+    assert (
+        model.showo.lm_head.weight.dtype == torch.bfloat16
+        and model.magvit.encoder.conv_in.weight.dtype == torch.float32
+    )
     assert torch.equal(model.showo.model.rotary_emb.inv_freq, tiny.showo.model.rotary_emb.inv_freq)
     image = common.draw_scene([(0, 1, 2)], 64)
-    assert torch.equal(model.encode([model.preprocess(image, "t2i")], "t2i")[0]["codes"], tiny.encode([tiny.preprocess(image, "t2i")], "t2i")[0]["codes"])
+    assert torch.equal(
+        model.encode([model.preprocess(image, "t2i")], "t2i")[0]["codes"],
+        tiny.encode([tiny.preprocess(image, "t2i")], "t2i")[0]["codes"],
+    )
     assert len(model.generate(["red circle"], num_steps=2)) == len(model.reconstruct([image], num_steps=2)) == 1
     assert isinstance(model.describe([image], max_new_tokens=2)[0], str)
 
@@ -370,7 +418,11 @@ def test_showo_loads_bin(tiny, tmp_path):
     if tiny.config.w_clip_vit:
         (tmp_path / "clip" / "model.safetensors").unlink()
         state = {f"vision_model.{k}": v for k, v in tiny.clip.state_dict().items()}
-        state |= {"vision_model.embeddings.position_ids": torch.arange(3), "text_model.encoder.weight": torch.ones(2), "logit_scale": torch.ones(())}
+        state |= {
+            "vision_model.embeddings.position_ids": torch.arange(3),
+            "text_model.encoder.weight": torch.ones(2),
+            "logit_scale": torch.ones(()),
+        }
         torch.save(state, tmp_path / "clip" / "pytorch_model.bin")
     # the released config.json knows none of our sizes; those of a tiny model cannot be guessed, so they stay
     again = Showo.from_pretrained(str(tmp_path))
@@ -380,8 +432,16 @@ def test_showo_loads_bin(tiny, tmp_path):
 
 
 def test_showo_released_config_needs_nothing_of_ours(tmp_path):
-    released = {"w_clip_vit": True, "vocab_size": 58498, "llm_vocab_size": 50295, "llm_model_path": "microsoft/phi-1_5", "codebook_size": 8192,
-                "num_vq_tokens": 256, "load_from_showo": True, "mask_token_id": 58497}
+    released = {
+        "w_clip_vit": True,
+        "vocab_size": 58498,
+        "llm_vocab_size": 50295,
+        "llm_model_path": "microsoft/phi-1_5",
+        "codebook_size": 8192,
+        "num_vq_tokens": 256,
+        "load_from_showo": True,
+        "mask_token_id": 58497,
+    }
     (tmp_path / "config.json").write_text(json.dumps(released))
     assert Showo._read_config(tmp_path) == reca_showo.CONFIGS["showlab/show-o-w-clip-vit"]
     (tmp_path / "config.json").write_text(json.dumps(released | {"w_clip_vit": False, "num_vq_tokens": 1024}))
@@ -407,7 +467,16 @@ def test_showo_strict_keys(tiny, tmp_path):
 def words(model, ids):
     """Ids -> readable list; runs of image tokens, CLIP rows and padding are counted."""
     c, names = model.config, {}
-    names |= {c.pad: "[PAD]", c.soi: "<soi>", c.eoi: "<eoi>", c.t2i: "<t2i>", c.mmu: "<mmu>", c.eot: "<eot>", IGNORE: "clip", c.mask_token: "mask"}
+    names |= {
+        c.pad: "[PAD]",
+        c.soi: "<soi>",
+        c.eoi: "<eoi>",
+        c.t2i: "<t2i>",
+        c.mmu: "<mmu>",
+        c.eot: "<eot>",
+        IGNORE: "clip",
+        c.mask_token: "mask",
+    }
     out = []
     for i in ids.tolist():
         word = names.get(i) or ("code" if i >= c.first_code else model.tokenizer.convert_ids_to_tokens(i))
@@ -421,36 +490,86 @@ def words(model, ids):
 def test_showo_prompt_layouts(tiny):
     c, n = tiny.config, tiny.config.num_tokens
     image = common.draw_scene([(0, 1, 2)], 64)
-    feature, = tiny.encode([tiny.preprocess(image, "recon")], "recon")
-    draws = {"timesteps": torch.zeros(1), "scores": torch.arange(n)[None] / n}                    # u = 0: everything masked
+    (feature,) = tiny.encode([tiny.preprocess(image, "recon")], "recon")
+    draws = {"timesteps": torch.zeros(1), "scores": torch.arange(n)[None] / n}  # u = 0: everything masked
     rows, _ = tiny._recon_inputs([feature], [tiny._recon_text("Describe the image in detail.")], draws)
     text = ["<eot>", "user", ":", "\n", "describe", "the", "image", "in", "detail", ".", "assistant", ":", "<eot>"]
     if c.w_clip_vit:
-        assert words(tiny, rows.ids[0]) == ["<mmu>", "<soi>", f"{c.num_clip} clip", "<eoi>", *text, f"{c.recon_text - 3 - len(text)} [PAD]",
-                                            "<soi>", f"{n} mask", "<eoi>"]
+        assert words(tiny, rows.ids[0]) == [
+            "<mmu>",
+            "<soi>",
+            f"{c.num_clip} clip",
+            "<eoi>",
+            *text,
+            f"{c.recon_text - 3 - len(text)} [PAD]",
+            "<soi>",
+            f"{n} mask",
+            "<eoi>",
+        ]
         assert rows.ids.shape[1] == c.recon_text + c.num_clip + n + 2
     else:
         given = (tiny.und_size // 16) ** 2
-        assert words(tiny, rows.ids[0]) == [f"{c.max_text - len(text)} [PAD]", "<mmu>", "<soi>", f"{given} code", "<eoi>", *text,
-                                            "<soi>", f"{n} mask", "<eoi>"]
+        assert words(tiny, rows.ids[0]) == [
+            f"{c.max_text - len(text)} [PAD]",
+            "<mmu>",
+            "<soi>",
+            f"{given} code",
+            "<eoi>",
+            *text,
+            "<soi>",
+            f"{n} mask",
+            "<eoi>",
+        ]
         assert rows.ids.shape[1] == c.max_text + 1 + given + 2 + n + 2
     rows = tiny._t2i_rows([tiny._text_ids("red circle"), []], tiny._blank(2), slots=5)
-    assert words(tiny, rows.ids[0]) == ["[PAD]", "<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>", f"{n} mask", "<eoi>"]
+    assert words(tiny, rows.ids[0]) == [
+        "[PAD]",
+        "<t2i>",
+        "<eot>",
+        "red",
+        "circle",
+        "<eot>",
+        "<soi>",
+        f"{n} mask",
+        "<eoi>",
+    ]
     assert words(tiny, rows.ids[1]) == ["3 [PAD]", "<t2i>", "2 <eot>", "<soi>", f"{n} mask", "<eoi>"]
-    rows = tiny._t2i_rows([tiny._text_ids("red circle and blue cross")], tiny._blank(1), slots=4)        # too long: cut and closed
+    rows = tiny._t2i_rows(
+        [tiny._text_ids("red circle and blue cross")], tiny._blank(1), slots=4
+    )  # too long: cut and closed
     assert words(tiny, rows.ids[0])[:6] == ["<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>"]
     ids, labels = tiny._conversation([("What is it?", "a red circle"), ("Where?", "top-left")])
-    assert words(tiny, torch.tensor(ids)) == ["user", ":", *tiny.tokenizer.convert_ids_to_tokens(tiny._text_ids("What is it?")), "assistant", ":",
-                                              "a", "red", "circle", "<eot>", "user", ":", *tiny.tokenizer.convert_ids_to_tokens(
-                                                  tiny._text_ids("Where?")), "assistant", ":", "top-left", "<eot>"]
+    assert words(tiny, torch.tensor(ids)) == [
+        "user",
+        ":",
+        *tiny.tokenizer.convert_ids_to_tokens(tiny._text_ids("What is it?")),
+        "assistant",
+        ":",
+        "a",
+        "red",
+        "circle",
+        "<eot>",
+        "user",
+        ":",
+        *tiny.tokenizer.convert_ids_to_tokens(tiny._text_ids("Where?")),
+        "assistant",
+        ":",
+        "top-left",
+        "<eot>",
+    ]
     answers = [tiny.tokenizer.convert_ids_to_tokens(i) for i in labels if i != IGNORE]
     assert answers == ["a", "red", "circle", "<|endoftext|>", "top-left", "<|endoftext|>"]
-    feature, = tiny.encode([tiny.preprocess(image, "i2t")], "i2t")
+    (feature,) = tiny.encode([tiny.preprocess(image, "i2t")], "i2t")
     rows = tiny._i2t_rows(torch.tensor([ids]), torch.tensor([labels]), feature["und"][None], tiny._system_ids())
     system = tiny.tokenizer.convert_ids_to_tokens(tiny._system_ids())
     image_part = f"{c.num_clip} clip" if c.w_clip_vit else f"{n} code"
-    assert [w for w in words(tiny, rows.ids[0])[:len(system) + 4]] == ["<mmu>", *system, "<soi>", image_part, "<eoi>"] + (
-        ["user"] if len(words(tiny, rows.ids[0])[:len(system) + 4]) > len(system) + 4 else [])
+    assert [w for w in words(tiny, rows.ids[0])[: len(system) + 4]] == [
+        "<mmu>",
+        *system,
+        "<soi>",
+        image_part,
+        "<eoi>",
+    ] + (["user"] if len(words(tiny, rows.ids[0])[: len(system) + 4]) > len(system) + 4 else [])
     assert tiny.config.w_clip_vit == bool(system)
 
 
@@ -465,13 +584,19 @@ def test_showo_padding_may_be_left_out(tiny):
     """A row in a batch with longer rows (so with padding columns) gives the loss that it gives alone."""
     scenes = [[(0, 1, 2)], [(1, 2, 3), (3, 0, 1)]]
     images = [common.draw_scene(s, 64) for s in scenes]
-    templates = ["Describe the image in detail.", "Please write a description of the scene shown here as precisely as you can."]
+    templates = [
+        "Describe the image in detail.",
+        "Please write a description of the scene shown here as precisely as you can.",
+    ]
     features = tiny.encode([tiny.preprocess(i, "recon") for i in images], "recon")
     n = tiny.config.num_tokens
-    draws = {"timesteps": torch.zeros(2), "scores": torch.rand(2, n)}                              # as many tokens in both
+    draws = {"timesteps": torch.zeros(2), "scores": torch.rand(2, n)}  # as many tokens in both
     with torch.no_grad():
         both = tiny.recon_loss(features, templates, draws)
-        single = [tiny.recon_loss([features[i]], [templates[i]], {k: v[i:i + 1] for k, v in draws.items()}) for i in range(2)]
+        single = [
+            tiny.recon_loss([features[i]], [templates[i]], {k: v[i : i + 1] for k, v in draws.items()})
+            for i in range(2)
+        ]
     assert both.item() == pytest.approx(sum(s.item() for s in single) / 2, rel=1e-5)
 
 
@@ -484,15 +609,19 @@ def test_showo_flex_attention_equals_dense(tiny, monkeypatch):
     image = common.draw_scene([(0, 1, 2), (2, 3, 4)], 64)
     features = tiny.encode([tiny.preprocess(image, "recon")] * 2, "recon")
     draws = {"timesteps": torch.tensor([0.3, 0.8]), "scores": torch.rand(2, tiny.config.num_tokens)}
-    rows, _ = tiny._recon_inputs(features, [tiny._recon_text("Describe the image in detail."), tiny._recon_text("Describe this picture.")], draws)
+    rows, _ = tiny._recon_inputs(
+        features, [tiny._recon_text("Describe the image in detail."), tiny._recon_text("Describe this picture.")], draws
+    )
     rows = rows.without_padding(tiny.config.pad)
     block, dense = rows.block_mask(), rows.attention()
     length = dense.shape[1]
     b, q, k = (torch.arange(m).view(s) for m, s in ((2, (-1, 1, 1)), (length, (1, -1, 1)), (length, (1, 1, -1))))
     assert torch.equal(block.mask_mod(b, torch.tensor(0), q, k), dense)
     # Compiling the kernel for a CPU is slow and fragile, so it runs uncompiled here; on a CPU it has no backward.
-    monkeypatch.setattr("transformers.integrations.flex_attention.compile_friendly_flex_attention",
-                        lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more))
+    monkeypatch.setattr(
+        "transformers.integrations.flex_attention.compile_friendly_flex_attention",
+        lambda q, k, v, training=False, **more: flex_attention(q, k, v, **more),
+    )
     templates = ["Describe the image in detail.", "Describe this picture."]
     with torch.no_grad():
         expected = tiny.recon_loss(features, templates, draws)
@@ -507,7 +636,7 @@ def test_showo_sampling_is_per_image(tiny):
     prompts = ["red circle", "blue cross top-left", "green square"]
     together = tiny.generate(prompts, num_steps=3, guidance_scale=2.0, seed=5)
     alone = tiny.generate(prompts[1:2], num_steps=3, guidance_scale=2.0, seed=[6], batch_size=1)
-    near = np.abs(np.asarray(together[1], int) - np.asarray(alone[0], int)).max()       # convolutions round by batch size
+    near = np.abs(np.asarray(together[1], int) - np.asarray(alone[0], int)).max()  # convolutions round by batch size
     assert near <= 2 and together[0].size == (64, 64)
     assert np.abs(np.asarray(together[0], int) - np.asarray(together[1], int)).max() > 2
     image = common.draw_scene([(0, 1, 2)], 64)
@@ -538,21 +667,29 @@ def test_showo_parameter_groups(tiny):
     decayed, free = tiny.parameter_groups(0.01)
     names = {id(p): n for n, p in tiny.named_parameters()}
     assert decayed["weight_decay"] == 0.01 and free["weight_decay"] == 0.0
-    assert all("bias" in names[id(p)] for p in free["params"]) and not any("bias" in names[id(p)] for p in decayed["params"])
+    assert all("bias" in names[id(p)] for p in free["params"]) and not any(
+        "bias" in names[id(p)] for p in decayed["params"]
+    )
     trained = {names[id(p)] for g in (decayed, free) for p in g["params"]}
-    assert trained == tiny.released_state().keys()                                                # not CLIP, not the tokenizer
+    assert trained == tiny.released_state().keys()  # not CLIP, not the tokenizer
 
 
 def test_showo_und_size_and_blur():
     model = Showo(reca_showo.CONFIGS["tiny-vq"])
     shown = torch.rand(1, 3, 64, 64) * 2 - 1
-    for settings, side in (({}, 32), ({"size": 64}, 64), ({"size": 16}, 16), ({"blur": 8}, 64), ({"size": 32, "blur": 4}, 32)):
+    for settings, side in (
+        ({}, 32),
+        ({"size": 64}, 64),
+        ({"size": 16}, 16),
+        ({"blur": 8}, 64),
+        ({"size": 32, "blur": 4}, 32),
+    ):
         model.set_und(**settings)
-        feature, = model.encode([{"pixels": shown[0]}], "recon")
+        (feature,) = model.encode([{"pixels": shown[0]}], "recon")
         assert model.shown(shown).shape[-1] == side and len(feature["und"]) == (side // 16) ** 2
     model.set_und(size=64)
-    feature, = model.encode([{"pixels": shown[0]}], "recon")
-    assert torch.equal(feature["und"], feature["codes"])                       # full size: the answer stands in the prompt (F.2)
+    (feature,) = model.encode([{"pixels": shown[0]}], "recon")
+    assert torch.equal(feature["und"], feature["codes"])  # full size: the answer stands in the prompt (F.2)
     for bad in ({"size": 24}, {"size": 128}, {"blur": 64}):
         with pytest.raises(common.InputError):
             model.set_und(**bad)
@@ -567,8 +704,20 @@ def test_showo_text_only_conversations_are_left_out(tiny):
 
 # ---- the command line ------------------------------------------------------------------------------------------------
 
-SHORT = ["--pretrain", "0.005", "--batch", "2", "--self-captions", "4", "--max-new-tokens", "4", "--sampling-steps", "2",
-         "--precision", "fp32"]
+SHORT = [
+    "--pretrain",
+    "0.005",
+    "--batch",
+    "2",
+    "--self-captions",
+    "4",
+    "--max-new-tokens",
+    "4",
+    "--sampling-steps",
+    "2",
+    "--precision",
+    "fp32",
+]
 
 
 @pytest.fixture(scope="module")
@@ -598,22 +747,45 @@ def test_showo_end_to_end(name, toy_cache, tmp_path):
     run(*tiny, "--steps", 4, "--out", tmp_path / "whole")
     scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
     assert scores.keys() == {"before", "after"} and scores["after"].keys() == {
-        "reconstruction", "single_object", "two_object", "colors", "position", "color_attribution", "overall"}
+        "reconstruction",
+        "single_object",
+        "two_object",
+        "colors",
+        "position",
+        "color_attribution",
+        "overall",
+    }
     log = common.read_json(tmp_path / "whole" / "log.jsonl", lines=True)
-    assert [row["step"] for row in log] == [1, 2, 3, 4] and all({"recon", "i2t", "grad_norm"} <= row.keys() for row in log)
+    assert [row["step"] for row in log] == [1, 2, 3, 4] and all(
+        {"recon", "i2t", "grad_norm"} <= row.keys() for row in log
+    )
     assert list((tmp_path / "whole" / "previews").glob("step_*.png"))
 
     run(*tiny, "--steps", 2, "--out", tmp_path / "parts")
     run(*tiny, "--steps", 4, "--out", tmp_path / "parts", "--resume")
     again = common.read_json(tmp_path / "parts" / "log.jsonl", lines=True)
-    assert [(r["recon"], r["i2t"], r["grad_norm"]) for r in log] == [(r["recon"], r["i2t"], r["grad_norm"]) for r in again]
+    assert [(r["recon"], r["i2t"], r["grad_norm"]) for r in log] == [
+        (r["recon"], r["i2t"], r["grad_norm"]) for r in again
+    ]
     one, two = (contents(tmp_path / kind / "checkpoint-000004") for kind in ("whole", "parts"))
     assert one.keys() == two.keys() and all(one[f] == two[f] for f in one if f != "trainer.pt")
 
     made = tmp_path / "made"
     (tmp_path / "prompts.txt").write_text("red circle\nblue cross top-left\n")
-    run("--model", tmp_path / "whole" / "checkpoint-000004", "--steps", 0, "--generate", tmp_path / "prompts.txt", "--sampling-steps", 2,
-        "--out", made, "--precision", "fp32")
+    run(
+        "--model",
+        tmp_path / "whole" / "checkpoint-000004",
+        "--steps",
+        0,
+        "--generate",
+        tmp_path / "prompts.txt",
+        "--sampling-steps",
+        2,
+        "--out",
+        made,
+        "--precision",
+        "fp32",
+    )
     assert len(list(made.glob("*.png"))) == 2
 
 
@@ -624,17 +796,36 @@ def test_showo_switches_of_the_command_line(toy_cache, tmp_path, capsys):
     def watch(model, args):
         seen["model"] = model
         return prepare(model, args)
+
     prepare = reca_showo.prepare
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reca_showo, "prepare", watch)
-        run("--model", "tiny-vq", *SHORT, "--steps", 1, "--blur", 4, "--lambda-i2t", 0, "--cache", tmp_path / "cache", "--out", tmp_path / "a")
+        run(
+            "--model",
+            "tiny-vq",
+            *SHORT,
+            "--steps",
+            1,
+            "--blur",
+            4,
+            "--lambda-i2t",
+            0,
+            "--cache",
+            tmp_path / "cache",
+            "--out",
+            tmp_path / "a",
+        )
         assert (seen["model"].und_size, seen["model"].blur) == (64, 4)
         assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
         run("--model", "tiny-vq", *SHORT, "--steps", 1, "--und-size", 16, "--lambda-i2t", 0, "--out", tmp_path / "b")
         assert (seen["model"].und_size, seen["model"].blur) == (16, None)
         run("--model", "tiny", *SHORT, "--steps", 1, "--recon-trains-embeddings", "--out", tmp_path / "c")
         assert seen["model"].train_embeddings_in_recon
-    for wrong, message in ((["--und-size", "24"], "multiple of 16"), (["--flex"], "needs a GPU"), (["--data", "/nowhere"], "no such folder")):
+    for wrong, message in (
+        (["--und-size", "24"], "multiple of 16"),
+        (["--flex"], "needs a GPU"),
+        (["--data", "/nowhere"], "no such folder"),
+    ):
         with pytest.raises(common.InputError, match=message):
             run("--model", "tiny-vq", *SHORT, "--steps", 1, "--lambda-i2t", 0, *wrong, "--out", tmp_path / "d")
 
