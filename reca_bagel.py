@@ -1,40 +1,41 @@
-"""RecA for BAGEL: a mixture of transformers with rectified flow (Qwen2.5-7B x 2 experts + SigLIP NaViT + FLUX autoencoder).
+"""RecA for BAGEL: a mixture of transformers with rectified flow (Qwen2.5-7B x 2 experts + SigLIP NaViT + FLUX VAE).
 
-What is special about this architecture. One decoder carries two complete sets of weights. Text and ViT tokens go through the
-*understanding* expert, image latents through the *generation* expert; only attention is joint, so a latent reads the keys and
-values of the picture and the text before it. RecA gives the generation expert nothing but what the understanding side says
-about a picture, and asks for the picture back. ViT, VAE and the understanding expert stay frozen: 6.5 of 14.6 billion
-parameters are trained.
+What is special about this architecture. One decoder carries two complete sets of weights. Text and ViT tokens go
+through the *understanding* expert, image latents through the *generation* expert; only attention is joint, so a latent
+reads the keys and values of the picture and the text before it. RecA gives the generation expert nothing but what the
+understanding side says about a picture, and asks for the picture back. ViT, VAE and the understanding expert stay
+frozen: 6.5 of 14.6 billion parameters are trained.
 
-    photo --- resize 224 ---> SigLIP ViT --> [B, M, 1152] --> connector --> [B, M, D] --.
-                                                                                         |  understanding expert, no gradient
-    "Describe the image in detail." ------------------------------> [B, L, D] ---------- + --> keys and values of the context
-                                                                                         |
-    photo --- resize 512..1024 ---> FLUX VAE --> z [B, 16, h, w]                          |  read by attention
-                                                |  x_t = (1 - t) z + t noise              v
-                                                '--> [B, N, 64] --> vae2llm --> [B, N, D] generation expert --> velocity [B, N, 64]
-                                                                                                    target: noise - z
+    photo -- resize to 224 --> SigLIP ViT -> [B, M, 1152] -> connector -> [B, M, D] --.
+                                                                                      +-> understanding expert, no graph
+    "Describe the image in detail." -> ids --------------------------> [B, L, D] ------'      |
+                                                                                              | keys and values
+    photo -- 512 to 1024 px --> FLUX VAE -> z [B, 16, h, w]                                    v of the context
+                                             x_t = (1 - t) z + t noise -> [B, N, 64] -> generation expert, trained
+                                                                                              |
+                                             squared error against noise - z  <-- velocity [B, N, 64]
 
-The sequence of one sample: (start, ViT patches, end) (begin, template, end) (start, noisy latents, end). Inside an image everybody
-sees everybody, text is causal, and nobody outside sees the noisy block. Paper: section 4, Table 8 (BAGEL column).
+The sequence of one sample: (start, ViT patches, end) (begin, template, end) (start, noisy latents, end). In an image
+everybody sees everybody, text is causal, nobody outside sees the noisy block. Paper: section 4, Table 8 (column BAGEL).
 
 How a step is computed here, and why it gives the original's numbers with less work:
-  * The context never sees the noise, so it runs once, without a graph, and is kept as keys and values, as for sampling.
-  * Its rows would not get a gradient in the original either: that detaches them in every layer. The two markers around the
-    latents do see the latents; they run beside them, in every layer, without a graph.
-  * Rows are sorted once into [understanding | generation]. An expert then is a plain call on its slice; the original scatters and
-    gathers ten times a layer. Images are sorted into groups of equal shape, so attention is one dense call per group, no mask.
-  * All rows of the noisy block have the same rotary position, and rotary attention only knows differences of positions. So positions are
-    counted from there: the block's own rows need no rotation at all, only the (few) keys of the context are turned, once.
+  * The context never sees the noise: it runs once, without a graph, and is kept as keys and values, as for sampling.
+  * Its rows would get no gradient in the original either, which detaches them in every layer. The two markers around
+    the latents do see the latents; they run beside them, in every layer, without a graph.
+  * Rows are sorted once into [understanding | generation], so an expert is a call on a slice; the original scatters and
+    gathers ten times a layer. Images are sorted into groups of equal shape: attention is one dense call a group.
+  * All rows of the noisy block have one rotary position, and rotary attention knows only differences of positions. So
+    positions are counted from there: these rows need no rotation, only the (few) keys of the context are turned, once.
   * The last layer computes no row that nobody reads.
 
-    python reca_bagel.py --data ./images                              RecA on BAGEL-7B-MoT, one 80 GB GPU
-    torchrun --nproc-per-node 8 reca_bagel.py --data ./images         sharded over 8 (FSDP2)
-    python reca_bagel.py --model tiny                                 a toy BAGEL on coloured shapes, CPU, minutes
-    python reca_bagel.py --model sanaka87/BAGEL-RecA --steps 0 --edit singleturn.json --data SOURCES    ImgEdit's images
+    python reca_bagel.py --data ./images                         RecA on BAGEL-7B-MoT, one 80 GB GPU
+    torchrun --nproc-per-node 8 reca_bagel.py --data ./images    sharded over 8 GPUs (FSDP2)
+    python reca_bagel.py --model tiny                            a toy BAGEL on coloured shapes, CPU, minutes
+    python reca_bagel.py --model sanaka87/BAGEL-RecA --steps 0 --edit singleturn.json --edit-images DIR --out edits
 
-Legend: B images of a batch (or of a group of equal shapes), D width of the decoder, H query heads, K key/value heads, d size of a head,
-M ViT patches, L text ids, N latent tokens of an image, C channels of a latent token (4 * 16), R rows of a packed pass, S keys seen.
+Legend: B images of a batch (or of a group of equal shapes), D width of the decoder, H query heads, K key/value heads,
+d size of a head, M ViT patches, L text ids, N latent tokens of an image, C channels of a latent token (4 * 16), R rows
+of a packed pass, S keys that are seen.
 """
 import copy
 import json
@@ -51,7 +52,7 @@ import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -127,19 +128,21 @@ class BagelConfig:
 
 TINY = BagelConfig(
     hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    vit_hidden_size=64, vit_intermediate_size=160, vit_num_hidden_layers=2, vit_num_attention_heads=4, vit_image_size=32,
-    vit_patch_size=8, vit_max_num_patch_per_side=4, max_latent_size=4, vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1,
-    vae_z_channels=8, vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
+    vit_hidden_size=64, vit_intermediate_size=160, vit_num_hidden_layers=2, vit_num_attention_heads=4,
+    vit_image_size=32, vit_patch_size=8, vit_max_num_patch_per_side=4, max_latent_size=4,
+    vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1, vae_z_channels=8,
+    vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 
 
 @dataclass
 class Recipe:
-    """Table 8 of the paper. The public run: 6 GPUs, packs of about 8 images of 1024 px each, 1000 updates, *all of them warm-up*: the
-    learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). We keep that, it is what was published.
+    """Table 8 of the paper. The public run: 6 GPUs, packs of about 8 images of 1024 px each, 1000 updates, *all of them
+    warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). We keep that, it is what was
+    published.
 
-    One step here is one update there, given 6 GPUs (torchrun --nproc-per-node 6). On one GPU the same run is --accum 6 --steps 6000.
-    The original keeps an average of the weights (EMA 0.9999), whose README advises against using it: after 1000 updates 90% of it is
-    still the old model. There is none here.
+    One step here is one update there, given 6 GPUs (torchrun --nproc-per-node 6). On one GPU the same run is --accum 6
+    --steps 6000. The original keeps an average of the weights (EMA 0.9999), whose README advises against using it:
+    after 1000 updates 90% of it is still the old model. There is none here.
     """
     lr: float = 4e-5
     betas: tuple = (0.9, 0.95)
@@ -161,7 +164,13 @@ DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32)}
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
-TIMESTEP_SHIFT = 1.0                    # in training; 3.0 when sampling
+TIMESTEP_SHIFT = 1.0                    # in training
+
+# How the originals sample. num_steps 50 makes 49 evaluations. Guidance acts where interval[0] < t <= interval[1]; see Bagel._guide.
+GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "image_guidance_scale": 1.0,
+            "interval": (0.4, 1.0), "renorm": "global", "renorm_min": 0.0}              # notebook; GenEval: interval (0, 1)
+EDIT = GENERATE | {"image_guidance_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}    # the ImgEdit script
+RECONSTRUCT = EDIT | {"renorm_min": 1.0}                                                # notebook: no renormalisation
 
 
 # ======================================================================================================
@@ -177,11 +186,11 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(positions, config):
-    """positions [R] (any integers, also negative) -> cos, sin [R, d], float32. Kept in float32: the original casts the frequencies to
-    bf16 under FSDP, which blurs far positions; nothing depends on that."""
+    """positions [R] (any integers, also negative) -> cos, sin [R, d], float32. The original casts the frequencies to bf16
+    under FSDP, which blurs far positions; nothing depends on that."""
     d = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device, dtype=torch.float32) / d)     # [d/2]
-    angles = (positions[:, None].float() * frequencies).repeat(1, 2)                                                    # [R, d]
+    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)               # [d/2]
+    angles = (positions[:, None].float() * frequencies).repeat(1, 2)                                            # [R, d]
     return angles.cos(), angles.sin()
 
 
@@ -206,8 +215,8 @@ def attend(q, k, v, causal):
 class MoTLayer(nn.Module):
     """A Qwen2 decoder layer with two experts. Suffix "": understanding, "_moe_gen": generation, as in the checkpoint.
 
-    Written here because transformers' Qwen2DecoderLayer can hold neither a second set of weights that meets the first in one
-    attention, nor norms on queries and keys (Qwen3 has those, but no biases on q, k, v and again one expert).
+    Written here because transformers' Qwen2DecoderLayer can hold neither a second set of weights that meets the first
+    in one attention, nor norms on queries and keys (Qwen3 has those, but no biases on q, k, v and again one expert).
     """
 
     def __init__(self, c):
@@ -217,10 +226,10 @@ class MoTLayer(nn.Module):
         mlp = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size)
         attention = {}
         for e in ("", "_moe_gen"):
-            attention |= {f"q_proj{e}": nn.Linear(width, c.num_attention_heads * d), f"q_norm{e}": RMSNorm(d, c.rms_norm_eps),
-                          f"k_proj{e}": nn.Linear(width, c.num_key_value_heads * d), f"k_norm{e}": RMSNorm(d, c.rms_norm_eps),
-                          f"v_proj{e}": nn.Linear(width, c.num_key_value_heads * d),
-                          f"o_proj{e}": nn.Linear(c.num_attention_heads * d, width, bias=False)}
+            for name, heads in (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads)):
+                attention[f"{name}_proj{e}"] = nn.Linear(width, heads * d)
+            attention |= {f"{name}_norm{e}": RMSNorm(d, c.rms_norm_eps) for name in "qk"}
+            attention[f"o_proj{e}"] = nn.Linear(c.num_attention_heads * d, width, bias=False)
             self.add_module(f"input_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
             self.add_module(f"mlp{e}", Qwen2MLP(mlp))
@@ -243,16 +252,17 @@ class MoTLayer(nn.Module):
     def forward(self, und, gen, past, shapes, ropes=(None, None), causal=False, keep=False, out_und=True, out_gen=True):
         """One block of every image through this layer.
 
-        und [R, D]: rows of the understanding expert, all images one after another; gen [R', D] or None: rows of the generation expert.
-        shapes: one (B, n, N) per group of equal images: each has n und rows and N gen rows, so R = sum of B * n.
-        past: one (keys, values) [B, K, S, d] per group: what its images said before; (None, None) at the beginning.
-        ropes: (cos, sin) for und and for gen, or None where the position is 0. causal: text. keep: return keys and values with
-        this block's appended. out_und / out_gen: whether anybody reads these rows after this layer.
-        Returns (und or None, gen or None, keys and values or None).
+        und [R, D]: rows of the understanding expert, all images one after another; gen [R', D] or None: rows of the
+        generation expert. shapes: one (B, n, N) per group of equal images: each has n und rows and N gen rows, so R =
+        sum of B * n. past: one (keys, values) [B, K, S, d] per group: what its images said before; (None, None) at the
+        beginning. ropes: (cos, sin) for und and for gen, or None where the position is 0. causal: text. keep: return
+        keys and values with this block's appended. out_und / out_gen: whether anybody reads these rows after this
+        layer. Returns (und or None, gen or None, keys and values or None).
 
-        With the understanding expert frozen its rows have no graph at all. That is what the original computes, by detaching q, k, v,
-        attention output and MLP output of these rows in every layer: no gradient flows from the latents through the keys and values
-        of the context, and the residual stream of the markers is a constant that follows the latents' values.
+        With the understanding expert frozen its rows have no graph at all. That is what the original computes, by
+        detaching q, k, v, attention output and MLP output of these rows in every layer: no gradient flows from the
+        latents through the keys and values of the context, and the residual stream of the markers is a constant that
+        follows the latents' values.
         """
         und_graph = torch.is_grad_enabled() and self.train_und
         with torch.set_grad_enabled(und_graph):
@@ -261,9 +271,9 @@ class MoTLayer(nn.Module):
             q_gen, k_gen, v_gen = self.project(gen, "_moe_gen", ropes[1])
 
         heard_und, heard_gen, kept = [], [], []
-        u = g = 0                                                                                       # first rows of the group
+        u = g = 0                                                                              # first rows of the group
         for (count, n, N), (past_k, past_v) in zip(shapes, past):
-            def images(rows, start, length):                                          # [R, heads, d] -> [B, heads, length, d]
+            def images(rows, start, length):                                    # [R, heads, d] -> [B, heads, length, d]
                 return rows[start:start + count * length].unflatten(0, (count, length)).transpose(1, 2)
 
             keys, values = [images(k_und, u, n)], [images(v_und, u, n)]
@@ -271,12 +281,12 @@ class MoTLayer(nn.Module):
                 keys, values = [past_k] + keys, [past_v] + values
             if N:
                 keys, values = keys + [images(k_gen, g, N)], values + [images(v_gen, g, N)]
-            keys = torch.cat(keys, dim=2) if len(keys) > 1 else keys[0]                                   # [B, K, S + n + N, d]
+            keys = torch.cat(keys, dim=2) if len(keys) > 1 else keys[0]                           # [B, K, S + n + N, d]
             values = torch.cat(values, dim=2) if len(values) > 1 else values[0]
             if keep:
                 kept.append((keys, values))
-            # The order of the keys inside an image block (start, end, latents instead of start, latents, end) does not matter: there is no
-            # mask and the position is the same for all of them.
+            # The order of the keys inside an image block (start, end, latents instead of start, latents, end) does not
+            # matter: there is no mask and the position is the same for all of them.
             if out_und:
                 with torch.set_grad_enabled(und_graph):
                     heard_und.append(attend(images(q_und, u, n), keys, values, causal))
@@ -291,9 +301,8 @@ class MoTLayer(nn.Module):
 
 
 class PositionTable(nn.Module):
-    """The fixed sine-cosine table [side * side, D]: half of the channels say the column, half the row; sines, then cosines.
-
-    The files hold it; the original drops what they hold and computes it anew, in double precision, and so do we.
+    """The fixed sine-cosine table [side * side, D]: half of the channels say the column, half the row; sines, then
+    cosines. The files hold it; the original drops what they hold and computes it anew, in double precision, as we do.
     """
 
     def __init__(self, side, width):
@@ -307,19 +316,20 @@ class PositionTable(nn.Module):
         device = device or self.pos_embed.device
         if torch.device(device).type != "meta":
             quarter = self.width // 4
-            angles = np.arange(self.side)[:, None] * 10000.0 ** (-np.arange(quarter) / quarter)                 # [side, D / 4]
-            axis = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()              # [side, D / 2]
+            angles = np.arange(self.side)[:, None] * 10000.0 ** (-np.arange(quarter) / quarter)          # [side, D / 4]
+            axis = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()    # [side, D / 2]
             self.pos_embed = torch.cat([axis.repeat(self.side, 1), axis.repeat_interleave(self.side, 0)], 1).to(device)
 
     def forward(self, height, width):
         """-> [height * width, D], row-major. No interpolation: a small image uses the top left corner of the table."""
         if max(height, width) > self.side:
-            raise common.InputError(f"an image of {height} x {width} tokens exceeds the table of {self.side} x {self.side}: use smaller images")
+            raise common.InputError(f"an image of {height} x {width} tokens exceeds the position table of {self.side} x "
+                                    f"{self.side}: use smaller images")
         return self.pos_embed.view(self.side, self.side, -1)[:height, :width].flatten(0, 1)
 
 
 class Context:
-    """What a group of images of equal shape has said so far: `images` are their places in the batch; keys and values [B, K, S, d] of
+    """What a group of images of equal shape has said so far: their places in the batch; keys and values [B, K, S, d] of
     each layer; `position` is the next free rotary position (an image takes one, a text one a token)."""
 
     def __init__(self, images, layers):
@@ -327,13 +337,13 @@ class Context:
         self.kept = [(None, None)] * layers
 
     def fork(self, shift=0):
-        """A copy that can be continued separately (tensors are shared, never written). shift is added to the images' places."""
+        """A copy that can be continued separately (tensors are shared, never written). shift: added to the places."""
         other = copy.copy(self)
         other.kept, other.images = list(self.kept), [i + shift for i in self.images]
         return other
 
     def seen_from_the_latents(self, config):
-        """The copy that the noisy block reads: keys turned back by `position`, so that the block's own position is 0."""
+        """The copy that the noisy block reads: keys turned back by `position`, so that the block itself stands at 0."""
         other = self.fork()
         if self.position and self.kept[0][0] is not None:
             cos, sin = rotary(torch.tensor([-self.position], device=self.kept[0][0].device), config)
@@ -347,40 +357,44 @@ def groups(shapes, layers):
     return [Context([i for i, s in enumerate(shapes) if s == shape], layers) for shape in sorted(set(shapes))]
 
 
-# ---- files of the release ------------------------------------------------------------------------------------------------
+# ---- files of the release ----------------------------------------------------------------------------
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "rms_norm_eps", "rope_theta")
 VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+OWN_FIELDS = ("vae_limits", "vit_limits", "edit_limits", "image_size", "bos_token_id", "eos_token_id", "start_of_image",
+              "end_of_image")
 
 
 def read_config(folder):
     """llm_config.json, vit_config.json and, where it says something, config.json -> BagelConfig."""
-    read = lambda name: common.read_json(folder / name) if (folder / name).exists() else {}                       # noqa: E731
-    llm, vit, rest = common.read_json(folder / "llm_config.json"), common.read_json(folder / "vit_config.json"), read("config.json")
-    known = {f.name for f in fields(BagelConfig)}
-    values = {k: v for k, v in llm.items() if k in known and not k.endswith("token_id")}
-    values |= {f"vit_{k}": vit[k] for k in VIT_FIELDS}
+    llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
+    rest = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    try:
+        values = {k: llm[k] for k in LLM_FIELDS if k in llm} | {f"vit_{k}": vit[k] for k in VIT_FIELDS}
+    except KeyError as error:
+        raise common.InputError(f"{folder / 'vit_config.json'} lacks {error}") from error
     values["vit_num_hidden_layers"] -= 1                        # the last layer is never built, see BagelConfig
     values |= {k: rest[k] for k in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side") if k in rest}
-    values |= {f"vae_{k}": v for k, v in rest.get("vae_config", {}).items() if f"vae_{k}" in known}
-    values |= {k: v for k, v in rest.get("reca", {}).items() if k in known}
-    return BagelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    values |= {f"vae_{k}": v for k, v in rest.get("vae_config", {}).items()}
+    values |= rest.get("reca", {})
+    known = {f.name for f in fields(BagelConfig)}
+    return BagelConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k in known})
 
 
 def write_config(c, folder):
-    """The inverse: the three json files, such that the original reads them too. What it keeps in code stands under "reca"."""
-    llm = {k: getattr(c, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                      "num_key_value_heads", "rms_norm_eps", "rope_theta")}
-    llm |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "tie_word_embeddings": False,
-            "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
+    """The inverse, such that the original reads its files too. What it keeps in code stands under "reca"."""
+    llm = {k: getattr(c, k) for k in LLM_FIELDS}
+    llm |= {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu",
+            "tie_word_embeddings": False, "bos_token_id": c.bos_token_id, "eos_token_id": c.eos_token_id}
     vit = {k: getattr(c, f"vit_{k}") for k in VIT_FIELDS}
     vit |= {"num_hidden_layers": c.vit_num_hidden_layers + 1, "model_type": "siglip_vision_model"}
     rest = {"architectures": ["BagelForConditionalGeneration"], "latent_patch_size": c.latent_patch_size,
             "max_latent_size": c.max_latent_size, "vit_max_num_patch_per_side": c.vit_max_num_patch_per_side,
             "vae_config": {k[4:]: v for k, v in asdict(c).items() if k.startswith("vae_") and k != "vae_limits"},
-            "reca": {k: getattr(c, k) for k in ("vae_limits", "vit_limits", "edit_limits", "image_size", "bos_token_id", "eos_token_id",
-                                                "start_of_image", "end_of_image")}}
+            "reca": {k: getattr(c, k) for k in OWN_FIELDS}}
     for name, values in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", rest)):
         (Path(folder) / name).write_text(json.dumps(values, indent=2))
 
@@ -404,7 +418,7 @@ def vae_names(c):
             add(f"{part}.{ours}", f"{part}.{theirs}")
         for i in (0, 1):
             resnet(f"{part}.mid_block.resnets.{i}", f"{part}.mid.block_{i + 1}", False)
-        for ours, theirs in (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
+        for ours, theirs in zip(("group_norm", "to_q", "to_k", "to_v", "to_out.0"), ("norm", "q", "k", "v", "proj_out")):
             add(f"{part}.mid_block.attentions.0.{ours}", f"{part}.mid.attn_1.{theirs}")
     for i in range(levels):
         before = mults[max(0, i - 1)]
@@ -422,11 +436,12 @@ def vae_names(c):
 
 
 def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
-    """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at least `shortest`
-    where both can be had (the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168, so RecA's 224 is the *long* side).
+    """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at
+    least `shortest` where both can be had (the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168, so RecA's 224 is the *long*
+    side).
 
-    Above max_pixels the original multiplies the sides by the ratio of the *areas*, not its root. At 1024 / 512 and 980 / 224 the bound is
-    never reached; we follow it so that other limits give the same sizes as there.
+    Above max_pixels the original multiplies the sides by the ratio of the *areas*, not its root. At 1024 / 512 and 980
+    / 224 the bound is never reached; we follow it so that other limits give the same sizes as there.
     """
     def scaled(w, h, scale):
         return tuple(max(stride, round(round(side * scale) / stride) * stride) for side in (w, h))
@@ -440,9 +455,9 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 
 
 class Bagel(nn.Module):
-    """BAGEL with the names of the released checkpoint: state_dict() without `vae.` has the 1223 keys of ema.safetensors."""
+    """BAGEL, named as in the release: state_dict() without `vae.` has the 1223 keys of ema.safetensors."""
 
-    condition = "vit"               # what RecA conditions on; "vae" is the paper's Table 7 (set for the whole class by --condition)
+    condition = "vit"   # what RecA conditions on; "vae" is the paper's Table 7 (set for the whole class by --condition)
 
     def __init__(self, config=BagelConfig()):
         super().__init__()
@@ -454,36 +469,41 @@ class Bagel(nn.Module):
                 "layers": nn.ModuleList(MoTLayer(c) for _ in range(c.num_hidden_layers)),
                 "norm": RMSNorm(width, c.rms_norm_eps), "norm_moe_gen": RMSNorm(width, c.rms_norm_eps)}),
             "lm_head": nn.Linear(width, c.vocab_size, bias=False)})
-        vit = SiglipVisionConfig(hidden_size=c.vit_hidden_size, intermediate_size=c.vit_intermediate_size, layer_norm_eps=1e-6,
+        vit = SiglipVisionConfig(hidden_size=c.vit_hidden_size, intermediate_size=c.vit_intermediate_size,
                                  num_attention_heads=c.vit_num_attention_heads, hidden_act="gelu_pytorch_tanh",
-                                 attn_implementation="sdpa")
-        # transformers' SigLIP tower wants square images of one size and a convolution; its layers serve images of any size. The patch
-        # embedding is a Linear in the checkpoint: a patch is flattened as (row, column, channel).
+                                 layer_norm_eps=1e-6, attn_implementation="sdpa")
+        # transformers' SigLIP tower wants square images of one size and a convolution; its layers serve images of any
+        # size. The patch embedding is a Linear in the checkpoint: a patch is flattened as (row, column, channel).
+        positions = (c.vit_image_size // c.vit_patch_size) ** 2
         self.vit_model = nn.ModuleDict({"vision_model": nn.ModuleDict({
-            "embeddings": nn.ModuleDict({"patch_embedding": nn.Linear(3 * c.vit_patch_size ** 2, c.vit_hidden_size),
-                                         "position_embedding": nn.Embedding((c.vit_image_size // c.vit_patch_size) ** 2, c.vit_hidden_size)}),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(SiglipEncoderLayer(vit) for _ in range(c.vit_num_hidden_layers))}),
+            "embeddings": nn.ModuleDict({
+                "patch_embedding": nn.Linear(3 * c.vit_patch_size ** 2, c.vit_hidden_size),
+                "position_embedding": nn.Embedding(positions, c.vit_hidden_size)}),
+            "encoder": nn.ModuleDict({
+                "layers": nn.ModuleList(SiglipEncoderLayer(vit) for _ in range(c.vit_num_hidden_layers))}),
             "post_layernorm": nn.LayerNorm(c.vit_hidden_size, eps=1e-6)})})
         self.connector = nn.ModuleDict({"fc1": nn.Linear(c.vit_hidden_size, width), "fc2": nn.Linear(width, width)})
         self.vit_pos_embed = PositionTable(c.vit_max_num_patch_per_side, width)
-        self.time_embedder = nn.ModuleDict({"mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
+        self.time_embedder = nn.ModuleDict({
+            "mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
         self.vae2llm, self.llm2vae = nn.Linear(c.latent_dim, width), nn.Linear(width, c.latent_dim)
         self.latent_pos_embed = PositionTable(c.max_latent_size, width)
         stages = len(c.vae_ch_mult)
-        self.vae = AutoencoderKL(block_out_channels=[c.vae_ch * m for m in c.vae_ch_mult], layers_per_block=c.vae_num_res_blocks,
-                                 down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages,
-                                 latent_channels=c.vae_z_channels, use_quant_conv=False, use_post_quant_conv=False)
+        self.vae = AutoencoderKL(
+            block_out_channels=[c.vae_ch * m for m in c.vae_ch_mult], layers_per_block=c.vae_num_res_blocks,
+            down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages,
+            latent_channels=c.vae_z_channels, use_quant_conv=False, use_post_quant_conv=False)
         # what a run may change
         self.tokenizer, self.und_size = None, min(UND_SIZE, c.vit_limits[0])
         self.text_dropout, self.timestep_shift, self.blur = TEXT_DROPOUT, TIMESTEP_SHIFT, 0
         self.freeze()
 
     def freeze(self, train_und=False):
-        """What RecA trains: everything named _moe_gen, the time MLP and the two projections of the latents. train_und=True opens the
-        understanding expert as well (the pretraining of `tiny`, and the fixture that shows what freezing changes)."""
+        """What RecA trains: everything named _moe_gen, the time MLP and the two projections of the latents. train_und=True
+        opens the language model as well (the pretraining of `tiny`, and the fixture that shows what freezing changes)."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_("_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
-                                     or train_und and name.startswith("language_model."))
+            generation = "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
+            parameter.requires_grad_(generation or train_und and name.startswith("language_model."))
         for layer in self.blocks():
             layer.train_und = train_und
         return self
@@ -500,13 +520,14 @@ class Bagel(nn.Module):
         """AdamW groups of exactly the parameters that are trained. The original decays all of them alike, by 0."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
-    # ---- one block of a sequence through the decoder ------------------------------------------------------------------
+    # ---- one block of a sequence through the decoder -----------------------------------------------------
 
     def _block(self, contexts, und, gen=None, causal=False, rotate=True, keep=True, read=None):
         """Run one block of every image. und: per context [B, n, D]; gen: per context [B, N, D], or None.
 
-        rotate: the rows stand at the contexts' position (an image block) or from there on (causal); False: at position 0.
-        keep: the contexts are extended by this block. read: "und" or "gen" to get these rows after the final norm, per context.
+        rotate: the rows stand at the contexts' position (an image block) or from there on (causal); False: at position
+        0. keep: the contexts are extended by this block. read: "und" or "gen" to get these rows after the final norm,
+        per context.
         """
         model, layers = self.language_model["model"], self.blocks()
         shapes = [(u.shape[0], u.shape[1], gen[i].shape[1] if gen is not None else 0) for i, u in enumerate(und)]
@@ -544,14 +565,14 @@ class Bagel(nn.Module):
         return self._words([[self.config.start_of_image, self.config.end_of_image]] * count)
 
     def _embed_vit(self, vit):
-        """vit [B, rows, columns, width of the ViT] -> [B, M, D]: the understanding embeddings that RecA conditions on."""
+        """vit [B, rows, columns, width of the ViT] -> [B, M, D]: the understanding embeddings."""
         x = vit.flatten(1, 2).to(self.connector["fc1"].weight.dtype)
         x = self.connector["fc2"](F.gelu(self.connector["fc1"](x), approximate="tanh"))
         return x + self.vit_pos_embed(*vit.shape[1:3]).to(x.dtype)
 
     def _embed_time(self, t):
         """t [B] in [0, 1] -> [B, D], once per image. The sinusoid takes t itself (not 1000 t), cosines first."""
-        angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)                 # [B, 128]
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)  # [B, 128]
         return self.time_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], -1).to(self.vae2llm.weight.dtype))
 
     def _embed_latents(self, x, grid, t):
@@ -559,22 +580,25 @@ class Bagel(nn.Module):
         x = self.vae2llm(x.to(self.vae2llm.weight.dtype))
         return x + self._embed_time(t)[:, None].to(x.dtype) + self.latent_pos_embed(*grid).to(x.dtype)
 
-    # ---- what extends a context ---------------------------------------------------------------------------------------
+    # ---- what extends a context --------------------------------------------------------------------------
 
     def _read_vit(self, contexts, vits):
         """A ViT block for every image: start, patches, end; one rotary position, everybody sees everybody."""
         rows = []
         for context in contexts:
-            patches, marks = self._embed_vit(torch.stack([vits[i] for i in context.images])), self._markers(len(context.images))
-            rows.append(torch.cat([marks[:, :1], patches.to(marks.dtype), marks[:, 1:]], dim=1))                  # [B, M + 2, D]
+            patches = self._embed_vit(torch.stack([vits[i] for i in context.images]))
+            marks = self._markers(len(context.images))
+            rows.append(torch.cat([marks[:, :1], patches.to(marks.dtype), marks[:, 1:]], dim=1))         # [B, M + 2, D]
         self._block(contexts, rows)
 
     def _read_text(self, contexts, ids, read=None):
-        """A text block for every image: begin, ids, end; causal. ids: per image, markers included; empty: no block at all."""
+        """A text block for every image: begin, ids, end; causal. ids: per image, markers included; empty: no block."""
         contexts = [c for c in contexts if ids[c.images[0]]]
         if contexts:
-            return self._block(contexts, [self._words([ids[i] for i in c.images]) for c in contexts], causal=True, read=read)
-        if dist.is_initialized():      # sharded: the other ranks gather the layers' weights for their texts, so this one must take part
+            words = [self._words([ids[i] for i in c.images]) for c in contexts]
+            return self._block(contexts, words, causal=True, read=read)
+        if dist.is_initialized():
+            # Every text of this rank was dropped. Under FSDP the other ranks gather the layers' weights for theirs: take part.
             self._block([Context([0], len(self.blocks()))], [self._words([[self.config.bos_token_id]])], keep=False)
 
     def _read_latents(self, contexts, latents, grids):
@@ -590,7 +614,8 @@ class Bagel(nn.Module):
         contexts as seen_from_the_latents. Nothing is kept: the block is computed anew for every x.
         """
         und = [self._markers(len(c.images)) for c in contexts]
-        gen = [self._embed_latents(torch.stack([x[i] for i in c.images]), grids[c.images[0]], t[c.images]) for c in contexts]
+        gen = [self._embed_latents(torch.stack([x[i] for i in c.images]), grids[c.images[0]], t[c.images])
+               for c in contexts]
         rows = self._block(contexts, und, gen, rotate=False, keep=False, read="gen")
         out = [None] * len(x)
         for context, velocity in zip(contexts, rows):
@@ -598,24 +623,25 @@ class Bagel(nn.Module):
                 out[i] = v
         return out
 
-    # ---- the frozen encoders ------------------------------------------------------------------------------------------
+    # ---- the frozen encoders -----------------------------------------------------------------------------
 
     def _vit(self, pixels):
-        """pixels [B, 3, height, width], sides divisible by the patch -> features [B, rows, columns, width of the ViT]."""
+        """pixels [B, 3, height, width], sides divisible by the patch -> [B, rows, columns, width of the ViT]."""
         p, vit = self.config.vit_patch_size, self.vit_model["vision_model"]
         rows, columns, side = pixels.shape[2] // p, pixels.shape[3] // p, self.config.vit_max_num_patch_per_side
         # [B, 3, rows, p, columns, p] -> [B, rows * columns, p * p * 3]
         x = pixels.unflatten(3, (columns, p)).unflatten(2, (rows, p)).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
         ids = torch.arange(rows, device=x.device)[:, None] * side + torch.arange(columns, device=x.device)
-        embed = vit["embeddings"]
-        x = embed["patch_embedding"](x.to(embed["patch_embedding"].weight.dtype)) + embed["position_embedding"](ids.flatten())
+        patch, position = vit["embeddings"].values()
+        x = patch(x.to(patch.weight.dtype)) + position(ids.flatten())
         for layer in vit["encoder"]["layers"]:
             x = layer(x, None)
         return vit["post_layernorm"](x).unflatten(1, (rows, columns))
 
     def _moments(self, pixels):
         """pixels [B, 3, height, width] in [-1, 1] -> mean and logvar [B, 16, height / 8, width / 8], float32."""
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
+        # channels_last: with the channels innermost these convolutions take a quarter less time on a CPU
+        posterior = self.vae.encode(pixels.to(self.vae.dtype, memory_format=torch.channels_last)).latent_dist
         return posterior.mean.float(), posterior.logvar.float()
 
     def _latent(self, mean, logvar, noise):
@@ -627,7 +653,9 @@ class Bagel(nn.Module):
         """latent [16, 2 h, 2 w] -> [h * w, C], a token holding (row, column, channel) of its patch."""
         p = self.config.latent_patch_size
         h, w = latent.shape[1] // p, latent.shape[2] // p
-        return latent[:, :h * p, :w * p].unflatten(2, (w, p)).unflatten(1, (h, p)).permute(1, 3, 2, 4, 0).flatten(2).flatten(0, 1)
+        # [16, h p, w p] -> [16, h, p, w, p] -> [h, w, p, p, 16]
+        x = latent[:, :h * p, :w * p].unflatten(2, (w, p)).unflatten(1, (h, p)).permute(1, 3, 2, 4, 0)
+        return x.flatten(2).flatten(0, 1)
 
     def _untokens(self, tokens, grid):
         """[h * w, C] -> latent [16, 2 h, 2 w], the inverse of _tokens."""
@@ -638,7 +666,8 @@ class Bagel(nn.Module):
     def _decode(self, latents):
         """List of latents [16, h, w] -> list of pixels [3, 8 h, 8 w] in about [-1, 1]."""
         c = self.config
-        return [self.vae.decode((z[None] / c.vae_scale_factor + c.vae_shift_factor).to(self.vae.dtype)).sample[0].float() for z in latents]
+        latents = [(z[None] / c.vae_scale_factor + c.vae_shift_factor).to(self.vae.dtype) for z in latents]
+        return [self.vae.decode(z.contiguous(memory_format=torch.channels_last)).sample[0].float() for z in latents]
 
     # ==================================================================================================
     # 3. Loading and saving
@@ -646,24 +675,25 @@ class Bagel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, frozen_dtype=None):
-        """source: "ByteDance-Seed/BAGEL-7B-MoT", "sanaka87/BAGEL-RecA", a folder in that layout, or "tiny" (random weights).
+        """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
 
-        dtype: precision of the weights that RecA trains; frozen_dtype: of all others (default: bf16 on a GPU, else dtype), except the VAE,
-        which stays in float32 as it is released (0.3 GB).
-        Every tensor goes from the file to its device by itself, in its final precision: the host never holds a copy of the model
-        (the original builds two float32 copies per process, 117 GB each). Strict in names and shapes, except that the two position
-        tables may be missing. Raises InputError.
+        dtype: precision of the weights that RecA trains; frozen_dtype: of all others (default: bf16 on a GPU, else
+        dtype), except the VAE, which stays in float32 as it is released (0.3 GB). Every tensor goes from the file to
+        its device by itself, in its final precision: the host never holds a copy of the model (the original builds two
+        float32 copies per process, 117 GB each). Strict in names and shapes, except that the two position tables may be
+        missing. Raises InputError.
         """
         device = torch.device(device)
         if source == "tiny":
             return cls.random(source, device, dtype)
         frozen_dtype = frozen_dtype or (torch.bfloat16 if device.type == "cuda" else dtype)
-        folder = base = common.hub_folder(source, ["*.json", "*.txt", "ema.safetensors", "ae.safetensors", "model_bf16.safetensors"])
-        weights = next((folder / n for n in ("ema.safetensors", "model_bf16.safetensors", "model.safetensors") if (folder / n).exists()), None)
+        small, names = ["*.json", "*.txt", "ae.safetensors"], ["ema.safetensors", "model_bf16.safetensors"]
+        folder = base = common.hub_folder(source, small + names)
+        weights = next((folder / name for name in names if (folder / name).exists()), None)
         if weights is None:
-            raise common.InputError(f"{folder} holds no ema.safetensors (nor model_bf16.safetensors): not a BAGEL checkpoint")
-        if not (folder / "llm_config.json").exists():             # BAGEL-RecA publishes its weights only; the rest is the base model's
-            base = common.hub_folder(DEFAULT, ["*.json", "*.txt", "ae.safetensors"])
+            raise common.InputError(f"{folder} holds neither {' nor '.join(names)}: not a BAGEL checkpoint")
+        if not (folder / "llm_config.json").exists():       # BAGEL-RecA publishes its weights; the rest is the base model's
+            base = common.hub_folder(DEFAULT, small)
         with torch.device("meta"):
             model = cls(read_config(base))
         model.freeze()
@@ -680,7 +710,7 @@ class Bagel(nn.Module):
 
     @classmethod
     def random(cls, name, device="cpu", dtype=None):
-        """The model with random weights, built on the device (for `tiny`, and for --bench, which downloads nothing). Any name but "tiny"
+        """The model with random weights, built on the device (tiny, and --bench, which downloads nothing). Any other name
         means the released sizes; dtype: of the trained weights, default float32; the frozen ones are bf16 on a GPU."""
         device = torch.device(device)
         tokenizer = common.tiny_tokenizer(MARKERS)
@@ -692,7 +722,7 @@ class Bagel(nn.Module):
             parameter.data = parameter.data.to((dtype or torch.float32) if exact else torch.bfloat16)
         model.to_empty(device=device)
         for key, parameter in model.named_parameters():
-            if key.endswith("bias") or key == "llm2vae.weight":                    # the latter as the original starts its pretraining
+            if key.endswith("bias") or key == "llm2vae.weight":      # the latter as the original starts its pretraining
                 nn.init.zeros_(parameter)
             elif parameter.dim() == 1:                                             # norms
                 nn.init.ones_(parameter)
@@ -706,27 +736,25 @@ class Bagel(nn.Module):
 
     def _read(self, path, names, dtype, device, optional=()):
         """File `path` into this model: names maps our names to the file's. dtype: function of our name."""
+        own, state = self.state_dict(), {}
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                own, stored, state = self.state_dict(), set(file.keys()), {}
-                missing = sorted(k for k in names.values() if k not in stored and k not in optional)
-                unexpected = sorted(stored - set(names.values()))
-                wrong = sorted(k for name, k in names.items() if k in stored and math.prod(file.get_slice(k).get_shape()) != own[name].numel()
-                               or k in stored and file.get_slice(k).get_shape()[0] != own[name].shape[0])
-                for what, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", wrong)):
+                shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}
+                # The 1 x 1 convolutions of the VAE's attention are linears in diffusers: [out, in, 1, 1] -> [out, in].
+                flat = {key: shape[:2] if shape[2:] == [1, 1] else shape for key, shape in shapes.items()}
+                missing = [key for key in names.values() if key not in shapes and key not in optional]
+                wrong = [key for name, key in names.items() if key in shapes
+                         and list(own[name].shape) not in (shapes[key], flat[key])]
+                for what, keys in (("lacks", missing), ("has unexpected", sorted(shapes.keys() - set(names.values()))),
+                                   ("has other shapes for", wrong)):
                     if keys:
-                        raise common.InputError(f"{path} {what} {len(keys)} keys: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}")
+                        raise common.InputError(f"{path} {what} {len(keys)} keys: {', '.join(keys[:4])}"
+                                                + (" ..." if len(keys) > 4 else ""))
                 for name, key in names.items():
-                    if key in optional:
-                        continue                                                            # computed, see PositionTable
-                    # The 1 x 1 convolutions of the VAE's attention are linears in diffusers: [out, in, 1, 1] -> [out, in].
-                    state[name] = file.get_tensor(key).to(dtype(name)).view(own[name].shape)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise common.InputError(f"cannot read {path}: {str(error).splitlines()[0]}") from error
-        except Exception as error:
-            if isinstance(error, common.InputError):
-                raise
-            raise common.InputError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
+                    if key not in optional:                                              # those are computed: PositionTable
+                        state[name] = file.get_tensor(key).to(dtype(name)).view(own[name].shape)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise common.InputError(f"cannot read {path}: {str(error).splitlines()[0][:200]}") from error
         frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
         self.load_state_dict(state, strict=False, assign=True)
         for name, parameter in self.named_parameters():
@@ -737,17 +765,19 @@ class Bagel(nn.Module):
             setattr(self.config, name, self.tokenizer.convert_tokens_to_ids(token))
 
     def save_pretrained(self, folder, dtype=None):
-        """Writes the released layout: ema.safetensors (with the two tables), ae.safetensors (FLUX names), configs, tokenizer.
+        """Writes the released layout: ema.safetensors (two tables included), ae.safetensors (FLUX names), configs, tokenizer.
 
         dtype: of ema.safetensors; None keeps the precision, torch.bfloat16 gives the 29 GB file that ComfyUI-BAGEL
-        (models/bagel/BAGEL-7B-MoT/ema.safetensors) and the original inferencer expect. Sharded weights are gathered one by one; all ranks must call, rank 0 writes.
+        (models/bagel/BAGEL-7B-MoT/ema.safetensors) and the original inferencer expect. Sharded weights are gathered one
+        by one; all ranks must call, rank 0 writes.
         """
         folder, state = Path(folder), {}
         names = vae_names(self.config)
         for name, tensor in self.state_dict().items():
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if common.world()[0] == 0:
-                state[name] = tensor.detach().to("cpu", tensor.dtype if name in names else dtype or tensor.dtype).contiguous()
+                target = tensor.dtype if name in names or dtype is None else dtype
+                state[name] = tensor.detach().to("cpu", target).contiguous()
         if common.world()[0] != 0:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -763,11 +793,11 @@ class Bagel(nn.Module):
     # 4. The embedding-conditioned prompt
     # ==================================================================================================
     #   (start) ViT patches (end)  (begin) template (end)  (start) noisy latents (end)
-    # No system text, no roles, no question mark: the template stands where a question about the image would stand, and the picture where
-    # a caption would be answered.
+    # No system text, no roles, no question mark: the template stands where a question about the image would stand, and
+    # the picture where a caption would be answered.
 
     def set_und(self, size=None, blur=None):
-        """The paper's ablations: longest (and shortest) side of what the ViT sees, and blurring it. Raises InputError."""
+        """The paper's ablations: the side of what the ViT sees, and blurring it. Raises InputError."""
         p, most = self.config.vit_patch_size, self.config.vit_max_num_patch_per_side * self.config.vit_patch_size
         if size and not p <= size <= most:
             raise common.InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
@@ -777,10 +807,11 @@ class Bagel(nn.Module):
         return image.resize(fit(*image.size, *limits, stride), Image.BICUBIC)
 
     def preprocess(self, image, task, rng=None):
-        """PIL RGB (None: a text without image) -> {"vit": [3, h, w], "vae": [3, H, W]} in [-1, 1], as far as the task needs them.
+        """PIL RGB (None: a text without image) -> {"vit": [3, h, w], "vae": [3, H, W]} in [-1, 1], as the task needs them.
 
-        recon: the ViT sees the photo at und_size, the VAE at 512 to 1024; t2i: VAE only; i2t: ViT only, at 224 to 980. Sizes follow the
-        photo, nothing is cropped, so rng is not used. (recon takes both even with condition = "vae": the cache serves either.)
+        recon: the ViT sees the photo at und_size, the VAE at 512 to 1024; t2i: VAE only; i2t: ViT only, at 224 to 980.
+        Sizes follow the photo, nothing is cropped, so rng is not used. (recon takes both even with condition = "vae":
+        the cache serves either.)
         """
         c, pixels = self.config, {}
         if image is None:
@@ -797,10 +828,12 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width], "mean", "logvar": [16, h, w]}.
+        """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width of the ViT],
+        "mean": [16, h, w], "logvar": [16, h, w]}, as far as the pixels are there.
 
-        Images of one size are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey borders leak into
-        the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest of the step is the same.)
+        Images of one size are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey
+        borders leak into the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest
+        of the step is the same.)
         """
         out = [{} for _ in samples]
         for kind, encoder, names in (("vit", self._vit, ("vit",)), ("vae", self._moments, ("mean", "logvar"))):
@@ -817,20 +850,22 @@ class Bagel(nn.Module):
 
     def _text_ids(self, text):
         """A text block: begin, ids, end."""
-        return [self.config.bos_token_id, *self.tokenizer(text, add_special_tokens=False)["input_ids"], self.config.eos_token_id]
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
     def _contexts(self, lengths, vits=None, grids=None):
-        """Empty contexts, one per different (ViT grid, text length, latent grid). Each part: one value an image, or None."""
+        """Empty contexts, one per different (ViT grid, text length, latent grid); each part: a value an image, or None."""
         parts = [[tuple(v.shape[:2]) if v is not None else () for v in vits] if vits else None, lengths, grids]
-        return groups(list(zip(*[part if part is not None else [()] * len(lengths) for part in parts])), len(self.blocks()))
+        parts = [part if part is not None else [()] * len(lengths) for part in parts]
+        return groups(list(zip(*parts)), len(self.blocks()))
 
     # ==================================================================================================
     # 5. The losses
     # ==================================================================================================
 
     def draw(self, features, rng=None):
-        """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal, and per image
-        vae_noise and condition_noise [16, h, w] and flow_noise [N, C]."""
+        """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
+        vae_noise and condition_noise [16, h, w], flow_noise [N, C]."""
         rng = rng or common.Rng.fresh(len(features))
         draws = {name: [] for name in ("text_kept", "timestep_normal", "vae_noise", "condition_noise", "flow_noise")}
         for f, g in zip(features, rng.images):
@@ -846,22 +881,25 @@ class Bagel(nn.Module):
         """latent [16, h, w] -> its tokens' (rows, columns)."""
         return tuple(side // self.config.latent_patch_size for side in latent.shape[1:])
 
+    def _sampled(self, features, noises):
+        """A sample of each posterior, as tokens [N, C]."""
+        return [self._tokens(self._latent(f["mean"], f["logvar"], n.to(self.device))) for f, n in zip(features, noises)]
+
     def _flow_terms(self, features, ids, draws, condition):
         """The rectified flow of one batch: -> (velocities, targets, timesteps), lists of [N, C] and a tensor [B].
 
-        x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal, shifted. ids: text blocks with markers ([] = dropped).
-        condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image).
+        x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal, shifted. ids: text blocks with markers ([]
+        = dropped). condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image).
         """
         noises = [noise.to(self.device) for noise in draws["flow_noise"]]
-        latents = [self._tokens(self._latent(f["mean"], f["logvar"], n.to(self.device))) for f, n in zip(features, draws["vae_noise"])]
+        latents = self._sampled(features, draws["vae_noise"])
         grids = [self._grid(f["mean"]) for f in features]
         vits = [f["vit"] for f in features] if condition == "vit" else None
         contexts = self._contexts([len(i) for i in ids], vits, grids)
         if condition == "vit":
             self._read_vit(contexts, vits)
         elif condition == "vae":
-            clean = [self._tokens(self._latent(f["mean"], f["logvar"], n.to(self.device))) for f, n in zip(features, draws["condition_noise"])]
-            self._read_latents(contexts, clean, grids)
+            self._read_latents(contexts, self._sampled(features, draws["condition_noise"]), grids)
         self._read_text(contexts, ids)
         contexts = [c.seen_from_the_latents(self.config) for c in contexts]
         t = torch.stack([torch.as_tensor(u) for u in draws["timestep_normal"]]).to(self.device).sigmoid()
@@ -877,15 +915,16 @@ class Bagel(nn.Module):
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA (paper, equation 2): paint the image that these understanding embeddings describe.
 
-        features: encode(.., "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar: squared error of
-        the velocity, mean over 64 channels and over all latent tokens of all ranks, so large images weigh more (as in the original).
+        features: encode(.., "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar:
+        squared error of the velocity, mean over 64 channels and over all latent tokens of all ranks, so large images
+        weigh more (as in the original).
         """
         draws = draws or self.draw(features, rng)
         ids = [self._text_ids(t) if kept else [] for t, kept in zip(templates, draws["text_kept"])]
         return self._flow_loss(features, ids, draws, self.condition)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """Text to image: caption, noisy latents. RecA never uses it (lambda_t2i = 0); it is what supervised fine-tuning would train."""
+        """Text to image: caption, noisy latents. RecA does not use it (lambda_t2i = 0): it is supervised fine-tuning."""
         draws = draws or self.draw(features, rng)
         ids = [self._text_ids(t) if kept else [] for t, kept in zip(captions, draws["text_kept"])]
         return self._flow_loss(features, ids, draws, None)
@@ -893,8 +932,9 @@ class Bagel(nn.Module):
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Cross-entropy of the answers' tokens: ViT block, then a text block per question and per answer, all causal.
 
-        In RecA the understanding expert is frozen, so this is a measure and has no gradient; freeze(train_und=True) gives it one.
-        features without "vit" are texts without an image. The loss is the mean over all answer tokens (end marker included) of all ranks.
+        In RecA the understanding expert is frozen, so this is a measure and has no gradient; freeze(train_und=True)
+        gives it one. features without "vit" are texts without an image. The loss is the mean over all answer tokens
+        (end marker included) of all ranks.
         """
         ids, labels = [], []
         for turns in conversations:
@@ -902,7 +942,8 @@ class Bagel(nn.Module):
             labels.append([])
             for question, answer in turns:
                 for text, learn in ((question, False), (answer, True)):
-                    block = self._text_ids(text) if text else []              # row j predicts id j + 1 of its block; the end predicts nothing
+                    block = self._text_ids(text) if text else []
+                    # row j predicts id j + 1 of its block; the end marker predicts nothing
                     labels[-1] += [i if learn else -100 for i in block[1:]] + [-100] * bool(block)
                     ids[-1] += block
         return self._answer_loss([f.get("vit") for f in features], ids, labels)
@@ -914,7 +955,7 @@ class Bagel(nn.Module):
             self._read_vit(with_image, vits)
         rows = self._read_text(contexts, ids, read="und")
         total, count = 0.0, 0
-        for context, hidden in zip(contexts, rows):                                                             # hidden [B, L, D]
+        for context, hidden in zip(contexts, rows):                                                   # hidden [B, L, D]
             target = torch.tensor([labels[i] for i in context.images], device=self.device)
             keep = target != -100
             logits = self.language_model["lm_head"](hidden[keep])                      # only the rows that are asked
@@ -928,11 +969,12 @@ class Bagel(nn.Module):
 
     @staticmethod
     def _guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
-        """Guidance of one image, [N, C] each. v_text: velocity without the last text; v_image: without the images (or None).
+        """Guidance of one image, [N, C] each. v_text: velocity without the last text; v_image: without images (or None).
 
-        A guided velocity is too long; `renorm` shrinks it back to |v|: "global" one factor an image (the original takes one factor a
-        *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a token after the text guidance
-        and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1 switches it off.
+        A guided velocity is too long; `renorm` shrinks it back to |v|: "global" one factor an image (the original takes
+        one factor a *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a
+        token after the text guidance and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1
+        switches it off.
         """
         def shrink(w):
             axes = (0, 1) if renorm == "global" else -1
@@ -947,39 +989,47 @@ class Bagel(nn.Module):
         return w if renorm == "text_channel" else shrink(w)
 
     @torch.no_grad()
-    def _sample(self, contexts, text_free, image_free, grids, noise, *, num_steps, timestep_shift, guidance_scale, image_guidance_scale,
-                interval, renorm, renorm_min, progress=False, trace=None):
+    def _sample(self, contexts, text_free, image_free, grids, noise, *, num_steps, timestep_shift, guidance_scale,
+                image_guidance_scale, interval, renorm, renorm_min, progress=False, trace=None):
         """Euler steps of the flow from noise (t = 1) to latents (t = 0): list of [N, C] in and out.
 
-        The three context sets (with everything, without the last text, without images) were read once. At a guided step the three passes
-        share their rows and run as one batch; each stands at the position of its own context, which seen_from_the_latents takes care of.
-        num_steps 50 gives 49 evaluations, as in the original. trace: a list that receives (t, x, velocity) of every step.
+        The three context sets (with everything, without the last text, without images) were read once. At a guided step
+        the three passes share their rows and run as one batch; each stands at the position of its own context, which
+        seen_from_the_latents takes care of. num_steps 50 gives 49 evaluations, as in the original. trace: a list that
+        receives (t, x, velocity) of every step.
         """
         if renorm not in ("global", "channel", "text_channel"):
             raise common.InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
         count, x = len(grids), [n.to(self.device) for n in noise]
-        sets = [[c.seen_from_the_latents(self.config).fork(k * count) for c in each] for k, each in enumerate((contexts, text_free, image_free))]
+        sets = [[c.seen_from_the_latents(self.config).fork(k * count) for c in each]
+                for k, each in enumerate((contexts, text_free, image_free))]
         times = torch.linspace(1, 0, num_steps)
         times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
-        for t, after in tqdm(list(zip(times[:-1].tolist(), times[1:].tolist())), disable=not progress, desc="sample", leave=False):
+        steps = list(zip(times[:-1].tolist(), times[1:].tolist()))
+        for t, after in tqdm(steps, disable=not progress, desc="sample", leave=False):
             # A text scale of 1 or less switches all guidance off, the image one too, as in the original.
             guided = interval[0] < t <= interval[1] and guidance_scale > 1
             passes = 1 + guided + (guided and image_guidance_scale > 1)
-            v = self._velocity(sum(sets[:passes], []), x * passes, grids * passes, torch.full((count * passes,), t, device=self.device))
-            v = [vi.float() for vi in v]
+            now = torch.full((count * passes,), t, device=self.device)
+            v = [vi.float() for vi in self._velocity(sum(sets[:passes], []), x * passes, grids * passes, now)]
             if guided:
-                v = [self._guide(*v[i::count][:2], v[i::count][2] if passes == 3 else None, guidance_scale, image_guidance_scale, renorm, renorm_min)
+                v = [self._guide(*(v + [None] * count)[i::count][:3], guidance_scale, image_guidance_scale, renorm, renorm_min)
                      for i in range(count)]
             if trace is not None:
                 trace.append((t, x, v))
             x = [xi - vi * (t - after) for xi, vi in zip(x, v)]
         return x
 
+    @staticmethod
+    def _generators(seed, count, purpose=""):
+        """One generator per image: an image's draws depend on its own seed, not on what shares its batch."""
+        seeds = seed if isinstance(seed, (list, tuple)) else [common.stable_seed(seed, i) for i in range(count)]
+        return [torch.Generator().manual_seed(common.stable_seed(s, purpose)) for s in seeds]
+
     def _paint(self, contexts, text_free, image_free, grids, seed, draws, **sampler):
         """Contexts -> PIL images. draws: {"noise": [N, C] per image} or None (from seed: one integer, or one per image)."""
-        seeds = seed if isinstance(seed, (list, tuple)) else [common.stable_seed(seed, i) for i in range(len(grids))]
         noise = draws["noise"] if draws and "noise" in draws else [
-            torch.randn(h * w, self.config.latent_dim, generator=torch.Generator().manual_seed(s)) for (h, w), s in zip(grids, seeds)]
+            torch.randn(h * w, self.config.latent_dim, generator=g) for (h, w), g in zip(grids, self._generators(seed, len(grids)))]
         latents = self._sample(contexts, text_free, image_free, grids, noise, **sampler)
         # (x / 2 + 1 / 2) clamped, times 255, truncated: BAGEL's rounding
         return [Image.fromarray(((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
@@ -990,17 +1040,19 @@ class Bagel(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         s, most = self.config.stride, self.config.stride * self.config.max_latent_size
         if height % s or width % s or not 0 < height <= most or not 0 < width <= most:
-            raise common.InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples of {s}, at most {most}")
+            raise common.InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples of {s}, "
+                                    f"at most {most}")
         return height // s, width // s
 
     @torch.no_grad()
-    def generate(self, prompts, *, seed=0, draws=None, progress=False, size=None, guidance_scale=4.0, num_steps=50, timestep_shift=3.0,
-                 interval=(0.4, 1.0), renorm="global", renorm_min=0.0, trace=None):
-        """Text to image: list of texts -> list of PIL images of `size` (pixels, default 1024). The settings are the original notebook's;
-        GenEval's script differs in interval=(0, 1). The text-free context is empty, its latents stand at position 0."""
-        return self._generate([self._text_ids(p) for p in prompts], self._target_grid(self.config.image_size if size is None else size), seed, draws,
-                              num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, image_guidance_scale=1.0,
-                              interval=interval, renorm=renorm, renorm_min=renorm_min, progress=progress, trace=trace)
+    def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
+        """Text to image: list of texts -> list of PIL images of `size` (one side or (height, width), default 1024 pixels).
+
+        seed: one, or one per image. sampler: what differs from GENERATE; progress=True shows a bar. The text-free context of the
+        guidance is empty, its latents stand at position 0.
+        """
+        grid = self._target_grid(self.config.image_size if size is None else size)
+        return self._generate([self._text_ids(p) for p in prompts], grid, seed, draws, **GENERATE | sampler)
 
     def _generate(self, ids, grid, seed, draws, **sampler):
         contexts = self._contexts([len(i) for i in ids])
@@ -1009,52 +1061,46 @@ class Bagel(nn.Module):
         return self._paint(contexts, empty, [], [grid] * len(ids), seed, draws, **sampler)
 
     @torch.no_grad()
-    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, size=None, guidance_scale=4.0, image_guidance_scale=2.0,
-                    num_steps=50, timestep_shift=3.0, interval=(0.0, 1.0), renorm="text_channel", renorm_min=1.0, trace=None):
-        """Image to image through the understanding embeddings alone (ViT at und_size, then a template): list of PIL in and out.
+    def reconstruct(self, images, *, templates=None, seed=0, draws=None, size=None, **sampler):
+        """Image to image through the understanding embeddings alone (ViT at und_size, then a template): PIL in and out.
 
-        size: of the output, default the VAE's size for the photo. The settings are the notebook's, whose ViT sees more (518 px) than in training.
+        size: of the output, default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings of the
+        original's notebook (whose ViT sees more, 518 px, than in training).
         """
         samples = [self.preprocess(image, "recon") for image in images]
         features = self.encode([{self.condition: s[self.condition]} for s in samples], "recon")
-        texts = templates or [common.SEED_TEMPLATE] * len(images)
+        ids = [self._text_ids(t) for t in templates or [common.SEED_TEMPLATE] * len(images)]
         grids = [self._target_grid(tuple(s["vae"].shape[1:]) if size is None else size) for s in samples]
-        return self._from_images(features, [self._text_ids(t) for t in texts], grids, self.condition == "vae", self.condition == "vit", seed, draws,
-                                 num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, interval=interval, renorm=renorm,
-                                 image_guidance_scale=image_guidance_scale, renorm_min=renorm_min, progress=progress, trace=trace)
+        return self._from_images(features, ids, grids, seed, draws, **RECONSTRUCT | sampler)
 
     @torch.no_grad()
-    def edit(self, images, instructions, *, seed=0, draws=None, progress=False, size=None, guidance_scale=4.0, image_guidance_scale=2.0,
-             num_steps=50, timestep_shift=3.0, interval=(0.0, 1.0), renorm="text_channel", renorm_min=0.0, trace=None):
-        """Edit images by instruction: VAE block, ViT block, text. Settings of the original's ImgEdit script (its command line has
-        an image guidance of 1.5, its notebook and its function 2.0). size: default that of the input, by the VAE's rule.
-
-        The photo is resized for the VAE first, and the ViT sees the resized photo, as in the original inferencer.
+    def edit(self, images, instructions, *, seed=0, draws=None, size=None, **sampler):
+        """Edit images by instruction: VAE block, ViT block, text. PIL in and out, `size` by default that of the input, by the
+        VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an image guidance of
+        1.5, its function and its notebook have 2.0). The photo is resized for the VAE, and the ViT sees that, as in the original.
         """
         c, samples = self.config, []
         for image in images:
             image = self._resized(image, c.vae_limits, c.stride)
-            samples.append({"vae": common.to_tensor(image), "vit": common.to_tensor(self._resized(image, c.edit_limits, c.vit_patch_size))})
+            seen = self._resized(image, c.edit_limits, c.vit_patch_size)
+            samples.append({"vae": common.to_tensor(image), "vit": common.to_tensor(seen)})
+        ids = [self._text_ids(i) for i in instructions]
         grids = [self._target_grid(tuple(s["vae"].shape[1:]) if size is None else size) for s in samples]
-        return self._from_images(self.encode(samples, "edit"), [self._text_ids(i) for i in instructions], grids, True, True, seed, draws,
-                                 num_steps=num_steps, timestep_shift=timestep_shift, guidance_scale=guidance_scale, interval=interval, renorm=renorm,
-                                 image_guidance_scale=image_guidance_scale, renorm_min=renorm_min, progress=progress, trace=trace)
+        return self._from_images(self.encode(samples, "edit"), ids, grids, seed, draws, **EDIT | sampler)
 
-    def _from_images(self, features, ids, grids, with_vae, with_vit, seed, draws, **sampler):
-        """Contexts of edit and reconstruct: (VAE block) (ViT block) text; without the text; without the images. Each block is read once:
-        the text-free context is what the full one was before its text."""
-        draws = draws or {}
-        if with_vae and "vae_noise" not in draws:
-            seeds = seed if isinstance(seed, (list, tuple)) else [common.stable_seed(seed, i) for i in range(len(grids))]
-            draws["vae_noise"] = [torch.randn(f["mean"].shape, generator=torch.Generator().manual_seed(common.stable_seed(s, "condition")))
-                                  for f, s in zip(features, seeds)]
-        sources = [self._grid(f["mean"]) if with_vae else () for f in features]
-        contexts = self._contexts([len(i) for i in ids], [f["vit"] for f in features] if with_vit else None, list(zip(sources, grids)))
-        if with_vae:
-            latents = [self._tokens(self._latent(f["mean"], f["logvar"], n.to(self.device))) for f, n in zip(features, draws["vae_noise"])]
-            self._read_latents(contexts, latents, sources)
-        if with_vit:
-            self._read_vit(contexts, [f["vit"] for f in features])
+    def _from_images(self, features, ids, grids, seed, draws, **sampler):
+        """Contexts of edit and reconstruct: (VAE block) (ViT block) text; the same without the text; the text without images.
+        What features hold is read, each block once: the text-free context is what the full one was before its text."""
+        draws = dict(draws or {})
+        vits = [f["vit"] for f in features] if "vit" in features[0] else None
+        sources = [self._grid(f["mean"]) if "mean" in f else () for f in features]
+        contexts = self._contexts([len(i) for i in ids], vits, list(zip(sources, grids)))
+        if "mean" in features[0]:
+            draws.setdefault("vae_noise", [torch.randn(f["mean"].shape, generator=g) for f, g in zip(
+                features, self._generators(seed, len(grids), "condition"))])
+            self._read_latents(contexts, self._sampled(features, draws["vae_noise"]), sources)
+        if vits:
+            self._read_vit(contexts, vits)
         text_free = [context.fork() for context in contexts]
         self._read_text(contexts, ids)
         image_free = self._contexts([len(i) for i in ids], None, grids)
@@ -1069,7 +1115,7 @@ class Bagel(nn.Module):
         return [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
     def _describe(self, vits, ids, max_new_tokens):
-        """-> list of lists of new ids, without begin and end. All images decode together until the last one has ended."""
+        """-> lists of new ids, without begin and end. All images decode together until the last one has ended."""
         contexts = self._contexts([len(i) for i in ids], vits)
         self._read_vit(contexts, vits)
         self._read_text(contexts, ids)
@@ -1077,8 +1123,9 @@ class Bagel(nn.Module):
         answers, said = [[] for _ in ids], torch.full((len(ids),), self.config.bos_token_id, device=self.device)
         done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
         for _ in range(max_new_tokens):
-            rows = self._block(contexts, [self._words(said[c.images][:, None]) for c in contexts], causal=True, read="und")
-            logits = self.language_model["lm_head"](torch.cat([r[:, 0] for r in rows]))                        # [B, vocabulary]
+            words = [self._words(said[c.images][:, None]) for c in contexts]                             # [B, 1, D]
+            rows = self._block(contexts, words, causal=True, read="und")
+            logits = self.language_model["lm_head"](torch.cat([r[:, 0] for r in rows]))                # [B, vocabulary]
             said[order] = logits.argmax(-1)
             done |= said == self.config.eos_token_id
             if bool(done.all()):
@@ -1104,18 +1151,19 @@ class Bagel(nn.Module):
 #     an image of 1024 px, checkpointing    + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
 #     one layer while it is recomputed    + ~1.5 GB an image at a time of a batch: queries to MLP, forward and backward
 #
-# The original holds float32 masters, gradients, two moments and an average for the 7.1 billion parameters that cannot move, too: 283 GB
-# over its group of GPUs. Sharded over n GPUs (FSDP2) everything but the frozen 3 GB outside the decoder layers is divided by n: float32
-# AdamW then needs 8 cards of 40 GB, or 2 of 80 GB.
+# The original holds float32 masters, gradients, two moments and an average for the 7.1 billion parameters that cannot
+# move, too: 283 GB over its group of GPUs. Sharded over n GPUs (FSDP2) everything but the frozen 3 GB outside the
+# decoder layers is divided by n: float32 AdamW then needs 8 cards of 40 GB, or 2 of 80 GB.
 
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights without float32 masters: arithmetic in float32, weights and both moments stored in bf16 with stochastic rounding.
 
-    bf16 keeps 8 bits: an update below 1/256 of a weight would be lost by rounding to nearest, at every step, and 4e-5 against weights
-    of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut off, is right in the mean: a weight
-    moves one time in a hundred by a hundred times the update. For the moments it keeps small gradients alive beside large ones in
-    the same way. Draws follow from (seed, update, rank), so a resumed run draws what the uninterrupted one would have drawn.
+    bf16 keeps 8 bits: an update below 1/256 of a weight would be lost by rounding to nearest, at every step, and 4e-5
+    against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut off,
+    is right in the mean: a weight moves one time in a hundred by a hundred times the update. For the moments it keeps
+    small gradients alive beside large ones in the same way. Draws follow from (seed, update, rank), so a resumed run
+    draws what the uninterrupted one would have drawn.
 
     tests/test_bagel.py shows the loss curve within the noise of float32 AdamW.
     """
@@ -1162,8 +1210,9 @@ class StochasticAdamW(torch.optim.Optimizer):
 def shard(model):
     """FSDP2: every decoder layer is divided over all ranks, both experts, and so are the trained weights outside of the layers.
 
-    What is frozen outside of the layers (ViT, VAE, embedding, head: 3.2 GB) stays whole on every rank, so that encoding images needs
-    no communication. Gradients arrive as the mean over ranks, in float32; on a GPU the layers compute in bf16.
+    What is frozen outside of the layers (ViT, VAE, embedding, head: 3.2 GB) stays whole on every rank, so that encoding
+    images needs no communication. Gradients arrive as the mean over ranks, in float32; on a GPU the layers compute in
+    bf16.
     """
     frozen_outside = {p for p in model.parameters() if not p.requires_grad} - {p for layer in model.blocks() for p in layer.parameters()}
     device = model.device.type
@@ -1190,8 +1239,9 @@ def unshard(model, whole=True):
 class BagelTrainer(common.Trainer):
     """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews although the weights are sharded.
 
-    A checkpoint holds ema.safetensors and the other files of the release (bf16 after training on GPUs: it can be used as it is), and in shards/
-    the exact trained weights and the optimizer, written by each rank for itself with torch.distributed.checkpoint.
+    A checkpoint holds ema.safetensors and the other files of the release (bf16 after training on GPUs: it can be used
+    as it is), and in shards/ the exact trained weights and the optimizer, written by each rank for itself with
+    torch.distributed.checkpoint.
     """
 
     def __init__(self, model, streams, args, show=None, **more):
@@ -1214,7 +1264,7 @@ class BagelTrainer(common.Trainer):
             if main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
             self.model.save_pretrained(temporary, dtype=torch.bfloat16 if self.model.device.type == "cuda" and self.args.precision == "bf16" else None)
-            with warnings.catch_warnings():                                             # "no process group": one process, as it should be
+            with warnings.catch_warnings():                           # "no process group": one process, as it should be
                 warnings.simplefilter("ignore")
                 dcp.save(self._shards(), checkpoint_id=temporary / "shards")
             if main_process:
@@ -1242,7 +1292,7 @@ class BagelTrainer(common.Trainer):
 
     def train(self):
         super().train()
-        unshard(self.model)                                                             # rank 0 goes on alone: previews, scores, inference
+        unshard(self.model)                                          # rank 0 goes on alone: previews, scores, inference
 
 
 def prepare(model, args):
@@ -1258,7 +1308,7 @@ def prepare(model, args):
         for p in trained:
             p.data = p.data.to(torch.bfloat16)
     if device.type == "cuda" and count > 1e9:
-        args.checkpointing = True                           # without it one image of 1024 px keeps about 25 GB of activations
+        args.checkpointing = True                     # without it one image of 1024 px keeps about 25 GB of activations
     if ranks > 1:
         shard(model)
     groups = model.parameter_groups(args.weight_decay)
@@ -1271,17 +1321,18 @@ def prepare(model, args):
             "bf16": "bf16 weights and moments with stochastic rounding (8 bytes a weight with its gradient)",
             "fp32": "float32 masters and AdamW (16 bytes a weight)"}[choice] + (f", FSDP2 over {ranks} ranks" if ranks > 1 else "")
             + (", activation checkpointing" if args.checkpointing else "") + f" [--optimizer {args.optimizer}]")
-    return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})           # FSDP2 has averaged
+    return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})   # FSDP2 has averaged
 
 
-# ---- editing benchmarks --------------------------------------------------------------------------------------------------
+# ---- editing benchmarks ------------------------------------------------------------------------------
 
 
 def edit_jobs(path, sources, out):
     """--edit FILE -> [(source image, instruction, output, copy of the source or None)] in the layout that the benchmark's scorer reads.
 
     ImgEdit's singleturn.json: {key: {"id": image, "prompt": ...}} -> out/<key>.png
-    GEdit's rows as .jsonl: {"key", "task_type", "instruction", "instruction_language", "image"} -> out/gen_image/fullset/<task>/<language>/<key>.png
+    GEdit's rows as .jsonl: {"key", "task_type", "instruction", "instruction_language", "image"} ->
+    out/gen_image/fullset/<task>/<language>/<key>.png
         and <key>_SRCIMG.png beside it; "image" (default <key>.png) is where the user exported the row's picture.
     Images are relative to `sources` (default: the file's folder).
     """
@@ -1327,7 +1378,7 @@ def edit_files(model, args):
     print(f"{written} images edited in {args.out}")
 
 
-# ---- the toy -------------------------------------------------------------------------------------------------------------
+# ---- the toy -----------------------------------------------------------------------------------------
 
 
 def pretrain_toy(model, fraction, seed):
@@ -1338,7 +1389,7 @@ def pretrain_toy(model, fraction, seed):
     scenes = [rows[i] for i in range(len(rows))]
     pictures = [common.to_tensor(picture) for _, picture, _ in scenes]
     full = [common.caption(common.read_scene(picture)) for _, picture, _ in scenes]
-    pick = lambda positions, among: [among[i % len(among)] for i in positions]                                     # noqa: E731
+    pick = lambda positions, among: [among[i % len(among)] for i in positions]                              # noqa: E731
 
     # 1. The autoencoder, on quarters (one cell each): it is convolutional, and a quarter costs a quarter.
     model.requires_grad_(False)
@@ -1361,10 +1412,11 @@ def pretrain_toy(model, fraction, seed):
         for f, s in zip(features[start:], samples):
             f["pixels"] = s["vit"]
     means = torch.stack([f["mean"] for f in features[:512]])
-    c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()      # latents of mean 0 and deviation 1, as FLUX's
+    c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()  # latents of mean 0 and deviation 1, as FLUX's
 
-    # 2. Understanding: picture -> full caption. The tagging loss makes single patches say words (what pretraining on billions of pairs does for
-    # the real model): without it the embeddings of a toy are arbitrary codes that only its own decoder can read.
+    # 2. Understanding: picture -> full caption. The tagging loss makes single patches say words (what pretraining on
+    # billions of pairs does for the real model): without it the embeddings of a toy are arbitrary codes that only its
+    # own decoder can read.
     model.freeze(train_und=True)
     for module in (model.vit_model, model.connector):
         module.requires_grad_(True)
@@ -1373,7 +1425,7 @@ def pretrain_toy(model, fraction, seed):
     def describe(positions):
         vit = model._vit(torch.stack([f["pixels"] for f in pick(positions, features)]))
         texts = pick(positions, full)
-        says = F.log_softmax(F.layer_norm(model._embed_vit(vit), (c.hidden_size,)) @ words.weight.T, dim=-1)           # [B, M, vocabulary]
+        says = F.log_softmax(F.layer_norm(model._embed_vit(vit), (c.hidden_size,)) @ words.weight.T, dim=-1)  # [B, M, vocabulary]
         ids = [sorted(set(model._text_ids(t)[1:-1])) for t in texts]
         tags = -torch.stack([torch.logsumexp(says[b][:, own], dim=0).clamp(max=0).mean() for b, own in enumerate(ids)]).mean()
         return model.i2t_loss([{"vit": v} for v in vit], [[(common.SEED_TEMPLATE, t)] for t in texts]) + 0.1 * tags
@@ -1410,7 +1462,7 @@ def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
     Bagel.condition = args.condition
     if args.edit:
-        edit_jobs(args.edit, args.edit_images, args.out)                            # a malformed file is refused before anything is loaded
+        edit_jobs(args.edit, args.edit_images, args.out)         # a malformed file is refused before anything is loaded
     common.Trainer = BagelTrainer
     if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
         common.run(Bagel, args, pretrain_toy, prepare)

@@ -278,8 +278,8 @@ def sample_case(model, golden, case, monkeypatch, copies=1):
             with_vae = case != "reconstruct"
             if with_vae:
                 draws["vae_noise"] = [golden[f"{case}.draw_vae_noise_0"][0]] * copies
-            features = model.encode([samples] * copies, "edit")
-            images = model._from_images(features, ids, [grid] * copies, with_vae, True, 0, draws, **options)
+            features = model.encode([samples if with_vae else {"vit": samples["vit"]}] * copies, "edit")
+            images = model._from_images(features, ids, [grid] * copies, 0, draws, **options)
     return images, options["trace"], caught
 
 
