@@ -137,12 +137,12 @@ TINY = BagelConfig(
 @dataclass
 class Recipe:
     """Table 8 of the paper. The public run: 6 GPUs, packs of about 8 images of 1024 px each, 1000 updates, *all of them
-    warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). We keep that, it is what was
-    published.
+    warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). It is what was
+    published, so it is the default.
 
     One step here is one update there, given 6 GPUs (torchrun --nproc-per-node 6). On one GPU the same run is --accum 6
-    --steps 6000. The original keeps an average of the weights (EMA 0.9999), whose README advises against using it:
-    after 1000 updates 90% of it is still the old model. There is none here.
+    --steps 6000. The original also keeps an average of the weights (EMA 0.9999) and advises against using it: after
+    1000 updates 90% of it is still the old model. There is none here.
     """
     lr: float = 4e-5
     betas: tuple = (0.9, 0.95)
@@ -166,11 +166,11 @@ UND_SIZE = 224                          # the smallest side that the paper's rec
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
 TIMESTEP_SHIFT = 1.0                    # in training
 
-# How the originals sample. num_steps 50 makes 49 evaluations. Guidance acts where interval[0] < t <= interval[1]; see Bagel._guide.
+# How the original samples. num_steps 50 makes 49 evaluations; guidance (Bagel._guide) acts in interval[0] < t <= interval[1]
 GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "image_guidance_scale": 1.0,
-            "interval": (0.4, 1.0), "renorm": "global", "renorm_min": 0.0}              # notebook; GenEval: interval (0, 1)
-EDIT = GENERATE | {"image_guidance_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}    # the ImgEdit script
-RECONSTRUCT = EDIT | {"renorm_min": 1.0}                                                # notebook: no renormalisation
+            "interval": (0.4, 1.0), "renorm": "global", "renorm_min": 0.0}         # notebook; GenEval: interval (0, 1)
+EDIT = GENERATE | {"image_guidance_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}     # ImgEdit script
+RECONSTRUCT = EDIT | {"renorm_min": 1.0}                                           # notebook: no renormalisation
 
 
 # ======================================================================================================
@@ -186,10 +186,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(positions, config):
-    """positions [R] (any integers, also negative) -> cos, sin [R, d], float32. The original casts the frequencies to bf16
+    """positions [R] (integers, also negative) -> cos, sin [R, d], float32. The original casts the frequencies to bf16
     under FSDP, which blurs far positions; nothing depends on that."""
     d = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)               # [d/2]
+    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)           # [d / 2]
     angles = (positions[:, None].float() * frequencies).repeat(1, 2)                                            # [R, d]
     return angles.cos(), angles.sin()
 
@@ -226,7 +226,8 @@ class MoTLayer(nn.Module):
         mlp = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size)
         attention = {}
         for e in ("", "_moe_gen"):
-            for name, heads in (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads)):
+            for name in "qkv":
+                heads = c.num_attention_heads if name == "q" else c.num_key_value_heads
                 attention[f"{name}_proj{e}"] = nn.Linear(width, heads * d)
             attention |= {f"{name}_norm{e}": RMSNorm(d, c.rms_norm_eps) for name in "qk"}
             attention[f"o_proj{e}"] = nn.Linear(c.num_attention_heads * d, width, bias=False)
@@ -323,8 +324,8 @@ class PositionTable(nn.Module):
     def forward(self, height, width):
         """-> [height * width, D], row-major. No interpolation: a small image uses the top left corner of the table."""
         if max(height, width) > self.side:
-            raise common.InputError(f"an image of {height} x {width} tokens exceeds the position table of {self.side} x "
-                                    f"{self.side}: use smaller images")
+            raise common.InputError(f"an image of {height} x {width} tokens exceeds the position table of "
+                                    f"{self.side} x {self.side}: use smaller images")
         return self.pos_embed.view(self.side, self.side, -1)[:height, :width].flatten(0, 1)
 
 
@@ -352,6 +353,11 @@ class Context:
         return other
 
 
+def generates(name):
+    """Whether a weight belongs to generation: what RecA trains."""
+    return "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
+
+
 def groups(shapes, layers):
     """One empty Context per different shape. shapes: one sortable key an image; equal keys share every dense call."""
     return [Context([i for i, s in enumerate(shapes) if s == shape], layers) for shape in sorted(set(shapes))]
@@ -363,7 +369,8 @@ MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "num_key_value_heads", "rms_norm_eps", "rope_theta")
-VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
+              "patch_size")
 OWN_FIELDS = ("vae_limits", "vit_limits", "edit_limits", "image_size", "bos_token_id", "eos_token_id", "start_of_image",
               "end_of_image")
 
@@ -418,7 +425,8 @@ def vae_names(c):
             add(f"{part}.{ours}", f"{part}.{theirs}")
         for i in (0, 1):
             resnet(f"{part}.mid_block.resnets.{i}", f"{part}.mid.block_{i + 1}", False)
-        for ours, theirs in zip(("group_norm", "to_q", "to_k", "to_v", "to_out.0"), ("norm", "q", "k", "v", "proj_out")):
+        pairs = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
+        for ours, theirs in pairs:
             add(f"{part}.mid_block.attentions.0.{ours}", f"{part}.mid.attn_1.{theirs}")
     for i in range(levels):
         before = mults[max(0, i - 1)]
@@ -437,8 +445,7 @@ def vae_names(c):
 
 def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
     """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at
-    least `shortest` where both can be had (the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168, so RecA's 224 is the *long*
-    side).
+    least `shortest`. Where both cannot be had the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168.
 
     Above max_pixels the original multiplies the sides by the ratio of the *areas*, not its root. At 1024 / 512 and 980
     / 224 the bound is never reached; we follow it so that other limits give the same sizes as there.
@@ -499,11 +506,10 @@ class Bagel(nn.Module):
         self.freeze()
 
     def freeze(self, train_und=False):
-        """What RecA trains: everything named _moe_gen, the time MLP and the two projections of the latents. train_und=True
-        opens the language model as well (the pretraining of `tiny`, and the fixture that shows what freezing changes)."""
+        """What RecA trains: everything named _moe_gen, the time MLP and the two projections of the latents.
+        train_und=True opens the rest of the language model (pretraining of `tiny`; the fixture `recon_unfrozen`)."""
         for name, parameter in self.named_parameters():
-            generation = "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
-            parameter.requires_grad_(generation or train_und and name.startswith("language_model."))
+            parameter.requires_grad_(generates(name) or train_und and name.startswith("language_model."))
         for layer in self.blocks():
             layer.train_und = train_und
         return self
@@ -598,7 +604,7 @@ class Bagel(nn.Module):
             words = [self._words([ids[i] for i in c.images]) for c in contexts]
             return self._block(contexts, words, causal=True, read=read)
         if dist.is_initialized():
-            # Every text of this rank was dropped. Under FSDP the other ranks gather the layers' weights for theirs: take part.
+            # Every text of this rank was dropped. Under FSDP the others gather the layers' weights for theirs: join in.
             self._block([Context([0], len(self.blocks()))], [self._words([[self.config.bos_token_id]])], keep=False)
 
     def _read_latents(self, contexts, latents, grids):
@@ -692,7 +698,7 @@ class Bagel(nn.Module):
         weights = next((folder / name for name in names if (folder / name).exists()), None)
         if weights is None:
             raise common.InputError(f"{folder} holds neither {' nor '.join(names)}: not a BAGEL checkpoint")
-        if not (folder / "llm_config.json").exists():       # BAGEL-RecA publishes its weights; the rest is the base model's
+        if not (folder / "llm_config.json").exists():      # BAGEL-RecA has only weights; the rest is the base model's
             base = common.hub_folder(DEFAULT, small)
         with torch.device("meta"):
             model = cls(read_config(base))
@@ -710,8 +716,8 @@ class Bagel(nn.Module):
 
     @classmethod
     def random(cls, name, device="cpu", dtype=None):
-        """The model with random weights, built on the device (tiny, and --bench, which downloads nothing). Any other name
-        means the released sizes; dtype: of the trained weights, default float32; the frozen ones are bf16 on a GPU."""
+        """Random weights, built on the device: for tiny, and for --bench, which downloads nothing. Any name but "tiny"
+        means the released sizes. dtype: of the trained weights, default float32; the frozen ones are bf16 on a GPU."""
         device = torch.device(device)
         tokenizer = common.tiny_tokenizer(MARKERS)
         config = replace(TINY, vocab_size=len(tokenizer)) if name == "tiny" else BagelConfig()
@@ -751,7 +757,7 @@ class Bagel(nn.Module):
                         raise common.InputError(f"{path} {what} {len(keys)} keys: {', '.join(keys[:4])}"
                                                 + (" ..." if len(keys) > 4 else ""))
                 for name, key in names.items():
-                    if key not in optional:                                              # those are computed: PositionTable
+                    if key not in optional:                                        # those are computed: PositionTable
                         state[name] = file.get_tensor(key).to(dtype(name)).view(own[name].shape)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise common.InputError(f"cannot read {path}: {str(error).splitlines()[0][:200]}") from error
@@ -765,7 +771,7 @@ class Bagel(nn.Module):
             setattr(self.config, name, self.tokenizer.convert_tokens_to_ids(token))
 
     def save_pretrained(self, folder, dtype=None):
-        """Writes the released layout: ema.safetensors (two tables included), ae.safetensors (FLUX names), configs, tokenizer.
+        """Writes the released layout: ema.safetensors (with the tables), ae.safetensors (FLUX's names), configs.
 
         dtype: of ema.safetensors; None keeps the precision, torch.bfloat16 gives the 29 GB file that ComfyUI-BAGEL
         (models/bagel/BAGEL-7B-MoT/ema.safetensors) and the original inferencer expect. Sharded weights are gathered one
@@ -807,7 +813,7 @@ class Bagel(nn.Module):
         return image.resize(fit(*image.size, *limits, stride), Image.BICUBIC)
 
     def preprocess(self, image, task, rng=None):
-        """PIL RGB (None: a text without image) -> {"vit": [3, h, w], "vae": [3, H, W]} in [-1, 1], as the task needs them.
+        """PIL RGB (None: a text without image) -> {"vit": [3, h, w], "vae": [3, H, W]} in [-1, 1], as the task needs.
 
         recon: the ViT sees the photo at und_size, the VAE at 512 to 1024; t2i: VAE only; i2t: ViT only, at 224 to 980.
         Sizes follow the photo, nothing is cropped, so rng is not used. (recon takes both even with condition = "vae":
@@ -854,7 +860,7 @@ class Bagel(nn.Module):
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
     def _contexts(self, lengths, vits=None, grids=None):
-        """Empty contexts, one per different (ViT grid, text length, latent grid); each part: a value an image, or None."""
+        """Empty contexts, one per different (ViT grid, text length, latent grid). A part: a value an image, or None."""
         parts = [[tuple(v.shape[:2]) if v is not None else () for v in vits] if vits else None, lengths, grids]
         parts = [part if part is not None else [()] * len(lengths) for part in parts]
         return groups(list(zip(*parts)), len(self.blocks()))
@@ -924,7 +930,7 @@ class Bagel(nn.Module):
         return self._flow_loss(features, ids, draws, self.condition)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """Text to image: caption, noisy latents. RecA does not use it (lambda_t2i = 0): it is supervised fine-tuning."""
+        """Text to image: caption, noisy latents. RecA does not use it (lambda_t2i = 0): supervised fine-tuning."""
         draws = draws or self.draw(features, rng)
         ids = [self._text_ids(t) if kept else [] for t, kept in zip(captions, draws["text_kept"])]
         return self._flow_loss(features, ids, draws, None)
@@ -969,7 +975,7 @@ class Bagel(nn.Module):
 
     @staticmethod
     def _guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
-        """Guidance of one image, [N, C] each. v_text: velocity without the last text; v_image: without images (or None).
+        """Guidance of one image, [N, C] each. v_text: velocity without the last text; v_image: without images, or None.
 
         A guided velocity is too long; `renorm` shrinks it back to |v|: "global" one factor an image (the original takes
         one factor a *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a
@@ -1013,7 +1019,8 @@ class Bagel(nn.Module):
             now = torch.full((count * passes,), t, device=self.device)
             v = [vi.float() for vi in self._velocity(sum(sets[:passes], []), x * passes, grids * passes, now)]
             if guided:
-                v = [self._guide(*(v + [None] * count)[i::count][:3], guidance_scale, image_guidance_scale, renorm, renorm_min)
+                v = (v + [None] * count)[:3 * count]                                  # two or three velocities an image
+                v = [self._guide(*v[i::count], guidance_scale, image_guidance_scale, renorm, renorm_min)
                      for i in range(count)]
             if trace is not None:
                 trace.append((t, x, v))
@@ -1027,9 +1034,10 @@ class Bagel(nn.Module):
         return [torch.Generator().manual_seed(common.stable_seed(s, purpose)) for s in seeds]
 
     def _paint(self, contexts, text_free, image_free, grids, seed, draws, **sampler):
-        """Contexts -> PIL images. draws: {"noise": [N, C] per image} or None (from seed: one integer, or one per image)."""
+        """Contexts -> PIL images. draws: {"noise": [N, C] per image}, or None: from the seed."""
         noise = draws["noise"] if draws and "noise" in draws else [
-            torch.randn(h * w, self.config.latent_dim, generator=g) for (h, w), g in zip(grids, self._generators(seed, len(grids)))]
+            torch.randn(h * w, self.config.latent_dim, generator=g)
+            for (h, w), g in zip(grids, self._generators(seed, len(grids)))]
         latents = self._sample(contexts, text_free, image_free, grids, noise, **sampler)
         # (x / 2 + 1 / 2) clamped, times 255, truncated: BAGEL's rounding
         return [Image.fromarray(((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
@@ -1040,16 +1048,16 @@ class Bagel(nn.Module):
         height, width = (size, size) if isinstance(size, int) else size
         s, most = self.config.stride, self.config.stride * self.config.max_latent_size
         if height % s or width % s or not 0 < height <= most or not 0 < width <= most:
-            raise common.InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples of {s}, "
-                                    f"at most {most}")
+            raise common.InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples "
+                                    f"of {s}, at most {most}")
         return height // s, width // s
 
     @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
-        """Text to image: list of texts -> list of PIL images of `size` (one side or (height, width), default 1024 pixels).
+        """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024 pixels).
 
-        seed: one, or one per image. sampler: what differs from GENERATE; progress=True shows a bar. The text-free context of the
-        guidance is empty, its latents stand at position 0.
+        seed: one, or one per image. sampler: what differs from GENERATE; progress=True shows a bar. The guidance's
+        text-free context is empty, its latents stand at position 0.
         """
         grid = self._target_grid(self.config.image_size if size is None else size)
         return self._generate([self._text_ids(p) for p in prompts], grid, seed, draws, **GENERATE | sampler)
@@ -1064,8 +1072,8 @@ class Bagel(nn.Module):
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, size=None, **sampler):
         """Image to image through the understanding embeddings alone (ViT at und_size, then a template): PIL in and out.
 
-        size: of the output, default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings of the
-        original's notebook (whose ViT sees more, 518 px, than in training).
+        size: of the output, default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings
+        of the original's notebook (whose ViT sees more, 518 px, than in training).
         """
         samples = [self.preprocess(image, "recon") for image in images]
         features = self.encode([{self.condition: s[self.condition]} for s in samples], "recon")
@@ -1075,9 +1083,10 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def edit(self, images, instructions, *, seed=0, draws=None, size=None, **sampler):
-        """Edit images by instruction: VAE block, ViT block, text. PIL in and out, `size` by default that of the input, by the
-        VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an image guidance of
-        1.5, its function and its notebook have 2.0). The photo is resized for the VAE, and the ViT sees that, as in the original.
+        """Edit images by instruction: VAE block, ViT block, text. PIL in and out; `size` by default that of the input,
+        by the VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an
+        image guidance of 1.5, its function and its notebook have 2.0). The photo is resized for the VAE, and the ViT
+        sees that resized photo, as in the original inferencer.
         """
         c, samples = self.config, []
         for image in images:
@@ -1089,7 +1098,7 @@ class Bagel(nn.Module):
         return self._from_images(self.encode(samples, "edit"), ids, grids, seed, draws, **EDIT | sampler)
 
     def _from_images(self, features, ids, grids, seed, draws, **sampler):
-        """Contexts of edit and reconstruct: (VAE block) (ViT block) text; the same without the text; the text without images.
+        """Contexts of edit and reconstruct: (VAE block) (ViT block) text; without the text; without the images.
         What features hold is read, each block once: the text-free context is what the full one was before its text."""
         draws = dict(draws or {})
         vits = [f["vit"] for f in features] if "vit" in features[0] else None
@@ -1157,7 +1166,8 @@ class Bagel(nn.Module):
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW for bf16 weights without float32 masters: arithmetic in float32, weights and both moments stored in bf16 with stochastic rounding.
+    """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and moments in bf16, rounded
+    stochastically.
 
     bf16 keeps 8 bits: an update below 1/256 of a weight would be lost by rounding to nearest, at every step, and 4e-5
     against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut off,
@@ -1185,7 +1195,8 @@ class StochasticAdamW(torch.optim.Optimizer):
                 if not state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 # Sharded weights are DTensors; everything here is elementwise, so each rank works on its own part.
-                weight, grad, m, v = (t.to_local() if isinstance(t, DTensor) else t for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]))
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                weight, grad, m, v = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
                 if weight.device not in generators:
                     generators[weight.device] = torch.Generator(weight.device).manual_seed(
                         common.stable_seed(self.seed, "rounding", n, common.world()[0]))
@@ -1199,8 +1210,8 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     @staticmethod
     def _store(target, value, generator):
-        """float32 value into target, rounded stochastically where target is bf16. bf16 is the upper half of a float32: adding a uniform 16-bit
-        number to the lower half carries into the upper one exactly as often as the lower half is large."""
+        """float32 value into target, rounded stochastically where target is bf16. bf16 is the upper half of a float32:
+        adding a uniform 16-bit number to the lower half carries into the upper one exactly as often as it should."""
         if target.dtype == torch.bfloat16:
             noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
             value = (value.contiguous().view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
@@ -1208,16 +1219,17 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 def shard(model):
-    """FSDP2: every decoder layer is divided over all ranks, both experts, and so are the trained weights outside of the layers.
+    """FSDP2: every decoder layer (both experts) is divided over all ranks, and so are the trained weights outside.
 
     What is frozen outside of the layers (ViT, VAE, embedding, head: 3.2 GB) stays whole on every rank, so that encoding
     images needs no communication. Gradients arrive as the mean over ranks, in float32; on a GPU the layers compute in
     bf16.
     """
-    frozen_outside = {p for p in model.parameters() if not p.requires_grad} - {p for layer in model.blocks() for p in layer.parameters()}
-    device = model.device.type
-    # cast_forward_inputs would turn the rotary tables and the timesteps into bf16, as it does in the original
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if device == "cuda" else MixedPrecisionPolicy()
+    inside = {p for layer in model.blocks() for p in layer.parameters()}
+    frozen_outside = {p for p in model.parameters() if not p.requires_grad} - inside
+    device, policy = model.device.type, MixedPrecisionPolicy()
+    if device == "cuda":       # cast_forward_inputs would turn the rotary tables into bf16, as it does in the original
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     options = {"mesh": init_device_mesh(device, (common.world()[1],)), "mp_policy": policy}
     for layer in model.blocks():
         fully_shard(layer, **options)
@@ -1227,7 +1239,7 @@ def shard(model):
 
 
 def unshard(model, whole=True):
-    """Gather all weights on every rank (whole=False: give them back), so that one rank can sample by itself. All ranks must call."""
+    """Gather all weights on every rank (whole=False: give them back), so that one can sample alone. All must call."""
     if not isinstance(model, FSDPModule):
         return
     model.set_reshard_after_forward(not whole)
@@ -1237,7 +1249,7 @@ def unshard(model, whole=True):
 
 
 class BagelTrainer(common.Trainer):
-    """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews although the weights are sharded.
+    """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews when sharded.
 
     A checkpoint holds ema.safetensors and the other files of the release (bf16 after training on GPUs: it can be used
     as it is), and in shards/ the exact trained weights and the optimizer, written by each rank for itself with
@@ -1263,7 +1275,8 @@ class BagelTrainer(common.Trainer):
         try:
             if main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
-            self.model.save_pretrained(temporary, dtype=torch.bfloat16 if self.model.device.type == "cuda" and self.args.precision == "bf16" else None)
+            bf16 = self.model.device.type == "cuda" and self.args.precision == "bf16"
+            self.model.save_pretrained(temporary, dtype=torch.bfloat16 if bf16 else None)
             with warnings.catch_warnings():                           # "no process group": one process, as it should be
                 warnings.simplefilter("ignore")
                 dcp.save(self._shards(), checkpoint_id=temporary / "shards")
@@ -1277,7 +1290,8 @@ class BagelTrainer(common.Trainer):
         except (OSError, dcp.api.CheckpointException, RuntimeError) as error:
             if main_process:
                 shutil.rmtree(temporary, ignore_errors=True)
-            raise common.InputError(f"cannot write {folder}: {str(error).splitlines()[0]}; the checkpoints before it are kept") from error
+            reason = str(error).splitlines()[0]
+            raise common.InputError(f"cannot write {folder}: {reason}; the checkpoints before it are kept") from error
         if dist.is_initialized():
             dist.barrier()
 
@@ -1317,10 +1331,11 @@ def prepare(model, args):
     else:
         optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps, fused=device.type == "cuda")
     if common.world()[0] == 0:
-        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {device.type}: " + {
-            "bf16": "bf16 weights and moments with stochastic rounding (8 bytes a weight with its gradient)",
-            "fp32": "float32 masters and AdamW (16 bytes a weight)"}[choice] + (f", FSDP2 over {ranks} ranks" if ranks > 1 else "")
-            + (", activation checkpointing" if args.checkpointing else "") + f" [--optimizer {args.optimizer}]")
+        told = {"bf16": "bf16 weights and moments with stochastic rounding (8 bytes a weight, gradient included)",
+                "fp32": "float32 masters and AdamW (16 bytes a weight)"}[choice]
+        told += f", FSDP2 over {ranks} ranks" if ranks > 1 else ""
+        told += ", activation checkpointing" if args.checkpointing else ""
+        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {device.type}: {told} [--optimizer {args.optimizer}]")
     return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})   # FSDP2 has averaged
 
 
@@ -1328,36 +1343,34 @@ def prepare(model, args):
 
 
 def edit_jobs(path, sources, out):
-    """--edit FILE -> [(source image, instruction, output, copy of the source or None)] in the layout that the benchmark's scorer reads.
+    """--edit FILE -> [(source image, instruction, output, copy of the source or None)], as the scorers read them.
 
     ImgEdit's singleturn.json: {key: {"id": image, "prompt": ...}} -> out/<key>.png
     GEdit's rows as .jsonl: {"key", "task_type", "instruction", "instruction_language", "image"} ->
-    out/gen_image/fullset/<task>/<language>/<key>.png
-        and <key>_SRCIMG.png beside it; "image" (default <key>.png) is where the user exported the row's picture.
-    Images are relative to `sources` (default: the file's folder).
+        out/gen_image/fullset/<task_type>/<language>/<key>.png and <key>_SRCIMG.png; "image" (default <key>.png) is
+        where the user exported the row's picture
+    Images are relative to `sources` (default: the file's folder). Raises InputError.
     """
     path, out = Path(path), Path(out)
-    sources, jsonl = Path(sources or path.parent), path.suffix == ".jsonl"
-    table = common.read_json(path, lines=jsonl)
-    if not isinstance(table, list if jsonl else dict):
-        raise common.InputError(f"{path}: expected ImgEdit's singleturn.json ({{key: {{id, prompt}}}}) or a .jsonl of GEdit's rows")
-    needed, jobs = ("key", "task_type", "instruction", "instruction_language") if jsonl else ("id", "prompt"), []
-    for name, row in enumerate(table, 1) if jsonl else table.items():
+    sources, gedit, jobs = Path(sources or path.parent), path.suffix == ".jsonl", []
+    table = common.read_json(path, lines=gedit)
+    if not isinstance(table, list if gedit else dict):
+        raise common.InputError(f"{path}: expected ImgEdit's singleturn.json or GEdit's rows as .jsonl")
+    needed = ("key", "task_type", "instruction", "instruction_language") if gedit else ("id", "prompt")
+    for name, row in enumerate(table, 1) if gedit else table.items():
         if not isinstance(row, dict) or any(not isinstance(row.get(k), str) for k in needed):
             raise common.InputError(f"{path}: row {name} lacks one of {', '.join(needed)}")
-        parts = (row["task_type"], row["instruction_language"], row["key"]) if jsonl else (str(name),)
-        if any("/" in part or part.startswith(".") for part in parts):
+        key, *folders = (row["key"], row["task_type"], row["instruction_language"]) if gedit else (str(name),)
+        if any("/" in part or part.startswith(".") for part in (key, *folders)):
             raise common.InputError(f"{path}: row {name} has a key that is not a file name")
-        if jsonl:
-            result = out / "gen_image" / "fullset" / Path(*parts[:2]) / f"{row['key']}.png"
-            jobs.append((sources / row.get("image", f"{row['key']}.png"), row["instruction"], result, result.with_name(f"{row['key']}_SRCIMG.png")))
-        else:
-            jobs.append((sources / row["id"], row["prompt"], out / f"{name}.png", None))
+        folder = out.joinpath("gen_image", "fullset", *folders) if gedit else out
+        image, instruction = row.get("image", f"{key}.png") if gedit else row["id"], row[needed[2 if gedit else 1]]
+        jobs.append((sources / image, instruction, folder / f"{key}.png", gedit and folder / f"{key}_SRCIMG.png"))
     return jobs
 
 
 def edit_files(model, args):
-    """Writes what is missing, so a rerun goes on. (The original crops black borders off its results; nothing is cropped here.)"""
+    """Writes what is missing, so a rerun goes on. (The original crops black borders off its results; we do not.)"""
     jobs = edit_jobs(args.edit, args.edit_images, args.out)
     todo, written = [job for job in jobs if not job[2].exists() or job[3] and not job[3].exists()], 0
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
@@ -1368,7 +1381,9 @@ def edit_files(model, args):
                 chunk.append((common.load_image(job[0]), *job))
             except (OSError, ValueError, SyntaxError) as error:
                 print(f"skipped: {job[0]} ({error})")
-        images = model.edit([c[0] for c in chunk], [c[2] for c in chunk], seed=[args.seed] * len(chunk), **options) if chunk else []
+        if not chunk:
+            continue
+        images = model.edit([c[0] for c in chunk], [c[2] for c in chunk], seed=[args.seed] * len(chunk), **options)
         for (source, _, _, path, copy_path), image in zip(chunk, images):
             for target, picture in ((copy_path, source), (path, image)):
                 if target:
@@ -1382,56 +1397,60 @@ def edit_files(model, args):
 
 
 def pretrain_toy(model, fraction, seed):
-    """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that describes pictures in full; a
-    generation expert, started as its copy (as BAGEL's was), that was brought up on sparse captions. fraction: of the usual lengths."""
+    """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that describes
+    pictures in full; a generation expert, started as its copy (as BAGEL's was) and brought up on sparse captions.
+    fraction: of the usual number of steps."""
     size, c = model.config.image_size, model.config
     rows = common.Shapes(size, count=max(64, int(4096 * fraction)), seed=seed + 1000, captions=0.1)
     scenes = [rows[i] for i in range(len(rows))]
     pictures = [common.to_tensor(picture) for _, picture, _ in scenes]
+    sparse = [text for _, _, text in scenes]
     full = [common.caption(common.read_scene(picture)) for _, picture, _ in scenes]
-    pick = lambda positions, among: [among[i % len(among)] for i in positions]                              # noqa: E731
+
+    def pick(positions, among):
+        return [among[i % len(among)] for i in positions]
 
     # 1. The autoencoder, on quarters (one cell each): it is convolutional, and a quarter costs a quarter.
     model.requires_grad_(False)
     model.vae.requires_grad_(True)
 
-    def quarters(positions):
+    def autoencode(positions):
         half = size // 2
-        pixels = torch.stack([p[:, (i % 2) * half:(i % 2 + 1) * half, (i // 2 % 2) * half:(i // 2 % 2 + 1) * half]
-                              for i, p in zip(positions, pick(positions, pictures))])
+        corners = [(i // 2 % 2 * half, i % 2 * half) for i in positions]
+        pixels = torch.stack([p[:, y:y + half, x:x + half] for p, (y, x) in zip(pick(positions, pictures), corners)])
         posterior = model.vae.encode(pixels).latent_dist
         back = model.vae.decode(posterior.mean + 0.1 * torch.randn_like(posterior.mean)).sample
-        return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * posterior.mean.square().mean() + 1e-3 * (posterior.logvar + 6).square().mean()
+        size_of_latents = posterior.mean.square().mean() + (posterior.logvar + 6).square().mean()
+        return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * size_of_latents
 
-    common.toy_stage("autoencoder", model.vae.parameters(), quarters, max(2, int(400 * fraction)), lr=2e-3, batch=16)
+    common.toy_stage("autoencoder", model.vae.parameters(), autoencode, max(2, int(400 * fraction)), lr=2e-3, batch=16)
     model.vae.requires_grad_(False)
-    features = []
+    features, seen = [], []
     for start in range(0, len(scenes), 64):
         samples = [model.preprocess(picture, "recon") for _, picture, _ in scenes[start:start + 64]]
         features += model.encode([{"vae": s["vae"]} for s in samples], "t2i")
-        for f, s in zip(features[start:], samples):
-            f["pixels"] = s["vit"]
+        seen += [s["vit"] for s in samples]
     means = torch.stack([f["mean"] for f in features[:512]])
-    c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()  # latents of mean 0 and deviation 1, as FLUX's
+    c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()     # mean 0, deviation 1
 
-    # 2. Understanding: picture -> full caption. The tagging loss makes single patches say words (what pretraining on
-    # billions of pairs does for the real model): without it the embeddings of a toy are arbitrary codes that only its
-    # own decoder can read.
+    # 2. Understanding: picture -> full caption. The second term makes single patches say words, which pretraining on
+    # billions of pairs does for the real model: without it a toy's embeddings are codes that only its own decoder reads.
     model.freeze(train_und=True)
     for module in (model.vit_model, model.connector):
         module.requires_grad_(True)
-    words = model.language_model["model"]["embed_tokens"]
+    words = model.language_model["model"]["embed_tokens"].weight
 
     def describe(positions):
-        vit = model._vit(torch.stack([f["pixels"] for f in pick(positions, features)]))
-        texts = pick(positions, full)
-        says = F.log_softmax(F.layer_norm(model._embed_vit(vit), (c.hidden_size,)) @ words.weight.T, dim=-1)  # [B, M, vocabulary]
-        ids = [sorted(set(model._text_ids(t)[1:-1])) for t in texts]
-        tags = -torch.stack([torch.logsumexp(says[b][:, own], dim=0).clamp(max=0).mean() for b, own in enumerate(ids)]).mean()
-        return model.i2t_loss([{"vit": v} for v in vit], [[(common.SEED_TEMPLATE, t)] for t in texts]) + 0.1 * tags
+        vit, texts = model._vit(torch.stack(pick(positions, seen))), pick(positions, full)
+        patches = F.layer_norm(model._embed_vit(vit), (c.hidden_size,))
+        says = F.log_softmax(patches @ words.T, dim=-1)                                               # [B, M, vocabulary]
+        ids = [sorted(set(model._text_ids(text)[1:-1])) for text in texts]
+        tags = torch.stack([torch.logsumexp(s[:, own], dim=0).clamp(max=0).mean() for s, own in zip(says, ids)]).mean()
+        turns = [[(common.SEED_TEMPLATE, text)] for text in texts]
+        return model.i2t_loss([{"vit": v} for v in vit], turns) - 0.1 * tags
 
-    common.toy_stage("understanding", [p for n, p in model.named_parameters() if p.requires_grad and "_moe_gen" not in n and "vae2llm" not in n
-                                       and "llm2vae" not in n and "time" not in n], describe, max(2, int(600 * fraction)), lr=2e-3)
+    und = [p for n, p in model.named_parameters() if p.requires_grad and not generates(n)]
+    common.toy_stage("understanding", und, describe, max(2, int(600 * fraction)), lr=2e-3)
 
     # 3. Generation from sparse captions.
     model.freeze()
@@ -1442,20 +1461,25 @@ def pretrain_toy(model, fraction, seed):
                 parameter.copy_(own[name.replace("_moe_gen", "")])
 
     def paint(positions):
-        return model.t2i_loss(pick(positions, features), [text for _, _, text in pick(positions, scenes)], rng=common.Rng(seed, "toy t2i", positions=positions))
+        rng = common.Rng(seed, "toy t2i", positions=positions)
+        return model.t2i_loss(pick(positions, features), pick(positions, sparse), rng=rng)
 
-    common.toy_stage("generation", [p for p in model.parameters() if p.requires_grad], paint, max(2, int(1000 * fraction)), lr=2e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    common.toy_stage("generation", trained, paint, max(2, int(1000 * fraction)), lr=2e-3)
 
 
 def flags(parser):
     """What only this architecture has."""
-    group = parser.add_argument_group("BAGEL only")
-    group.add_argument("--condition", choices=("vit", "vae"), default="vit", help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    group.add_argument("--optimizer", choices=("auto", "bf16", "fp32"), default="auto",
-                       help="bf16: weights and moments in bf16, stochastic rounding (8 bytes a weight); fp32: masters and AdamW (16); auto: what fits")
-    group.add_argument("--edit", help="editing prompts: ImgEdit's singleturn.json or GEdit's rows as .jsonl; results in the benchmark's layout into --out")
-    group.add_argument("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
-    group.add_argument("--image-guidance-scale", type=float, default=2.0, help="of --edit (default 2.0; the original's ImgEdit command line: 1.5)")
+    add = parser.add_argument_group("BAGEL only").add_argument
+    add("--condition", choices=("vit", "vae"), default="vit",
+        help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
+    add("--optimizer", choices=("auto", "bf16", "fp32"), default="auto",
+        help="bf16: weights and moments in bf16, stochastic rounding (8 bytes a weight); fp32: float32 masters and "
+             "AdamW (16 bytes); auto: what fits")
+    add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
+    add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
+    add("--image-guidance-scale", type=float, default=2.0,
+        help="of --edit (default 2.0; the original's ImgEdit command line: 1.5)")
 
 
 def main():
@@ -1469,7 +1493,9 @@ def main():
     if args.edit and common.world()[0] == 0:
         trained = sorted(Path(args.out).glob("checkpoint-*/ema.safetensors"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        source = str(trained[-1].parent) if args.steps else str(common.toy_folder(Bagel, args, pretrain_toy)) if args.model == "tiny" else args.model
+        source = str(trained[-1].parent) if args.steps else args.model
+        if source == "tiny":
+            source = str(common.toy_folder(Bagel, args, pretrain_toy))
         model = Bagel.from_pretrained(source, device, torch.bfloat16 if args.precision == "bf16" else torch.float32)
         model.set_und(args.und_size, args.blur)
         edit_files(model, args)
