@@ -40,6 +40,7 @@ of a packed pass, S keys that are seen.
 import copy
 import json
 import math
+import re
 import shutil
 import warnings
 from dataclasses import asdict, dataclass, fields, replace
@@ -166,7 +167,7 @@ UND_SIZE = 224                          # the smallest side that the paper's rec
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
 TIMESTEP_SHIFT = 1.0                    # in training
 
-# How the original samples. num_steps 50 makes 49 evaluations; guidance (Bagel._guide) acts in interval[0] < t <= interval[1]
+# How the original samples. num_steps 50 makes 49 evaluations; guidance (Bagel._guide) acts where t is in the interval.
 GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "image_guidance_scale": 1.0,
             "interval": (0.4, 1.0), "renorm": "global", "renorm_min": 0.0}         # notebook; GenEval: interval (0, 1)
 EDIT = GENERATE | {"image_guidance_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}     # ImgEdit script
@@ -406,40 +407,19 @@ def write_config(c, folder):
         (Path(folder) / name).write_text(json.dumps(values, indent=2))
 
 
-def vae_names(c):
-    """Our (diffusers') name of every VAE weight -> its name in ae.safetensors (FLUX's own)."""
-    names = {}
-
-    def add(ours, theirs):
-        names.update({f"vae.{ours}.{kind}": f"{theirs}.{kind}" for kind in ("weight", "bias")})
-
-    def resnet(ours, theirs, shortcut):
-        for layer in ("norm1", "conv1", "norm2", "conv2"):
-            add(f"{ours}.{layer}", f"{theirs}.{layer}")
-        if shortcut:
-            add(f"{ours}.conv_shortcut", f"{theirs}.nin_shortcut")
-
-    levels, mults = len(c.vae_ch_mult), c.vae_ch_mult
-    for part in ("encoder", "decoder"):
-        for ours, theirs in (("conv_in", "conv_in"), ("conv_norm_out", "norm_out"), ("conv_out", "conv_out")):
-            add(f"{part}.{ours}", f"{part}.{theirs}")
-        for i in (0, 1):
-            resnet(f"{part}.mid_block.resnets.{i}", f"{part}.mid.block_{i + 1}", False)
-        pairs = (("group_norm", "norm"), ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out"))
-        for ours, theirs in pairs:
-            add(f"{part}.mid_block.attentions.0.{ours}", f"{part}.mid.attn_1.{theirs}")
-    for i in range(levels):
-        before = mults[max(0, i - 1)]
-        for j in range(c.vae_num_res_blocks):
-            resnet(f"encoder.down_blocks.{i}.resnets.{j}", f"encoder.down.{i}.block.{j}", j == 0 and before != mults[i])
-        # The decoder runs from the last level to the first; FLUX numbers by level, diffusers by order.
-        before, k = mults[min(levels - 1, i + 1)], levels - 1 - i
-        for j in range(c.vae_num_res_blocks + 1):
-            resnet(f"decoder.up_blocks.{k}.resnets.{j}", f"decoder.up.{i}.block.{j}", j == 0 and before != mults[i])
-        if i < levels - 1:
-            add(f"encoder.down_blocks.{i}.downsamplers.0.conv", f"encoder.down.{i}.downsample.conv")
-        if i > 0:
-            add(f"decoder.up_blocks.{k}.upsamplers.0.conv", f"decoder.up.{i}.upsample.conv")
+def vae_names(vae):
+    """{our name of a VAE weight (diffusers'): its name in ae.safetensors (FLUX's)}. Only names differ, and FLUX numbers
+    the decoder's levels from the finest, diffusers in the order in which they run."""
+    names, last = {}, len(vae.config.block_out_channels) - 1
+    words = {"down_blocks": "down", "resnets": "block", "downsamplers.0": "downsample", "upsamplers.0": "upsample",
+             "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "mid_block.attentions.0": "mid.attn_1",
+             "group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    for key in vae.state_dict():
+        name = re.sub(r"up_blocks\.(\d)", lambda level: f"up.{last - int(level[1])}", key)
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda block: f"mid.block_{int(block[1]) + 1}", name)
+        for ours, theirs in words.items():
+            name = name.replace(ours, theirs)
+        names[f"vae.{key}"] = name
     return names
 
 
@@ -706,7 +686,7 @@ class Bagel(nn.Module):
         trained = {name for name, p in model.named_parameters() if p.requires_grad}
         model._read(weights, {name: name for name in model.state_dict() if not name.startswith("vae.")},
                     lambda name: dtype if name in trained else frozen_dtype, device, optional=TABLES)
-        model._read(base / "ae.safetensors", vae_names(model.config), lambda name: torch.float32, device)
+        model._read(base / "ae.safetensors", vae_names(model.vae), lambda name: torch.float32, device)
         for table in (model.latent_pos_embed, model.vit_pos_embed):
             table.fill(device)
         if (base / "tokenizer_config.json").exists() or (base / "tokenizer.json").exists():
@@ -778,7 +758,7 @@ class Bagel(nn.Module):
         by one; all ranks must call, rank 0 writes.
         """
         folder, state = Path(folder), {}
-        names = vae_names(self.config)
+        names = vae_names(self.vae)
         for name, tensor in self.state_dict().items():
             tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
             if common.world()[0] == 0:
@@ -1434,7 +1414,7 @@ def pretrain_toy(model, fraction, seed):
     c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()     # mean 0, deviation 1
 
     # 2. Understanding: picture -> full caption. The second term makes single patches say words, which pretraining on
-    # billions of pairs does for the real model: without it a toy's embeddings are codes that only its own decoder reads.
+    # billions of pairs does for the real model: without it the embeddings are codes that only its own decoder reads.
     model.freeze(train_und=True)
     for module in (model.vit_model, model.connector):
         module.requires_grad_(True)
@@ -1443,7 +1423,7 @@ def pretrain_toy(model, fraction, seed):
     def describe(positions):
         vit, texts = model._vit(torch.stack(pick(positions, seen))), pick(positions, full)
         patches = F.layer_norm(model._embed_vit(vit), (c.hidden_size,))
-        says = F.log_softmax(patches @ words.T, dim=-1)                                               # [B, M, vocabulary]
+        says = F.log_softmax(patches @ words.T, dim=-1)                                             # [B, M, vocabulary]
         ids = [sorted(set(model._text_ids(text)[1:-1])) for text in texts]
         tags = torch.stack([torch.logsumexp(s[:, own], dim=0).clamp(max=0).mean() for s, own in zip(says, ids)]).mean()
         turns = [[(common.SEED_TEMPLATE, text)] for text in texts]

@@ -35,7 +35,7 @@ def fixture_config():
 def fixture_model():
     """The fixture's weights in a folder of the released layout would load with from_pretrained; here the tensors are at hand."""
     model = Bagel(fixture_config())
-    names = reca_bagel.vae_names(model.config)
+    names = reca_bagel.vae_names(model.vae)
     state = load_file(FIXTURE / "weights.safetensors")
     vae = load_file(FIXTURE / "ae_weights.safetensors")
     state |= {name: vae[key].squeeze((2, 3)) if "attn" in key and vae[key].dim() == 4 else vae[key] for name, key in names.items()}
@@ -79,7 +79,8 @@ def case_inputs(model, golden, case):
     features = model.encode([{"vit": a, "vae": b} for a, b in zip(vit, vae)], "recon")
     noises = list(golden[f"{case}.draw_vae_noise"])
     if case == "mixed":
-        # The original pads the images with zeros to one size before the VAE: encode them so, then crop, to meet its numbers.
+        # The original pads the images with zeros to one size before the VAE: encode them so, then crop, to meet its
+        # numbers.
         height, width = (max(v.shape[i] for v in vae) for i in (1, 2))
         padded = [torch.nn.functional.pad(v, (0, width - v.shape[2], 0, height - v.shape[1])) for v in vae]
         for f, p in zip(features, model.encode([{"vae": p} for p in padded], "t2i")):
@@ -145,9 +146,9 @@ class Recorder:
 
         def record_attend(q, k, v, causal):
             n, s = q.shape[2], k.shape[2]
-            probe = torch.eye(s).expand(1, k.shape[1], s, s)                 # with values = identity the output shows the weights
+            probe = torch.eye(s).expand(1, k.shape[1], s, s)       # with values = identity the output shows the weights
             weights = attend(torch.zeros_like(q[:1, ..., :1]).expand(1, -1, -1, s), torch.zeros(1, k.shape[1], s, s), probe, causal)
-            self.seen[-1].append(weights.view(n, q.shape[1], s)[:, 0] > 0)                           # [n, S] who is seen
+            self.seen[-1].append(weights.view(n, q.shape[1], s)[:, 0] > 0)                          # [n, S] who is seen
             return attend(q, k, v, causal)
 
         monkeypatch.setattr(Bagel, "_block", record_block)
@@ -178,7 +179,7 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     total, width = sum(golden[f"{case}.sample_lens"].tolist()), model.config.hidden_size
     embeds, positions = torch.full((total, width), float("nan")), torch.full((total,), -1)
     pattern, hidden = torch.zeros(total, total, dtype=torch.bool), torch.full((total, width), float("nan"))
-    used = [0] * len(rows)                                                          # context rows that were written so far
+    used = [0] * len(rows)                                                       # context rows that were written so far
     for b in record.blocks:
         calls = iter(b["seen"])
         for g, images in enumerate(b["images"]):
@@ -204,7 +205,7 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     if f"{case}.input_embeds" in golden:
         close(embeds, golden[f"{case}.input_embeds"])
     if f"{case}.last_hidden" in golden:
-        close(hidden[latents], golden[f"{case}.last_hidden"][latents])              # the other rows are never computed here
+        close(hidden[latents], golden[f"{case}.last_hidden"][latents])          # the other rows are never computed here
     side = model.config.max_latent_size
     table = torch.cat([model.latent_pos_embed(*model._grid(f["mean"])) for f in features])
     assert torch.equal(table, model.latent_pos_embed.pos_embed[golden[f"{case}.packed_latent_position_ids"]]) and side ** 2 == len(model.latent_pos_embed.pos_embed)
@@ -330,7 +331,7 @@ def test_bagel_key_lists():
     with torch.device("meta"):
         model = Bagel()
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    names = reca_bagel.vae_names(model.config)
+    names = reca_bagel.vae_names(model.vae)
     manifest = json.loads((HERE / "fixtures/manifests/bagel.json").read_text())
     assert {n: s for n, s in shapes.items() if not n.startswith("vae.")} == manifest
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6_539_861_056
@@ -401,7 +402,7 @@ def plain_sequence(model, blocks):
     causal = torch.tensor([k == "causal" for k in kinds])[block_of][:, None]
     mask = past | own & (~causal | (order[:, None] >= order[None]))
     frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-    angles = (torch.tensor(positions)[:, None] * frequencies).repeat(1, 2)[:, None]                              # [L, 1, d]
+    angles = (torch.tensor(positions)[:, None] * frequencies).repeat(1, 2)[:, None]                          # [L, 1, d]
 
     def norm(x, weight):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * weight
@@ -453,7 +454,7 @@ def test_bagel_condition_on_the_vae(model, golden):
             z = model._tokens(model._latent(f["mean"], f["logvar"], draws["vae_noise"][i]))
             clean = model._tokens(model._latent(f["mean"], f["logvar"], draws["condition_noise"][i]))
             noise, grid = draws["flow_noise"][i], model._grid(f["mean"])
-            embed = lambda x, t: model._embed_latents(x[None], grid, t[None])[0]                                  # noqa: E731
+            embed = lambda x, t: model._embed_latents(x[None], grid, t[None])[0]                            # noqa: E731
             hidden, gen = plain_sequence(model, [("full", model._markers(1)[0], embed(clean, t * 0)), ("causal", model._words([text])[0], None),
                                                  ("noise", model._markers(1)[0], embed((1 - t) * z + t * noise, t))])
             velocity = model.llm2vae(hidden[gen])[len(clean):]
@@ -471,7 +472,7 @@ def test_bagel_i2t_loss(model, golden):
     """The answers' cross-entropy, two turns, two images and a text without image, against the plain forward; only answers count."""
     features, _, _, _ = case_inputs(model, golden, "recon")
     c, head = model.config, model.language_model["lm_head"]
-    block = lambda ids: [c.bos_token_id, *ids, c.eos_token_id]                                                     # noqa: E731
+    block = lambda ids: [c.bos_token_id, *ids, c.eos_token_id]                                              # noqa: E731
     turns = [[([3, 4], [5, 6, 7]), ([8], [9])], [([10], [11, 12])], [([13, 14], [15])]]
     vits = [features[0]["vit"], features[1]["vit"], None]
     ids = [sum((block(q) + block(a) for q, a in t), []) for t in turns]
@@ -524,7 +525,7 @@ def test_bagel_draws_follow_the_image():
     alone = [model.encode([s], "recon")[0] for s in samples]
     for a, b in zip(features, alone):
         assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in ("vit", "mean", "logvar"))
-    rng = lambda positions: common.Rng(3, "recon", 0, positions=positions)                                          # noqa: E731
+    rng = lambda positions: common.Rng(3, "recon", 0, positions=positions)                                  # noqa: E731
     loss = model.recon_loss(features, texts, rng=rng(range(5)))
     tokens = [f["mean"][0].numel() // 4 for f in features]
     parts = [model.recon_loss([f], [t], rng=rng([i])).item() for i, (f, t) in enumerate(zip(features, texts))]
@@ -620,7 +621,7 @@ def workplace(tmp_path_factory):
 
 
 def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(common, "Trainer", common.Trainer)                              # main() puts its own in place: undone after the test
+    monkeypatch.setattr(common, "Trainer", common.Trainer)         # main() puts its own in place: undone after the test
     monkeypatch.setattr(Bagel, "condition", "vit")
     monkeypatch.setattr(sys, "argv", ["reca_bagel.py", *map(str, arguments)])
     reca_bagel.main()
