@@ -1,4 +1,6 @@
-"""BAGEL against the fixture made with the original implementation (tests/fixtures/bagel), and what issue-level promises need."""
+"""BAGEL against the fixture made with the original implementation (tests/fixtures/bagel), and what issue-level
+promises need."""
+
 import json
 import os
 import subprocess
@@ -26,19 +28,35 @@ SAMPLING = ("gen", "edit", "edit_global", "reconstruct")
 def fixture_config():
     llm, vit, vae, s = SETTINGS["llm"], SETTINGS["vit"], SETTINGS["vae"], SETTINGS
     return BagelConfig(
-        vocab_size=s["vocab_size"], **llm, **s["ids"], **{f"vit_{k}": v for k, v in vit.items()},
-        **{f"vae_{k}": tuple(v) if isinstance(v, list) else v for k, v in vae.items() if k not in ("resolution", "in_channels", "downsample", "out_ch")},
-        latent_patch_size=s["latent_patch_size"], max_latent_size=s["max_latent_size"],
-        vit_max_num_patch_per_side=s["vit_max_num_patch_per_side"], vae_limits=(96, 32), vit_limits=(98, 28), edit_limits=(98, 28))
+        vocab_size=s["vocab_size"],
+        **llm,
+        **s["ids"],
+        **{f"vit_{k}": v for k, v in vit.items()},
+        **{
+            f"vae_{k}": tuple(v) if isinstance(v, list) else v
+            for k, v in vae.items()
+            if k not in ("resolution", "in_channels", "downsample", "out_ch")
+        },
+        latent_patch_size=s["latent_patch_size"],
+        max_latent_size=s["max_latent_size"],
+        vit_max_num_patch_per_side=s["vit_max_num_patch_per_side"],
+        vae_limits=(96, 32),
+        vit_limits=(98, 28),
+        edit_limits=(98, 28),
+    )
 
 
 def fixture_model():
-    """The fixture's weights in a folder of the released layout would load with from_pretrained; here the tensors are at hand."""
+    """The fixture's weights in a folder of the released layout would load with from_pretrained; here the tensors are at
+    hand."""
     model = Bagel(fixture_config())
     names = reca_bagel.vae_names(model.vae)
     state = load_file(FIXTURE / "weights.safetensors")
     vae = load_file(FIXTURE / "ae_weights.safetensors")
-    state |= {name: vae[key].squeeze((2, 3)) if "attn" in key and vae[key].dim() == 4 else vae[key] for name, key in names.items()}
+    state |= {
+        name: vae[key].squeeze((2, 3)) if "attn" in key and vae[key].dim() == 4 else vae[key]
+        for name, key in names.items()
+    }
     tables = {name: state[name].float() for name in reca_bagel.TABLES}
     for name, table in tables.items():
         assert torch.allclose(model.state_dict()[name], table, atol=1e-6)
@@ -86,12 +104,17 @@ def case_inputs(model, golden, case):
         for f, p in zip(features, model.encode([{"vae": p} for p in padded], "t2i")):
             h, w = f["mean"].shape[1:]
             f["full_mean"], f["mean"], f["logvar"] = p["mean"], p["mean"][:, :h, :w], p["logvar"][:, :h, :w]
-        noises = [n[:, :f["mean"].shape[1], :f["mean"].shape[2]] for n, f in zip(noises, features)]
+        noises = [n[:, : f["mean"].shape[1], : f["mean"].shape[2]] for n, f in zip(noises, features)]
     sizes = [f["mean"][0].numel() // s["latent_patch_size"] ** 2 for f in features]
-    draws = {"timestep_normal": golden[f"{case}.draw_timestep_normal"], "vae_noise": noises,
-             "flow_noise": golden[f"{case}.draw_flow_noise"].split(sizes)}
+    draws = {
+        "timestep_normal": golden[f"{case}.draw_timestep_normal"],
+        "vae_noise": noises,
+        "flow_noise": golden[f"{case}.draw_flow_noise"].split(sizes),
+    }
     c = model.config
-    ids = [[c.bos_token_id, *p, c.eos_token_id] for p in s["t2i_prompts" if case == "t2i" else "prompts"][:len(features)]]
+    ids = [
+        [c.bos_token_id, *p, c.eos_token_id] for p in s["t2i_prompts" if case == "t2i" else "prompts"][: len(features)]
+    ]
     if case == "recon_drop":
         ids[s["drop_index"]] = []
     return features, ids, draws, None if case == "t2i" else "vit"
@@ -99,7 +122,8 @@ def case_inputs(model, golden, case):
 
 @pytest.mark.parametrize("case", TRAINING)
 def test_parity_bagel_loss(model, golden, case):
-    """Loss, velocities and the gradient norm of every parameter; what the original leaves at exactly 0 has no gradient here."""
+    """Loss, velocities and the gradient norm of every parameter; what the original leaves at exactly 0 has no gradient
+    here."""
     model.zero_grad()
     model.freeze(train_und=case == "recon_unfrozen")
     features, ids, draws, condition = case_inputs(model, golden, case)
@@ -110,7 +134,7 @@ def test_parity_bagel_loss(model, golden, case):
     checked = 0
     for name, parameter in model.named_parameters():
         norm = norms.get(name)
-        if name.startswith("vae.") or not norm:                                       # None or exactly 0
+        if name.startswith("vae.") or not norm:  # None or exactly 0
             assert parameter.grad is None or parameter.grad.norm() == 0, name
             assert case == "recon_unfrozen" or not parameter.requires_grad, name
         elif norm > 1e-5:
@@ -122,15 +146,18 @@ def test_parity_bagel_loss(model, golden, case):
         with torch.no_grad():
             velocities, targets, t = model._flow_terms(features, ids, draws, condition)
         close(torch.cat(velocities), golden[f"{case}.velocity"])
-        close(torch.cat([(v - y).square().mean(1) for v, y in zip(velocities, targets)]), golden[f"{case}.loss_per_token"])
+        close(
+            torch.cat([(v - y).square().mean(1) for v, y in zip(velocities, targets)]), golden[f"{case}.loss_per_token"]
+        )
         close(t, golden[f"{case}.timesteps"])
 
 
-# ---- what the sequence looks like ------------------------------------------------------------------------------------------
+# ---- what the sequence looks like --------------------------------------------------------------------
 
 
 class Recorder:
-    """Watches a forward: the rows of every block, their rotary positions, and who was allowed to see whom in the first layer."""
+    """Watches a forward: the rows of every block, their rotary positions, and who was allowed to see whom in the first
+    layer."""
 
     def __init__(self, model, monkeypatch):
         self.blocks, self.seen, self.model = [], [], model
@@ -140,15 +167,28 @@ class Recorder:
             before = [c.position for c in contexts]
             self.seen.append([])
             rows = block(this, contexts, und, gen, causal, rotate, keep, read)
-            self.blocks.append({"images": [c.images for c in contexts], "und": und, "gen": gen, "causal": causal, "before": before,
-                                "after": [c.position for c in contexts], "rows": rows, "seen": self.seen[-1], "rotate": rotate})
+            self.blocks.append(
+                {
+                    "images": [c.images for c in contexts],
+                    "und": und,
+                    "gen": gen,
+                    "causal": causal,
+                    "before": before,
+                    "after": [c.position for c in contexts],
+                    "rows": rows,
+                    "seen": self.seen[-1],
+                    "rotate": rotate,
+                }
+            )
             return rows
 
         def record_attend(q, k, v, causal):
             n, s = q.shape[2], k.shape[2]
-            probe = torch.eye(s).expand(1, k.shape[1], s, s)       # with values = identity the output shows the weights
-            weights = attend(torch.zeros_like(q[:1, ..., :1]).expand(1, -1, -1, s), torch.zeros(1, k.shape[1], s, s), probe, causal)
-            self.seen[-1].append(weights.view(n, q.shape[1], s)[:, 0] > 0)                          # [n, S] who is seen
+            probe = torch.eye(s).expand(1, k.shape[1], s, s)  # with values = identity the output shows the weights
+            weights = attend(
+                torch.zeros_like(q[:1, ..., :1]).expand(1, -1, -1, s), torch.zeros(1, k.shape[1], s, s), probe, causal
+            )
+            self.seen[-1].append(weights.view(n, q.shape[1], s)[:, 0] > 0)  # [n, S] who is seen
             return attend(q, k, v, causal)
 
         monkeypatch.setattr(Bagel, "_block", record_block)
@@ -163,14 +203,17 @@ def places(golden, case):
         own = [i for i in range(start, start + length)]
         noisy = [i for i in latents if i in own]
         assert noisy == list(range(noisy[0], noisy[-1] + 1)) and {noisy[0] - 1, noisy[-1] + 1} <= text
-        result.append({"context": own[:own.index(noisy[0]) - 1], "markers": [noisy[0] - 1, noisy[-1] + 1], "latents": noisy})
+        result.append(
+            {"context": own[: own.index(noisy[0]) - 1], "markers": [noisy[0] - 1, noisy[-1] + 1], "latents": noisy}
+        )
         start += length
     return result
 
 
 @pytest.mark.parametrize("case", ("recon", "recon_drop", "mixed", "t2i"))
 def test_parity_bagel_sequence(model, golden, case, monkeypatch):
-    """Attention pattern, rotary positions, rows of both position tables, input embeddings and last hidden states, row by row."""
+    """Attention pattern, rotary positions, rows of both position tables, input embeddings and last hidden states, row
+    by row."""
     features, ids, draws, condition = case_inputs(model, golden, case)
     record = Recorder(model, monkeypatch)
     with torch.no_grad():
@@ -179,7 +222,7 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     total, width = sum(golden[f"{case}.sample_lens"].tolist()), model.config.hidden_size
     embeds, positions = torch.full((total, width), float("nan")), torch.full((total,), -1)
     pattern, hidden = torch.zeros(total, total, dtype=torch.bool), torch.full((total, width), float("nan"))
-    used = [0] * len(rows)                                                       # context rows that were written so far
+    used = [0] * len(rows)  # context rows that were written so far
     for b in record.blocks:
         calls = iter(b["seen"])
         for g, images in enumerate(b["images"]):
@@ -187,15 +230,21 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
             visible = [next(calls) for _ in range(1 + (b["gen"] is not None))]
             for j, i in enumerate(images):
                 if b["gen"] is None:
-                    own = rows[i]["context"][used[i]:used[i] + length]
-                    embeds[own], keys = b["und"][g][j], rows[i]["context"][:used[i] + length]
+                    own = rows[i]["context"][used[i] : used[i] + length]
+                    embeds[own], keys = b["und"][g][j], rows[i]["context"][: used[i] + length]
                     positions[own] = b["before"][g] + (torch.arange(length) if b["causal"] else 0)
                     pattern[torch.tensor(own)[:, None], torch.tensor(keys)] = visible[0]
                     used[i] += length
                 else:
-                    own, keys = rows[i]["markers"] + rows[i]["latents"], rows[i]["context"] + rows[i]["markers"] + rows[i]["latents"]
+                    own, keys = (
+                        rows[i]["markers"] + rows[i]["latents"],
+                        rows[i]["context"] + rows[i]["markers"] + rows[i]["latents"],
+                    )
                     embeds[own] = torch.cat([b["und"][g][j], b["gen"][g][j]])
-                    positions[own] = max([a["after"][k] for a in record.blocks[:-1] for k, im in enumerate(a["images"]) if i in im], default=0)
+                    positions[own] = max(
+                        [a["after"][k] for a in record.blocks[:-1] for k, im in enumerate(a["images"]) if i in im],
+                        default=0,
+                    )
                     assert not b["rotate"] and b["before"][g] == 0
                     pattern[torch.tensor(own)[:, None], torch.tensor(keys)] = torch.cat(visible)
                     hidden[rows[i]["latents"]] = b["rows"][g][j]
@@ -205,10 +254,12 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     if f"{case}.input_embeds" in golden:
         close(embeds, golden[f"{case}.input_embeds"])
     if f"{case}.last_hidden" in golden:
-        close(hidden[latents], golden[f"{case}.last_hidden"][latents])          # the other rows are never computed here
+        close(hidden[latents], golden[f"{case}.last_hidden"][latents])  # the other rows are never computed here
     side = model.config.max_latent_size
     table = torch.cat([model.latent_pos_embed(*model._grid(f["mean"])) for f in features])
-    assert torch.equal(table, model.latent_pos_embed.pos_embed[golden[f"{case}.packed_latent_position_ids"]]) and side ** 2 == len(model.latent_pos_embed.pos_embed)
+    assert torch.equal(
+        table, model.latent_pos_embed.pos_embed[golden[f"{case}.packed_latent_position_ids"]]
+    ) and side**2 == len(model.latent_pos_embed.pos_embed)
     if condition:
         table = torch.cat([model.vit_pos_embed(*f["vit"].shape[:2]) for f in features])
         assert torch.equal(table, model.vit_pos_embed.pos_embed[golden[f"{case}.packed_vit_position_ids"]])
@@ -227,29 +278,42 @@ def test_parity_bagel_encoders(model, golden, case):
             close(torch.stack([f["logvar"] for f in features]), golden[f"{case}.vae_logvar"])
         for f, noise, full in zip(features, draws["vae_noise"], golden[f"{case}.latents"]):
             latent = model._latent(f["mean"], f["logvar"], noise)
-            close(latent, full[:, :latent.shape[1], :latent.shape[2]])
+            close(latent, full[:, : latent.shape[1], : latent.shape[2]])
             assert torch.equal(model._untokens(model._tokens(latent), model._grid(latent)), latent)
         if condition:
             embeds = [model._embed_vit(f["vit"][None])[0] - model.vit_pos_embed(*f["vit"].shape[:2]) for f in features]
             close(torch.cat(embeds), golden[f"{case}.vit_embeds"])
         if f"{case}.timestep_embeds" in golden:
             ours = model._embed_time(golden[f"{case}.timesteps"])
-            close(torch.cat([e.expand(len(n), -1) for e, n in zip(ours, draws["flow_noise"])]), golden[f"{case}.timestep_embeds"])
+            close(
+                torch.cat([e.expand(len(n), -1) for e, n in zip(ours, draws["flow_noise"])]),
+                golden[f"{case}.timestep_embeds"],
+            )
 
 
 def test_parity_bagel_resize_rule(golden):
     for longest, shortest, stride, w, h, width, height in golden["resize_rule"].tolist():
         assert reca_bagel.fit(w, h, longest, shortest, stride) == (width, height)
-    assert reca_bagel.fit(1024, 768, 224, 224, 14) == (224, 168) and reca_bagel.fit(640, 480, 1024, 512, 16) == (688, 512)
+    assert reca_bagel.fit(1024, 768, 224, 224, 14) == (224, 168) and reca_bagel.fit(640, 480, 1024, 512, 16) == (
+        688,
+        512,
+    )
 
 
-# ---- sampling --------------------------------------------------------------------------------------------------------------
+# ---- sampling ----------------------------------------------------------------------------------------
 
 
 def sampler(case):
     s = SETTINGS["results"][case]
-    return {"num_steps": s["num_timesteps"], "timestep_shift": s["timestep_shift"], "guidance_scale": s["cfg_text_scale"],
-            "image_guidance_scale": s["cfg_img_scale"], "interval": s["cfg_interval"], "renorm": s["cfg_renorm_type"], "renorm_min": s["cfg_renorm_min"]}
+    return {
+        "num_steps": s["num_timesteps"],
+        "timestep_shift": s["timestep_shift"],
+        "guidance_scale": s["cfg_text_scale"],
+        "image_guidance_scale": s["cfg_img_scale"],
+        "interval": s["cfg_interval"],
+        "renorm": s["cfg_renorm_type"],
+        "renorm_min": s["cfg_renorm_min"],
+    }
 
 
 def source(golden):
@@ -257,13 +321,22 @@ def source(golden):
 
 
 def sample_case(model, golden, case, monkeypatch, copies=1):
-    """Run a sampling case with the fixture's draws -> (images, trace, latents, contexts); copies: the same request several times."""
+    """Run a sampling case with the fixture's draws -> (images, trace, latents, contexts); copies: the same request
+    several times."""
     s, c, caught = SETTINGS["results"][case], model.config, {}
     grid = model._target_grid(tuple(s["image_shapes"]))
     draws = {"noise": [golden[f"{case}.init_noise"]] * copies}
     decode, paint = Bagel._decode, Bagel._paint
-    monkeypatch.setattr(Bagel, "_decode", lambda self, latents: caught.setdefault("pixels", decode(self, caught.setdefault("latents", latents))))
-    monkeypatch.setattr(Bagel, "_paint", lambda self, contexts, *rest, **more: paint(self, caught.setdefault("contexts", contexts), *rest, **more))
+    monkeypatch.setattr(
+        Bagel,
+        "_decode",
+        lambda self, latents: caught.setdefault("pixels", decode(self, caught.setdefault("latents", latents))),
+    )
+    monkeypatch.setattr(
+        Bagel,
+        "_paint",
+        lambda self, contexts, *rest, **more: paint(self, caught.setdefault("contexts", contexts), *rest, **more),
+    )
     options = {**sampler(case), "trace": []}
     prompt = SETTINGS[{"gen": "gen_prompt", "reconstruct": "recon_prompt"}.get(case, "edit_prompt")]
     ids = [[c.bos_token_id, *prompt, c.eos_token_id]] * copies
@@ -272,9 +345,15 @@ def sample_case(model, golden, case, monkeypatch, copies=1):
             images = model._generate(ids, grid, 0, draws, **options)
         else:
             image = model._resized(source(golden), c.vae_limits, c.stride)
-            samples = {"vae": common.to_tensor(image), "vit": common.to_tensor(model._resized(image, c.edit_limits, c.vit_patch_size))}
+            samples = {
+                "vae": common.to_tensor(image),
+                "vit": common.to_tensor(model._resized(image, c.edit_limits, c.vit_patch_size)),
+            }
             if case == "edit":
-                assert torch.equal(samples["vae"], pixels(golden["edit.source_resized_u8"])) or close(samples["vae"], pixels(golden["edit.source_resized_u8"]), 1e-6) < 1e-6
+                assert (
+                    torch.equal(samples["vae"], pixels(golden["edit.source_resized_u8"]))
+                    or close(samples["vae"], pixels(golden["edit.source_resized_u8"]), 1e-6) < 1e-6
+                )
                 close(samples["vit"], golden["edit.source_vit"], 1e-6)
             with_vae = case != "reconstruct"
             if with_vae:
@@ -295,7 +374,7 @@ def test_parity_bagel_sampling(model, golden, case, monkeypatch):
     close(caught["pixels"][0][None], golden[f"{case}.image_float"])
     expected = ((golden[f"{case}.image_float"][0] * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
     assert images[0].size == (s["image_shapes"][1], s["image_shapes"][0])
-    ours = torch.from_numpy(__import__("numpy").array(images[0])).permute(2, 0, 1)
+    ours = torch.from_numpy(np.array(images[0])).permute(2, 0, 1)
     assert (ours.int() - expected.int()).abs().max() <= 1
     context = caught["contexts"][0]
     assert context.position == golden[f"{case}.position_id"].item()
@@ -313,17 +392,19 @@ def test_bagel_batch_does_not_change_an_image(model, golden, case, monkeypatch):
 def test_parity_bagel_describe(model, golden):
     c = model.config
     image = model._resized(source(golden), c.vae_limits, c.stride)
-    vit = model.encode([{"vit": common.to_tensor(model._resized(image, c.vit_limits, c.vit_patch_size))}], "i2t")[0]["vit"]
+    vit = model.encode([{"vit": common.to_tensor(model._resized(image, c.vit_limits, c.vit_patch_size))}], "i2t")[0][
+        "vit"
+    ]
     start, *answer = golden["describe.ids"].tolist()
     assert start == c.bos_token_id
     ids = [c.bos_token_id, *SETTINGS["describe_prompt"], c.eos_token_id]
-    answer = answer[:answer.index(c.eos_token_id)] if c.eos_token_id in answer else answer
+    answer = answer[: answer.index(c.eos_token_id)] if c.eos_token_id in answer else answer
     with torch.no_grad():
         ours = model._describe([vit, vit], [ids, ids[:2] + ids[-1:]], len(golden["describe.ids"]) - 1)
     assert ours[0] == answer
 
 
-# ---- loading and saving ------------------------------------------------------------------------------------------------------
+# ---- loading and saving ------------------------------------------------------------------------------
 
 
 def test_bagel_key_lists():
@@ -342,12 +423,18 @@ def test_bagel_key_lists():
 
 
 def test_parity_bagel_files(model, golden, tmp_path):
-    """save -> load -> save is equal byte for byte; the saved file has the fixture's names, values and tables; strict but for the tables."""
+    """save -> load -> save is equal byte for byte; the saved file has the fixture's names, values and tables; strict
+    but for the tables."""
     model.save_pretrained(tmp_path / "a")
     again = Bagel.from_pretrained(str(tmp_path / "a"))
     again.save_pretrained(tmp_path / "b")
     files = sorted(p.name for p in (tmp_path / "a").iterdir())
-    assert files == sorted(p.name for p in (tmp_path / "b").iterdir()) and {"ema.safetensors", "ae.safetensors", "llm_config.json", "vit_config.json"} <= set(files)
+    assert files == sorted(p.name for p in (tmp_path / "b").iterdir()) and {
+        "ema.safetensors",
+        "ae.safetensors",
+        "llm_config.json",
+        "vit_config.json",
+    } <= set(files)
     for name in files:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
     assert again.config == model.config
@@ -370,7 +457,11 @@ def test_parity_bagel_files(model, golden, tmp_path):
         assert p.dtype == (torch.float32 if p.requires_grad or name.startswith("vae.") else torch.bfloat16), name
     assert torch.equal(mixed.latent_pos_embed.pos_embed, model.latent_pos_embed.pos_embed)
     # what does not fit is named
-    for change, word in (({"extra": torch.zeros(1)}, "unexpected"), ({"llm2vae.bias": None}, "lacks"), ({"vae2llm.bias": torch.zeros(3)}, "other shapes")):
+    for change, word in (
+        ({"extra": torch.zeros(1)}, "unexpected"),
+        ({"llm2vae.bias": None}, "lacks"),
+        ({"vae2llm.bias": torch.zeros(3)}, "other shapes"),
+    ):
         broken = {k: v for k, v in {**state, **change}.items() if v is not None}
         reca_bagel.save_file(broken, tmp_path / "a/model_bf16.safetensors")
         with pytest.raises(common.InputError, match=f"{word}.*{next(iter(change))}"):
@@ -380,7 +471,7 @@ def test_parity_bagel_files(model, golden, tmp_path):
         Bagel.from_pretrained(str(tmp_path / "a"))
 
 
-# ---- an independent, plain forward ---------------------------------------------------------------------------------------------
+# ---- an independent, plain forward -------------------------------------------------------------------
 
 
 def plain_sequence(model, blocks):
@@ -402,12 +493,12 @@ def plain_sequence(model, blocks):
     causal = torch.tensor([k == "causal" for k in kinds])[block_of][:, None]
     mask = past | own & (~causal | (order[:, None] >= order[None]))
     frequencies = c.rope_theta ** (-torch.arange(0, c.head_dim, 2) / c.head_dim)
-    angles = (torch.tensor(positions)[:, None] * frequencies).repeat(1, 2)[:, None]                          # [L, 1, d]
+    angles = (torch.tensor(positions)[:, None] * frequencies).repeat(1, 2)[:, None]  # [L, 1, d]
 
     def norm(x, weight):
         return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + c.rms_norm_eps) * weight
 
-    def both(function):                                                                   # each row by its own expert
+    def both(function):  # each row by its own expert
         return torch.where(gen if function("").dim() == 2 else gen[..., None], function("_moe_gen"), function(""))
 
     def rope(x):
@@ -419,26 +510,33 @@ def plain_sequence(model, blocks):
         y = both(lambda e: norm(x, w[f"input_layernorm{e}.weight"]))
 
         def heads(name, e):
-            return (y @ w[f"self_attn.{name}_proj{e}.weight"].T + w[f"self_attn.{name}_proj{e}.bias"]).unflatten(-1, (-1, c.head_dim))
+            return (y @ w[f"self_attn.{name}_proj{e}.weight"].T + w[f"self_attn.{name}_proj{e}.bias"]).unflatten(
+                -1, (-1, c.head_dim)
+            )
+
         q, k = (rope(both(lambda e: norm(heads(name, e), w[f"self_attn.{name}_norm{e}.weight"]))) for name in "qk")
         v = both(lambda e: heads("v", e))
         share = c.num_attention_heads // c.num_key_value_heads
-        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(share, 1)) / c.head_dim ** 0.5
-        heard = torch.einsum("hij,jhd->ihd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(share, 1)).flatten(1)
+        scores = torch.einsum("ihd,jhd->hij", q, k.repeat_interleave(share, 1)) / c.head_dim**0.5
+        heard = torch.einsum(
+            "hij,jhd->ihd", scores.masked_fill(~mask, -torch.inf).softmax(-1), v.repeat_interleave(share, 1)
+        ).flatten(1)
         x = x + both(lambda e: heard @ w[f"self_attn.o_proj{e}.weight"].T)
         y = both(lambda e: norm(x, w[f"post_attention_layernorm{e}.weight"]))
 
         def mlp(e):
             up, gate, down = (w[f"mlp{e}.{name}_proj.weight"] for name in ("up", "gate", "down"))
             return (F.silu(y @ gate.T) * (y @ up.T)) @ down.T
+
         x = x + both(mlp)
     final = model.language_model["model"]
     return both(lambda e: norm(x, final[f"norm{e}"].weight)), gen[:, 0]
 
 
 def test_bagel_condition_on_the_vae(model, golden):
-    """Table 7's row: clean latents of the same image instead of the ViT, at t = 0 through the generation expert, with their gradient. Against
-    the plain forward: the loss, and every gradient except those that freezing the understanding rows removes on purpose."""
+    """Table 7's row: clean latents of the same image instead of the ViT, at t = 0 through the generation expert, with
+    their gradient. Against the plain forward: the loss, and every gradient except those that freezing the
+    understanding rows removes on purpose."""
     features, ids, draws, _ = case_inputs(model, golden, "recon")
     draws["condition_noise"] = [n.flip(-1) for n in draws["vae_noise"]]
     for freeze in (True, False):
@@ -454,10 +552,16 @@ def test_bagel_condition_on_the_vae(model, golden):
             z = model._tokens(model._latent(f["mean"], f["logvar"], draws["vae_noise"][i]))
             clean = model._tokens(model._latent(f["mean"], f["logvar"], draws["condition_noise"][i]))
             noise, grid = draws["flow_noise"][i], model._grid(f["mean"])
-            embed = lambda x, t: model._embed_latents(x[None], grid, t[None])[0]                            # noqa: E731
-            hidden, gen = plain_sequence(model, [("full", model._markers(1)[0], embed(clean, t * 0)), ("causal", model._words([text])[0], None),
-                                                 ("noise", model._markers(1)[0], embed((1 - t) * z + t * noise, t))])
-            velocity = model.llm2vae(hidden[gen])[len(clean):]
+            embed = lambda x, t: model._embed_latents(x[None], grid, t[None])[0]  # noqa: E731
+            hidden, gen = plain_sequence(
+                model,
+                [
+                    ("full", model._markers(1)[0], embed(clean, t * 0)),
+                    ("causal", model._words([text])[0], None),
+                    ("noise", model._markers(1)[0], embed((1 - t) * z + t * noise, t)),
+                ],
+            )
+            velocity = model.llm2vae(hidden[gen])[len(clean) :]
             total, count = total + (velocity - (noise - z)).square().mean(-1).sum(), count + len(z)
         assert (total / count).item() == pytest.approx(loss.item(), rel=1e-5)
         (total / count).backward()
@@ -469,10 +573,11 @@ def test_bagel_condition_on_the_vae(model, golden):
 
 
 def test_bagel_i2t_loss(model, golden):
-    """The answers' cross-entropy, two turns, two images and a text without image, against the plain forward; only answers count."""
+    """The answers' cross-entropy, two turns, two images and a text without image, against the plain forward; only
+    answers count."""
     features, _, _, _ = case_inputs(model, golden, "recon")
     c, head = model.config, model.language_model["lm_head"]
-    block = lambda ids: [c.bos_token_id, *ids, c.eos_token_id]                                              # noqa: E731
+    block = lambda ids: [c.bos_token_id, *ids, c.eos_token_id]  # noqa: E731
     turns = [[([3, 4], [5, 6, 7]), ([8], [9])], [([10], [11, 12])], [([13, 14], [15])]]
     vits = [features[0]["vit"], features[1]["vit"], None]
     ids = [sum((block(q) + block(a) for q, a in t), []) for t in turns]
@@ -481,16 +586,29 @@ def test_bagel_i2t_loss(model, golden):
         ours = model._answer_loss(vits, ids, labels)
         total, count = 0, 0
         for vit, i, label in zip(vits, ids, labels):
-            image = [] if vit is None else [("full", torch.cat([model._markers(1)[0][:1], model._embed_vit(vit[None])[0], model._markers(1)[0][1:]]), None)]
+            image = (
+                []
+                if vit is None
+                else [
+                    (
+                        "full",
+                        torch.cat([model._markers(1)[0][:1], model._embed_vit(vit[None])[0], model._markers(1)[0][1:]]),
+                        None,
+                    )
+                ]
+            )
             hidden, _ = plain_sequence(model, image + [("causal", model._words([i])[0], None)])
             label = torch.tensor(label)
-            total = total + F.cross_entropy(head(hidden[-len(i):])[label != -100], label[label != -100], reduction="sum")
+            total = total + F.cross_entropy(
+                head(hidden[-len(i) :])[label != -100], label[label != -100], reduction="sum"
+            )
             count += int((label != -100).sum())
     assert ours.item() == pytest.approx((total / count).item(), rel=1e-5)
 
-    class Words:                                       # the public loss builds the same ids from text
+    class Words:  # the public loss builds the same ids from text
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [int(w) for w in text.split()]}
+
     model.tokenizer = Words()
     texts = [[(" ".join(map(str, q)), " ".join(map(str, a))) for q, a in t] for t in turns]
     with torch.no_grad():
@@ -499,7 +617,7 @@ def test_bagel_i2t_loss(model, golden):
     assert public.item() == pytest.approx(ours.item(), rel=1e-6)
 
 
-# ---- training ---------------------------------------------------------------------------------------------------------------------
+# ---- training ----------------------------------------------------------------------------------------
 
 
 def random_tiny():
@@ -516,8 +634,9 @@ def pictures(count, sizes=((64, 64),)):
 
 
 def test_bagel_draws_follow_the_image():
-    """An image draws the same numbers in any batch, so a batch's loss is the token-weighted mean of its images' losses; images of different
-    sizes are encoded as they are (no padding); checkpointing and compiling the layers change nothing."""
+    """An image draws the same numbers in any batch, so a batch's loss is the token-weighted mean of its images' losses;
+    images of different sizes are encoded as they are (no padding); checkpointing and compiling the layers change
+    nothing."""
     model = random_tiny()
     samples = [model.preprocess(p, "recon") for p in pictures(5, ((64, 64), (64, 32), (48, 64)))]
     features, texts = model.encode(samples, "recon"), common.templates()[:5]
@@ -525,7 +644,7 @@ def test_bagel_draws_follow_the_image():
     alone = [model.encode([s], "recon")[0] for s in samples]
     for a, b in zip(features, alone):
         assert all(torch.allclose(a[k], b[k], atol=1e-5) for k in ("vit", "mean", "logvar"))
-    rng = lambda positions: common.Rng(3, "recon", 0, positions=positions)                                  # noqa: E731
+    rng = lambda positions: common.Rng(3, "recon", 0, positions=positions)  # noqa: E731
     loss = model.recon_loss(features, texts, rng=rng(range(5)))
     tokens = [f["mean"][0].numel() // 4 for f in features]
     parts = [model.recon_loss([f], [t], rng=rng([i])).item() for i, (f, t) in enumerate(zip(features, texts))]
@@ -533,7 +652,9 @@ def test_bagel_draws_follow_the_image():
     loss.backward()
     grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     assert grads.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert {id(p) for g in model.parameter_groups(0.0) for p in g["params"]} == {id(p) for n, p in model.named_parameters() if n in grads}
+    assert {id(p) for g in model.parameter_groups(0.0) for p in g["params"]} == {
+        id(p) for n, p in model.named_parameters() if n in grads
+    }
     common.checkpoint_blocks(model.blocks())
     for block in model.blocks():
         block.compile(backend="aot_eager")
@@ -551,18 +672,19 @@ def test_bagel_stochastic_rounding():
     target, total = torch.zeros(20000, dtype=torch.bfloat16), 0
     for _ in range(64):
         reca_bagel.StochasticAdamW._store(target, x, generator)
-        assert ((target.float() - x).abs() <= x.abs() / 128).all()                     # one of the two neighbours
+        assert ((target.float() - x).abs() <= x.abs() / 128).all()  # one of the two neighbours
         total = total + target.float()
     nearest = (x.bfloat16().float() - x).abs().mean()
-    assert (total / 64 - x).abs().mean() < 0.3 * nearest                               # right in the mean
+    assert (total / 64 - x).abs().mean() < 0.3 * nearest  # right in the mean
     exact = x.bfloat16()
     reca_bagel.StochasticAdamW._store(target, exact.float(), generator)
-    assert torch.equal(target, exact)                                                  # what bf16 can hold stays
+    assert torch.equal(target, exact)  # what bf16 can hold stays
 
 
 def optimize(model, make, steps, draws, stored):
-    """Train the fixture's model for some steps -> the curve of losses. Weights are stored, and gradients given to the optimizer, in `stored`;
-    the forward runs in float32 on their exact values (bf16 products are slow on a CPU, and are not what is tested)."""
+    """Train the fixture's model for some steps -> the curve of losses. Weights are stored, and gradients given to the
+    optimizer, in `stored`; the forward runs in float32 on their exact values (bf16 products are slow on a CPU, and
+    are not what is tested)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = [torch.nn.Parameter(p.detach().to(stored)) for p in trained]
     optimizer, curve = make(weights), []
@@ -581,23 +703,34 @@ def optimize(model, make, steps, draws, stored):
 
 
 def test_bagel_bf16_optimizer_follows_float32(golden):
-    """bf16 weights and moments with stochastic rounding against float32 AdamW over 160 steps: the loss curves differ by less than two float32
-    runs with other noise do. Rounding to nearest, for comparison, stays behind: its updates are lost."""
+    """bf16 weights and moments with stochastic rounding against float32 AdamW over 160 steps: the loss curves differ by
+    less than two float32 runs with other noise do. Rounding to nearest, for comparison, stays behind: its updates
+    are lost."""
+
     def draws(seed):
         def at(step):
             g = torch.Generator().manual_seed(1000 * seed + step)
             features, ids, given, _ = inputs
-            given = {"timestep_normal": torch.randn(2, generator=g), "vae_noise": [torch.randn(n.shape, generator=g) for n in given["vae_noise"]],
-                     "flow_noise": [torch.randn(n.shape, generator=g) for n in given["flow_noise"]]}
+            given = {
+                "timestep_normal": torch.randn(2, generator=g),
+                "vae_noise": [torch.randn(n.shape, generator=g) for n in given["vae_noise"]],
+                "flow_noise": [torch.randn(n.shape, generator=g) for n in given["flow_noise"]],
+            }
             return features, ids, given
+
         return at
 
     def run(kind, seed):
         model = fixture_model()
         options = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-15}
         make = {"fp32": torch.optim.AdamW, "bf16": reca_bagel.StochasticAdamW, "nearest": torch.optim.AdamW}[kind]
-        return optimize(model, lambda weights: make(weights, weight_decay=0.0, **options), 160, draws(seed),
-                        torch.float32 if kind == "fp32" else torch.bfloat16)
+        return optimize(
+            model,
+            lambda weights: make(weights, weight_decay=0.0, **options),
+            160,
+            draws(seed),
+            torch.float32 if kind == "fp32" else torch.bfloat16,
+        )
 
     inputs = case_inputs(fixture_model(), golden, "recon")
     ours, float32, other, nearest = run("bf16", 1), run("fp32", 1), run("fp32", 2), run("nearest", 1)
@@ -621,14 +754,16 @@ def workplace(tmp_path_factory):
 
 
 def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(common, "Trainer", common.Trainer)         # main() puts its own in place: undone after the test
+    monkeypatch.setattr(common, "Trainer", common.Trainer)  # main() puts its own in place: undone after the test
     monkeypatch.setattr(Bagel, "condition", "vit")
     monkeypatch.setattr(sys, "argv", ["reca_bagel.py", *map(str, arguments)])
     reca_bagel.main()
 
 
 def rows(out):
-    return [{k: v for k, v in r.items() if k != "images_per_s"} for r in common.read_json(out / "log.jsonl", lines=True)]
+    return [
+        {k: v for k, v in r.items() if k != "images_per_s"} for r in common.read_json(out / "log.jsonl", lines=True)
+    ]
 
 
 def agree(a, b, tolerance):
@@ -639,14 +774,47 @@ def agree(a, b, tolerance):
 
 
 def test_bagel_two_ranks_equal_one_and_resume_on_one(workplace, monkeypatch):
-    """FSDP2 over two gloo processes: the losses, gradient norms and weights of one process with the same global batch; its sharded
-    checkpoint goes on in one process as if nothing had happened, and its ema.safetensors is the whole model."""
-    base = ["--model", workplace / "model", "--data", workplace / "images", "--warmup", 2, "--lr", 1e-3, "--und-size", 32, "--workers", 0,
-            "--save-every", 2, "--sample-every", 2, "--sampling-steps", 3]
+    """FSDP2 over two gloo processes: the losses, gradient norms and weights of one process with the same global batch;
+    its sharded checkpoint goes on in one process as if nothing had happened, and its ema.safetensors is the whole
+    model."""
+    base = [
+        "--model",
+        workplace / "model",
+        "--data",
+        workplace / "images",
+        "--warmup",
+        2,
+        "--lr",
+        1e-3,
+        "--und-size",
+        32,
+        "--workers",
+        0,
+        "--save-every",
+        2,
+        "--sample-every",
+        2,
+        "--sampling-steps",
+        3,
+    ]
     run_main(monkeypatch, *base, "--batch", 4, "--steps", 4, "--out", workplace / "one")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", HERE.parent / "reca_bagel.py", *base,
-               "--batch", 2, "--steps", 2, "--out", workplace / "two"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        HERE.parent / "reca_bagel.py",
+        *base,
+        "--batch",
+        2,
+        "--steps",
+        2,
+        "--out",
+        workplace / "two",
+    ]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "FSDP2 over 2 ranks" in done.stdout
@@ -662,8 +830,30 @@ def test_bagel_two_ranks_equal_one_and_resume_on_one(workplace, monkeypatch):
 
 def test_bagel_resume_is_exact_with_stochastic_rounding(workplace, monkeypatch):
     """An interrupted run ends in the same bytes as an uninterrupted one, random rounding, cache and all."""
-    base = ["--model", workplace / "model", "--data", workplace / "images", "--warmup", 2, "--lr", 1e-3, "--und-size", 32, "--workers", 0, "--batch", 2,
-            "--sampling-steps", 3, "--optimizer", "bf16", "--precision", "bf16", "--cache", workplace / "cache"]
+    base = [
+        "--model",
+        workplace / "model",
+        "--data",
+        workplace / "images",
+        "--warmup",
+        2,
+        "--lr",
+        1e-3,
+        "--und-size",
+        32,
+        "--workers",
+        0,
+        "--batch",
+        2,
+        "--sampling-steps",
+        3,
+        "--optimizer",
+        "bf16",
+        "--precision",
+        "bf16",
+        "--cache",
+        workplace / "cache",
+    ]
     run_main(monkeypatch, *base, "--steps", 4, "--out", workplace / "whole")
     run_main(monkeypatch, *base, "--steps", 2, "--out", workplace / "parts")
     run_main(monkeypatch, *base, "--steps", 4, "--out", workplace / "parts", "--resume")
@@ -674,30 +864,66 @@ def test_bagel_resume_is_exact_with_stochastic_rounding(workplace, monkeypatch):
     start = load_file(workplace / "model/ema.safetensors")
     moved = {k for k in trained if not torch.equal(trained[k], start[k].to(trained[k].dtype))}
     expected = {n for n, p in random_tiny().named_parameters() if p.requires_grad}
-    assert moved <= expected and len(moved) > 0.8 * len(expected)                       # and nothing that is frozen
+    assert moved <= expected and len(moved) > 0.8 * len(expected)  # and nothing that is frozen
 
 
 def test_bagel_tiny_end_to_end(workplace, monkeypatch, capsys):
-    """The toy from nothing to scores, previews, loss.png, then inference from its checkpoint: generate, reconstruct, describe."""
+    """The toy from nothing to scores, previews, loss.png, then inference from its checkpoint: generate, reconstruct,
+    describe."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "xdg"))
     out = workplace / "tiny"
-    run_main(monkeypatch, "--model", "tiny", "--pretrain", 0.005, "--steps", 3, "--batch", 4, "--sampling-steps", 3, "--out", out)
+    run_main(
+        monkeypatch,
+        "--model",
+        "tiny",
+        "--pretrain",
+        0.005,
+        "--steps",
+        3,
+        "--batch",
+        4,
+        "--sampling-steps",
+        3,
+        "--out",
+        out,
+    )
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores) == {"before", "after"} and "reconstruction" in scores["after"]
     assert (out / "loss.png").exists() and (out / "previews/step_000003.png").exists() and (out / "run.json").exists()
     (workplace / "prompts.txt").write_text("red circle top-left\nblue cross\n")
-    run_main(monkeypatch, "--model", out / "checkpoint-000003", "--steps", 0, "--generate", workplace / "prompts.txt", "--reconstruct", workplace / "images",
-             "--describe", workplace / "images", "--max-new-tokens", 4, "--sampling-steps", 3, "--out", workplace / "results")
+    run_main(
+        monkeypatch,
+        "--model",
+        out / "checkpoint-000003",
+        "--steps",
+        0,
+        "--generate",
+        workplace / "prompts.txt",
+        "--reconstruct",
+        workplace / "images",
+        "--describe",
+        workplace / "images",
+        "--max-new-tokens",
+        4,
+        "--sampling-steps",
+        3,
+        "--out",
+        workplace / "results",
+    )
     assert Image.open(workplace / "results/00001.png").size == (64, 64) and (workplace / "results/6.png").exists()
     assert len(common.read_json(workplace / "results/answers.jsonl", lines=True)) == 7
     capsys.readouterr()
 
 
 def test_bagel_edit_writes_both_layouts(workplace, monkeypatch):
-    """ImgEdit's and GEdit's folders, one unreadable source skipped; a rerun writes only what is missing; a malformed file is refused."""
+    """ImgEdit's and GEdit's folders, one unreadable source skipped; a rerun writes only what is missing; a malformed
+    file is refused."""
     (workplace / "images/bad.png").write_bytes(b"not an image")
-    single = {"a1": {"id": "0.png", "prompt": "remove the circle", "edit_type": "remove"}, "a2": {"id": "1.png", "prompt": "add a cross", "edit_type": "add"},
-              "a3": {"id": "bad.png", "prompt": "red", "edit_type": "add"}}
+    single = {
+        "a1": {"id": "0.png", "prompt": "remove the circle", "edit_type": "remove"},
+        "a2": {"id": "1.png", "prompt": "add a cross", "edit_type": "add"},
+        "a3": {"id": "bad.png", "prompt": "red", "edit_type": "add"},
+    }
     (workplace / "singleturn.json").write_text(json.dumps(single))
     base = ["--model", workplace / "model", "--steps", 0, "--edit-images", workplace / "images", "--sampling-steps", 3]
     out = workplace / "imgedit"
@@ -707,7 +933,13 @@ def test_bagel_edit_writes_both_layouts(workplace, monkeypatch):
     (out / "a2.png").unlink()
     run_main(monkeypatch, *base, "--edit", workplace / "singleturn.json", "--out", out)
     assert (out / "a2.png").exists() and (out / "a1.png").stat().st_mtime_ns == first
-    row = {"key": "k", "task_type": "color_alter", "instruction": "blue", "instruction_language": "en", "image": "2.png"}
+    row = {
+        "key": "k",
+        "task_type": "color_alter",
+        "instruction": "blue",
+        "instruction_language": "en",
+        "image": "2.png",
+    }
     (workplace / "gedit.jsonl").write_text(json.dumps(row))
     run_main(monkeypatch, *base, "--edit", workplace / "gedit.jsonl", "--out", workplace / "gedit")
     folder = workplace / "gedit/gen_image/fullset/color_alter/en"
