@@ -982,7 +982,7 @@ class Bagel(nn.Module):
         The three context sets (with everything, without the last text, without images) were read once. At a guided step
         the three passes share their rows and run as one batch; each stands at the position of its own context, which
         seen_from_the_latents takes care of. num_steps 50 gives 49 evaluations, as in the original. trace: a list that
-        receives (t, x, velocity) of every step.
+        gets (t, x, velocity, both scales) of every step.
         """
         if renorm not in ("global", "channel", "text_channel"):
             raise common.InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
@@ -1003,7 +1003,7 @@ class Bagel(nn.Module):
                 v = [self._guide(*v[i::count], guidance_scale, image_guidance_scale, renorm, renorm_min)
                      for i in range(count)]
             if trace is not None:
-                trace.append((t, x, v))
+                trace.append((t, x, v, (guidance_scale, image_guidance_scale) if guided else (1.0, 1.0)))
             x = [xi - vi * (t - after) for xi, vi in zip(x, v)]
         return x
 
