@@ -154,15 +154,15 @@ RELEASED = {
 # The tokens of InternVL's vocabulary that prompts need.
 MARKERS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
-# A 64 px image is 16 tokens to a two-layer ViT (which sees it at 32 px) and 4 x 4 latents to a DC-AE of stride 16.
+# A 32 px image is 16 tokens to a two-layer ViT and 4 x 4 latents to a DC-AE of stride 8.
 _TINY_LMM = dict(
     internvl3(96, 3, 4, 2, 256), image_seq_length=16,
     vision_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
                        image_size=[32, 32], patch_size=[4, 4], attention_bias=True, use_qk_norm=False))
 TINY = OpenUniConfig(
     _TINY_LMM, sana(4, 4, 4, 32, channels=16, caption_channels=96, sample_size=4),
-    dc_ae((16, 32, 64, 64, 64), 16, (0, 1, 1, 1, 1), (0, 1, 1, 1, 1), 16, 1.0, residual_levels=5), SCHEDULER,
-    connector_layers=2, connector_heads=4, connector_intermediate=192, num_queries=16, image_size=64)
+    dc_ae((32, 64, 128, 128), 16, (0, 1, 1, 1), (0, 1, 1, 1), 16, 1.0, residual_levels=4), SCHEDULER,
+    connector_layers=2, connector_heads=4, connector_intermediate=192, num_queries=16, image_size=32)
 
 
 @dataclass
@@ -284,7 +284,7 @@ class OpenUni(nn.Module):
         self.transformer = SanaTransformer2DModel.from_config(config.sana)
         self.lmm.requires_grad_(False).eval()
         self.vae.requires_grad_(False).eval()
-        self.vae.to(memory_format=torch.channels_last)       # DC-AE norms over channels at every place: no transposes so
+        self.vae.to(memory_format=torch.channels_last)       # DC-AE norms over channels: no transposes so
         self.tokenizer = None                                # set_tokenizer
         self.und_size, self.und_blur = self.lmm.config.vision_config.image_size[0], 1
 
@@ -920,7 +920,8 @@ def internvl_sizes(folder):
         sizes = {k: v for k, v in config.items() if k not in ignored}
         # Never tied here: whatever the file says, the head is a matrix of its own, a copy where the checkpoint has
         # none.
-        return sizes | {"tie_word_embeddings": False, "text_config": config["text_config"] | {"tie_word_embeddings": False}}
+        untied = {"tie_word_embeddings": False}
+        return sizes | untied | {"text_config": config["text_config"] | untied}
     vision, llm = config["vision_config"], config["llm_config"]
     side = config.get("force_image_size") or vision["image_size"]
     other_kind = (vision.get("qk_normalization"), vision.get("norm_type", "layer_norm") != "layer_norm",
@@ -1001,15 +1002,20 @@ def pretrain_toy(model, fraction, seed):
         return torch.stack([common.to_tensor(common.draw_scene(scene, size)) for _, scene in drawn]).to(model.device)
 
     # 1. DC-AE: reconstruct, also from slightly disturbed latents, as the generator will leave some disturbance.
-    def autoencoder_loss(positions):
-        x = pixels(scenes(1, positions))
-        z = model.vae.encode(x).latent
-        z = z + 0.1 * z.detach().std() * torch.randn_like(z)
-        return F.mse_loss(model.vae.decode(z).sample, x)
+    def crowded(positions):                                     # most cells full: there is little to learn from white
+        for rng in (np.random.default_rng((seed, 1, position)) for position in positions):
+            yield rng, [(p, int(rng.integers(4)), int(rng.integers(8))) for p in range(4) if rng.random() < 0.7]
 
-    common.toy_stage("autoencoder", model.vae.requires_grad_(True).parameters(), autoencoder_loss, steps(500), lr=2e-3)
+    def autoencoder_loss(positions):
+        x = pixels(crowded(positions))
+        z = model.vae.encode(x).latent
+        error = model.vae.decode(z + 0.1 * torch.randn_like(z)).sample - x
+        return error.square().mean() + error.abs().mean() + 1e-3 * z.square().mean()
+
+    parameters = model.vae.requires_grad_(True).parameters()
+    common.toy_stage("autoencoder", parameters, autoencoder_loss, steps(1000), lr=2e-3, batch=8)
     with torch.no_grad():                                       # latents of unit variance, as flow matching wants them
-        scale = 1 / model.vae.encode(pixels(scenes(1, range(256)))).latent.std().item()
+        scale = 1 / model.vae.encode(pixels(crowded(range(256)))).latent.std().item()
     model.vae.requires_grad_(False).register_to_config(scaling_factor=scale)
 
     # 2. Qwen2: descriptions and answers, from captions in any order and from image tokens that are mixtures of words.
