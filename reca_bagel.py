@@ -209,6 +209,7 @@ def attend(q, k, v, causal):
     mask, n, s = None, q.shape[2], k.shape[2]
     if causal and 1 < n:
         mask = torch.ones(n, s, dtype=torch.bool, device=q.device).tril(s - n)
+    k, v = k.to(q.dtype), v.to(q.dtype)                      # the experts may be kept in different precisions
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
     return out.transpose(1, 2).reshape(q.shape[0] * n, -1)
 
@@ -1465,6 +1466,8 @@ def flags(parser):
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
     Bagel.condition = args.condition
+    if args.lambda_i2t:
+        raise common.InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
     if args.edit:
         edit_jobs(args.edit, args.edit_images, args.out)         # a malformed file is refused before anything is loaded
     common.Trainer = BagelTrainer

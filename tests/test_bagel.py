@@ -453,6 +453,10 @@ def test_parity_bagel_files(model, golden, tmp_path):
     for name, p in mixed.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad or name.startswith("vae.") else torch.bfloat16), name
     assert torch.equal(mixed.latent_pos_embed.pos_embed, model.latent_pos_embed.pos_embed)
+    features, ids, draws, condition = case_inputs(model, golden, "recon")
+    with torch.no_grad():                                     # experts of different precision meet in one attention
+        loss = mixed._flow_loss(features, ids, draws, condition)
+    assert loss.item() == pytest.approx(golden["recon.loss"].item(), rel=0.02)
     # what does not fit is named
     for change, word in (
         ({"extra": torch.zeros(1)}, "unexpected"),
@@ -472,7 +476,7 @@ def test_parity_bagel_files(model, golden, tmp_path):
 
 
 def plain_sequence(model, blocks):
-    """One sample, all rows at once, a dense mask, absolute positions -> final hidden states [L, D], whether a row is gen.
+    """One sample, all rows at once, a dense mask, absolute positions -> final states [L, D], and which rows are gen.
 
     blocks: (kind, und rows or None, gen rows or None). Kinds: "full", "causal", "noise". Rows of a block with gen rows:
     start marker, gen rows, end marker.
