@@ -75,8 +75,10 @@ def atomic(path):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except OSError as error:                                                      # a full disk, a read-only folder
-        raise InputError(f"cannot write {path}: {error.strerror or error}") from error
+    except Exception as error:                      # a full disk, a read-only folder: torch and safetensors have errors of their own
+        if isinstance(error, OSError) or "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
+            raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
+        raise
     finally:
         if temporary.is_dir():
             shutil.rmtree(temporary, ignore_errors=True)
@@ -674,26 +676,30 @@ class Trainer:
         boundary = (self.step, self.seen)                                # where the weights moved last
         began, log = time.time(), open(self.out / "log.jsonl", "a") if main_process else None
         bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True, disable=not main_process, desc="RecA")
-        while self.step < args.steps:
-            row, stop = self.take_step(loaders)
-            updated = self.step % args.accum == 0
-            boundary = (self.step, self.seen) if updated else boundary
-            row["images_per_s"] = round((self.step - first) * args.batch * world()[1] / (time.time() - began), 3)
-            if main_process:
-                log.write(json.dumps(row) + "\n")
-                log.flush()
-                bar.set_postfix({n: f"{row[n]:.4f}" for n in ("recon", "i2t", "t2i") if n in row} | {"img/s": row["images_per_s"]})
-                bar.update()
-                for name in row["skipped"]:
-                    bar.write(f"skipped: {name}")
-            if self.show and self.step % args.sample_every == 0 and self.step < args.steps:
-                self.show(self.step)
-            if stop:
-                # In the middle of an accumulation the weights are still those of the last move: go back to it, lose no step twice.
-                self.step, self.seen = boundary
-                break
-            if updated and self.step % args.save_every < args.accum and self.step < args.steps:
-                self.save()
+        try:
+            while self.step < args.steps:
+                row, stop = self.take_step(loaders)
+                updated = self.step % args.accum == 0
+                boundary = (self.step, self.seen) if updated else boundary
+                row["images_per_s"] = round((self.step - first) * args.batch * world()[1] / (time.time() - began), 3)
+                if main_process:
+                    log.write(json.dumps(row) + "\n")
+                    log.flush()
+                    bar.set_postfix({n: f"{row[n]:.4f}" for n in ("recon", "i2t", "t2i") if n in row} | {"img/s": row["images_per_s"]})
+                    bar.update()
+                    for name in row["skipped"]:
+                        bar.write(f"skipped: {name}")
+                if self.show and self.step % args.sample_every == 0 and self.step < args.steps:
+                    self.show(self.step)
+                if stop:
+                    # In the middle of an accumulation the weights are still those of the last move: go back to it, lose no step twice.
+                    self.step, self.seen = boundary
+                    break
+                if updated and self.step % args.save_every < args.accum and self.step < args.steps:
+                    self.save()
+        finally:
+            for loader in loaders.values():                         # its workers ignore signals, so they are told to end
+                getattr(loader, "_shutdown_workers", lambda: None)()
         bar.close()
         self.save()
         if main_process:

@@ -197,10 +197,9 @@ def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, images):
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))                 # every larger file fails, like a full disk
-    common.run                                                                        # the toy's own files exist already (other tests)
     run(*TINY, "--data", images, "--steps", 1, "--lambda-i2t", 0, "--out", tmp_path / "first")
     result = subprocess.run(command(*TINY, "--data", images, "--steps", 2, "--lambda-i2t", 0, "--out", tmp_path / "o"),
-                            capture_output=True, text=True, preexec_fn=small_files)
+                            capture_output=True, text=True, preexec_fn=small_files, timeout=100)
     assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: cannot write"), result.stderr[-500:]
     assert not list((tmp_path / "o").glob("checkpoint-*")) and not list((tmp_path / "o").rglob(".tmp*"))
 
