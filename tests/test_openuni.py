@@ -317,6 +317,20 @@ def test_a_tied_head_is_copied(hub, model, tmp_path):
     assert torch.equal(loaded.lmm.get_input_embeddings().weight, embedding)
 
 
+def test_sampling_shift_comes_from_the_sana_folder(hub, model, tmp_path):
+    """The scheduler's file decides about sampling (4.0 in some SANA repositories), and never about training: shift 1."""
+    shutil.copytree(hub / "sana", tmp_path / "sana")
+    file = tmp_path / "sana" / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 4.0}))
+    loaded = OpenUni.from_pretrained(hub / "pretrained", bases=bases_in(hub) | {"sana": str(tmp_path / "sana")})
+    solver = reca_openuni.DPMSolverMultistepScheduler.from_config(loaded.config.scheduler)
+    solver.set_timesteps(20)
+    s = torch.linspace(0.999, 0, 21)[:-1]
+    close(solver.sigmas[:-1], 4 * s / (1 + 3 * s), 1e-5)
+    u = torch.rand(8)
+    assert torch.equal(loaded._sigmas(u), model._sigmas(u))
+
+
 def test_original_names_come_back(hub, model):
     frozen = load_file(HERE / "frozen_weights.safetensors")
     full = model.released_state("full")
