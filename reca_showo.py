@@ -122,7 +122,7 @@ TINY = ShowoConfig(
     # GroupNorm has 32 groups, so widths are multiples of 32; no residual block where the image is still 64 pixels wide.
     vq_ch=32, vq_enc_mult=(1, 1, 2, 4, 4), vq_enc_res=(0, 1, 1, 1, 1),
     vq_dec_mult=(1, 1, 2, 4, 4), vq_dec_res=(0, 1, 1, 1, 1),
-    recon_text=32, max_text=96, max_prompt=48)
+    recon_text=32, max_text=96, max_prompt=48, system_len=0)
 CONFIGS = {
     "showlab/show-o-w-clip-vit-512x512": ShowoConfig(),
     "showlab/show-o-w-clip-vit": ShowoConfig(image_size=256),
@@ -606,7 +606,6 @@ class Showo(nn.Module):
         tokenizer, config = common.tiny_tokenizer(("<|endoftext|>",)), CONFIGS[name]
         if name.startswith("tiny"):
             config = dataclasses.replace(config, llm_vocab_size=len(tokenizer), eot=len(tokenizer) - 1)
-            config.system_len = len(tokenizer(SYSTEM_PROMPT)["input_ids"])
         with torch.device(device):
             return cls(config, tokenizer)
 
@@ -1088,7 +1087,7 @@ def pretrain_toy(model, fraction, seed):
     text.
     """
     c, pool = model.config, max(64, round(4000 * fraction))
-    table, question = model.showo.model.embed_tokens, common.SEED_TEMPLATE
+    table = model.showo.model.embed_tokens
 
     def steps(count):
         return max(1, round(count * fraction))
@@ -1098,9 +1097,6 @@ def pretrain_toy(model, fraction, seed):
 
     def pixels(scenes, size=c.image_size):
         return torch.stack([common.to_tensor(common.draw_scene(scene, size)) for scene in scenes])
-
-    def said(scenes):
-        return model._conversations([[(question, common.caption(scene))] for scene in scenes])
 
     # 1. The tokenizer. The toy world is made of a few dozen kinds of 16 x 16 patches; each gets a number as its code,
     # which the encoder learns to say and the decoder to paint. (A real tokenizer invents its own codes; that takes
@@ -1135,67 +1131,51 @@ def pretrain_toy(model, fraction, seed):
     def pick(positions):
         return [p * 7919 % pool for p in positions]
 
+    # 2. CLIP variant: CLIP and projector learn to say words. Row 4k + 0, 1, 2 names the color, shape and place of
+    # what is in cell k, in the very embeddings that text has for these words. CLIP sees images with its own
+    # statistics, and in RecA with the tokenizer's (see `shown`).
     if c.w_clip_vit:
-        # 2. Reading. The language model learns to say in a sentence what 16 words in the places of the CLIP rows say:
-        # as CLIP will say it (the four rows 4k.. name the color, shape and place of what is in cell k), or with the
-        # words anywhere.
-        names = [[model._text_ids(word)[0] for word in kind] for kind in (common.PLACES, common.SHAPES, common.COLORS)]
+        names = [[model._text_ids(word)[0] for word in kind] for kind in (common.COLORS, common.SHAPES, common.PLACES)]
+        known = torch.tensor([comma, *sum(names, [])])
 
-        def in_order(scene):
-            ids = [[comma] * 4 for _ in range(4)]
-            for thing in scene:
-                place, shape, color = (names[kind][i] for kind, i in enumerate(thing))
-                ids[thing[0]] = [color, shape, place, comma]
-            return sum(ids, [])
+        def spoken(scene):
+            ids = [comma] * 16
+            for place, shape, color in scene:
+                ids[4 * place:4 * place + 3] = names[0][color], names[1][shape], names[2][place]
+            return ids
 
-        def anywhere(scene, g):
-            spoken = [i for i in in_order(scene) if i != comma]
-            ids = np.full(c.num_clip, comma)
-            ids[np.sort(g.choice(c.num_clip, len(spoken), replace=False))] = spoken
-            return ids.tolist()
+        words = torch.tensor([spoken(scene) for scene in scenes])                                      # [pool, C]
+        views = [model.shown(pixels(scenes)), torch.stack([model.preprocess(i, "i2t")["clip_pixels"] for i in images])]
 
-        def reading_loss(positions):
-            some, generators = [scenes[i] for i in pick(positions)], [rng(3, p) for p in positions]
-            words = [in_order(scene) if g.random() < 0.5 else anywhere(scene, g) for scene, g in zip(some, generators)]
-            rows = model._i2t_rows(*said(some), None, model._system_ids())
-            rows.ids[:, rows.clip_at:rows.clip_at + c.num_clip] = torch.tensor(words)
-            rows.clip_at = None
-            return model._cross_entropy(rows, shift=True)
-
-        common.toy_stage("language model", model.showo.parameters(), reading_loss, steps(400), lr=2e-3)
-
-        # 3. Seeing. CLIP and projector learn to say these words to a language model that stays as it is. CLIP sees
-        # images with its own statistics and, in RecA, with the tokenizer's (see `shown`).
-        order = torch.tensor([in_order(scene) for scene in scenes])
-
-        def alignment_loss(rows, picked):
-            spoken = model.mm_projector(rows)
-            target = table(order[picked]).detach()
-            return F.mse_loss(spoken, target) / target.square().mean()
+        def alignment(rows, picked):
+            """Distance of the projected CLIP rows to their words, and how well other words are told apart."""
+            said, target, choice = model.mm_projector(rows), table(words[picked]).detach(), table(known).detach()
+            scale = target.square().mean()
+            nearer = -5 * torch.cdist(said.flatten(0, 1), choice).square() / (scale * c.hidden)         # [B C, words]
+            right = (words[picked].flatten()[:, None] == known).long().argmax(1)
+            weight = torch.where(right == 0, 0.2, 1.0)                                              # most rows are commas
+            return F.mse_loss(said, target) / scale + (F.cross_entropy(nearer, right, reduction="none") * weight).mean()
 
         def seeing_loss(positions):
             picked = pick(positions)
-            view = [model.shown(pixels([scenes[i] for i in picked])),
-                    torch.stack([model.preprocess(images[i], "i2t")["clip_pixels"] for i in picked])]
-            rows = model.clip_rows(torch.cat([v[k::2] for k, v in enumerate(view)]))
-            picked = picked[::2] + picked[1::2]
-            ids, labels = said([scenes[i] for i in picked])
-            loss = model._i2t_loss([{"und": r} for r in rows], ids, labels, model._system_ids())
-            return loss + alignment_loss(rows, picked)
+            rows = torch.cat([model.clip_rows(view[picked[k::2]]) for k, view in enumerate(views)])
+            return alignment(rows, picked[::2] + picked[1::2])
 
-        model.showo.requires_grad_(False)
         seeing = [*model.clip.requires_grad_(True).parameters(), *model.mm_projector.parameters()]
         common.toy_stage("CLIP and projector", seeing, seeing_loss, steps(400), lr=2e-3)
         model.clip.requires_grad_(False)
-        model.showo.requires_grad_(True)
 
-    # 4. Everything: understanding as before, and generation from sparse captions. Many captions are spread out by
-    # commas, so that the distance between a word and the image means nothing. VQ variant: also codes of the image at
-    # half its size, which Show-o knows from its own pretraining at a lower resolution.
-    def spread(ids, g):
-        for _ in range(int(g.integers(25)) if g.random() < 0.7 else 0):
-            ids.insert(int(g.integers(len(ids) + 1)), comma)
-        return ids
+    # 3. The language model: understanding from full captions, generation from sparse ones. Captions stand in all
+    # kinds of surroundings, as they do in the real model's training, so that a word means the same wherever it is. VQ
+    # variant: also the codes of the image at half its size, which Show-o knows from its own pretraining at a lower
+    # resolution.
+    asked = [model._recon_text(template) for template in common.templates()]
+
+    def surrounded(ids, g):
+        if g.random() < 0.2:
+            for _ in range(int(g.integers(12))):
+                ids.insert(int(g.integers(len(ids) + 1)), comma)
+        return ids + [c.eot] + asked[int(g.integers(len(asked)))] if g.random() < 0.4 else ids
 
     def features(task, samples):
         return [f for k in range(0, pool, 250) for f in model.encode(samples[k:k + 250], task)]
@@ -1204,16 +1184,16 @@ def pretrain_toy(model, fraction, seed):
     seen = [seen] if c.w_clip_vit else [seen, features("i2t", [{"pixels": x} for x in pixels(scenes, sizes[1])])]
 
     def joint_loss(positions):
-        picked, generators = pick(positions), [rng(4, p) for p in positions]
-        texts = [spread(model._text_ids(common.caption(scenes[i], 0.1, g)), g) for i, g in zip(picked, generators)]
+        picked, generators = pick(positions), [rng(3, p) for p in positions]
+        texts = [surrounded(model._text_ids(common.caption(scenes[i], 0.2, g)), g) for i, g in zip(picked, generators)]
         loss = model._t2i_loss([painted[i] for i in picked], texts, rng=Rng(seed, "toy", positions=positions))
-        some = picked[:len(picked) // 2]
+        some = picked[:max(1, len(picked) // 4)]
         und = [seen[positions[0] % len(seen)][i] for i in some]
-        loss = loss + model._i2t_loss(und, *said([scenes[i] for i in some]), model._system_ids())
-        return loss + alignment_loss(torch.stack([f["und"] for f in und]), some) if c.w_clip_vit else loss
+        loss = loss + model.i2t_loss(und, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in some])
+        return loss + alignment(torch.stack([f["und"] for f in und]), some) if c.w_clip_vit else loss
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("understanding and generation", trained, joint_loss, steps(1500), lr=1e-3)
+    common.toy_stage("understanding and generation", trained, joint_loss, steps(1500), lr=2e-3)
 
 
 def flags(parser):
