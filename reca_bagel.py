@@ -1381,30 +1381,39 @@ def pretrain_toy(model, fraction, seed):
     """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that describes
     pictures in full; a generation expert, started as its copy (as BAGEL's was) and brought up on sparse captions.
     fraction: of the usual number of steps."""
-    size, c = model.config.image_size, model.config
-    rows = common.Shapes(size, count=max(64, int(4096 * fraction)), seed=seed + 1000, captions=0.1)
+    c, size = model.config, model.config.image_size
+    rows = common.Shapes(size, count=max(64, int(2048 * fraction)), seed=seed + 1000, captions=0.1)
     scenes = [rows[i] for i in range(len(rows))]
-    pictures = [common.to_tensor(picture) for _, picture, _ in scenes]
     sparse = [text for _, _, text in scenes]
     full = [common.caption(common.read_scene(picture)) for _, picture, _ in scenes]
 
     def pick(positions, among):
         return [among[i % len(among)] for i in positions]
 
-    # 1. The autoencoder, on quarters (one cell each): it is convolutional, and a quarter costs a quarter.
+    # 1. The autoencoder, first on quarters of pictures (one cell, a quarter of the work), then on whole ones: its norms
+    # see the whole picture. Most cells are full, white teaches nothing.
     model.requires_grad_(False)
     model.vae.requires_grad_(True)
 
-    def autoencode(positions):
-        half = size // 2
-        corners = [(i // 2 % 2 * half, i % 2 * half) for i in positions]
-        pixels = torch.stack([p[:, y:y + half, x:x + half] for p, (y, x) in zip(pick(positions, pictures), corners)])
-        posterior = model.vae.encode(pixels).latent_dist
-        back = model.vae.decode(posterior.mean + 0.1 * torch.randn_like(posterior.mean)).sample
-        size_of_latents = posterior.mean.square().mean() + (posterior.logvar + 6).square().mean()
-        return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * size_of_latents
+    def crowded(positions):
+        rng = np.random.default_rng((seed, 1, positions[0]))
+        drawn = [[(place, rng.integers(4), rng.integers(8)) for place in range(4) if rng.random() < 0.8]
+                 for _ in positions]
+        return torch.stack([common.to_tensor(common.draw_scene(scene, size)) for scene in drawn])
 
-    common.toy_stage("autoencoder", model.vae.parameters(), autoencode, max(2, int(400 * fraction)), lr=2e-3, batch=16)
+    def autoencode(pixels):
+        mean = model.vae.encode(pixels).latent_dist.mean
+        back = model.vae.decode(mean + 0.05 * torch.randn_like(mean)).sample                  # neighbours decode alike
+        return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * mean.square().mean()
+
+    def quarters(positions):
+        half = size // 2
+        pixels = crowded(positions).unflatten(2, (2, half)).unflatten(4, (2, half))           # [B, 3, 2, half, 2, half]
+        return autoencode(pixels[:, :, positions[0] // 16 % 2, :, positions[0] // 32 % 2])
+
+    common.toy_stage("autoencoder", model.vae.parameters(), quarters, max(2, int(350 * fraction)), lr=2e-3, batch=16)
+    common.toy_stage("autoencoder", model.vae.parameters(), lambda positions: autoencode(crowded(positions)),
+                     max(2, int(200 * fraction)), lr=1e-3, batch=4)
     model.vae.requires_grad_(False)
     features, seen = [], []
     for start in range(0, len(scenes), 64):
