@@ -141,9 +141,10 @@ class Recipe:
     warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). It is what was
     published, so it is the default.
 
-    One step here is one update there, given 6 GPUs (torchrun --nproc-per-node 6). On one GPU the same run is --accum 6
-    --steps 6000. The original also keeps an average of the weights (EMA 0.9999) and advises against using it: after
-    1000 updates 90% of it is still the old model. There is none here.
+    A step here is a batch of 2 images a GPU, which is what fits beside the weights on one card of 80 GB; 4 steps make one
+    update. On 6 GPUs (torchrun --nproc-per-node 6) that is the public run; on one GPU it is --accum 24 --steps 24000.
+    The original also keeps an average of the weights (EMA 0.9999) and advises against using it: after 1000 updates 90%
+    of it is still the old model. There is none here.
     """
     lr: float = 4e-5
     betas: tuple = (0.9, 0.95)
@@ -152,9 +153,9 @@ class Recipe:
     clip: float = 1.0
     warmup: int = 1000
     horizon: int = 0                    # constant after the warm-up
-    steps: int = 1000
-    batch: int = 8
-    accum: int = 1
+    steps: int = 4000
+    batch: int = 2
+    accum: int = 4
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0             # the understanding expert is frozen: there is nothing to hold on to
     lambda_t2i: float = 0.0
@@ -162,7 +163,7 @@ class Recipe:
 
 
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32)}
+RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32, accum=1)}
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
 TIMESTEP_SHIFT = 1.0                    # in training
@@ -750,6 +751,8 @@ class Bagel(nn.Module):
     def _take_ids(self):
         for name, token in zip(("bos_token_id", "eos_token_id", "start_of_image", "end_of_image"), MARKERS):
             setattr(self.config, name, self.tokenizer.convert_tokens_to_ids(token))
+            if getattr(self.config, name) in (None, self.tokenizer.unk_token_id):
+                raise common.InputError(f"the tokenizer does not know {token}: not BAGEL's")
 
     def save_pretrained(self, folder, dtype=None):
         """Writes the released layout: ema.safetensors (with the tables), ae.safetensors (FLUX's names), configs.
@@ -816,7 +819,7 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def encode(self, samples, task):
         """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width of the ViT],
-        "mean": [16, h, w], "logvar": [16, h, w]}, as far as the pixels are there.
+        "mean": [16, h, w], "logvar": [16, h, w]}, as far as the pixels are there: 2.7 MB for a photo of 1024 px.
 
         Images of one size are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey
         borders leak into the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest
@@ -837,6 +840,8 @@ class Bagel(nn.Module):
 
     def _text_ids(self, text):
         """A text block: begin, ids, end."""
+        if self.tokenizer is None:
+            raise common.InputError("this checkpoint has no tokenizer: put tokenizer.json into its folder")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
@@ -1138,8 +1143,8 @@ class Bagel(nn.Module):
 #     gradients                              26.2 GB            13.1 GB
 #     first and second moments               52.3 GB            26.2 GB
 #     sum                                   134.3 GB            68.9 GB
-#     an image of 1024 px, checkpointing    + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
-#     one layer while it is recomputed    + ~1.5 GB an image at a time of a batch: queries to MLP, forward and backward
+#     an image of 1024 px, checkpointing     + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
+#     the layer that is being recomputed    + ~1.5 GB an image of the batch   (mostly the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
 # The original holds float32 masters, gradients, two moments and an average for the 7.1 billion parameters that cannot
 # move, too: 283 GB over its group of GPUs. Sharded over n GPUs (FSDP2) everything but the frozen 3 GB outside the
@@ -1297,8 +1302,11 @@ def prepare(model, args):
     count, choice = sum(p.numel() for p in trained), args.optimizer
     if choice == "auto":
         room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
-        frozen = sum(p.numel() for p in model.parameters() if not p.requires_grad)
-        choice = "fp32" if (16 * count + 2 * frozen) / ranks + 2 * count / max(1, ranks // 2) + 10e9 < room else "bf16"
+        layers = sum(p.numel() for layer in model.blocks() for p in layer.parameters() if not p.requires_grad)
+        whole = sum(p.numel() for p in model.parameters() if not p.requires_grad) - layers
+        copies = 2 * count if ranks == 1 else 0                  # autocast's bf16 copies; FSDP gathers one layer at a time
+        need = (16 * count + 2 * layers) / ranks + 2 * whole + copies + 3e9 * args.batch + 3e9
+        choice = "fp32" if need < room else "bf16"
     if choice == "bf16":
         for p in trained:
             p.data = p.data.to(torch.bfloat16)
