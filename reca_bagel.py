@@ -141,8 +141,8 @@ class Recipe:
     warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). It is what was
     published, so it is the default.
 
-    A step here is a batch of 2 images a GPU, which is what fits beside the weights on one card of 80 GB; 4 steps make one
-    update. On 6 GPUs (torchrun --nproc-per-node 6) that is the public run; on one GPU it is --accum 24 --steps 24000.
+    A step here is a batch of 2 images a GPU, which is what fits beside the weights on one card of 80 GB; 4 steps make
+    one update. On 6 GPUs (torchrun --nproc-per-node 6) that is the public run; on one it is --accum 24 --steps 24000.
     The original also keeps an average of the weights (EMA 0.9999) and advises against using it: after 1000 updates 90%
     of it is still the old model. There is none here.
     """
@@ -382,11 +382,9 @@ def read_config(folder):
     """llm_config.json, vit_config.json and, where it says something, config.json -> BagelConfig."""
     llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
     rest = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    try:
-        values = {k: llm[k] for k in LLM_FIELDS if k in llm} | {f"vit_{k}": vit[k] for k in VIT_FIELDS}
-    except KeyError as error:
-        raise common.InputError(f"{folder / 'vit_config.json'} lacks {error}") from error
-    values["vit_num_hidden_layers"] -= 1                        # the last layer is never built, see BagelConfig
+    values = {k: llm[k] for k in LLM_FIELDS if k in llm} | {f"vit_{k}": vit[k] for k in VIT_FIELDS if k in vit}
+    if "num_hidden_layers" in vit:
+        values["vit_num_hidden_layers"] -= 1                    # the last layer is never built, see BagelConfig
     values |= {k: rest[k] for k in ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side") if k in rest}
     values |= {f"vae_{k}": v for k, v in rest.get("vae_config", {}).items()}
     values |= rest.get("reca", {})
@@ -1144,7 +1142,7 @@ class Bagel(nn.Module):
 #     first and second moments               52.3 GB            26.2 GB
 #     sum                                   134.3 GB            68.9 GB
 #     an image of 1024 px, checkpointing     + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
-#     the layer that is being recomputed    + ~1.5 GB an image of the batch   (mostly the MLP: 7 x 4100 x 18944 x 2 bytes)
+#     the layer that is being recomputed    + ~1.5 GB an image of the batch   (the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
 # The original holds float32 masters, gradients, two moments and an average for the 7.1 billion parameters that cannot
 # move, too: 283 GB over its group of GPUs. Sharded over n GPUs (FSDP2) everything but the frozen 3 GB outside the
@@ -1304,7 +1302,7 @@ def prepare(model, args):
         room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
         layers = sum(p.numel() for layer in model.blocks() for p in layer.parameters() if not p.requires_grad)
         whole = sum(p.numel() for p in model.parameters() if not p.requires_grad) - layers
-        copies = 2 * count if ranks == 1 else 0                  # autocast's bf16 copies; FSDP gathers one layer at a time
+        copies = 2 * count if ranks == 1 else 0               # autocast's bf16 copies; FSDP makes one layer's at a time
         need = (16 * count + 2 * layers) / ranks + 2 * whole + copies + 3e9 * args.batch + 3e9
         choice = "fp32" if need < room else "bf16"
     if choice == "bf16":

@@ -50,6 +50,7 @@ def fixture_model():
     """The fixture's weights in a folder of the released layout would load with from_pretrained; here the tensors are at
     hand."""
     model = Bagel(fixture_config())
+    model.timestep_shift = SETTINGS["timestep_shift"]
     names = reca_bagel.vae_names(model.vae)
     state = load_file(FIXTURE / "weights.safetensors")
     vae = load_file(FIXTURE / "ae_weights.safetensors")
