@@ -120,11 +120,11 @@ CONFIGS = {
         diffusion_width=1024, diffusion_layers=6),
     # 4 x 4 tokens of 8 x 8 pixels an image.
     "tiny": HarmonConfig(
-        name="harmon_tiny", image_size=32, vocab_size=512, llm_width=128, llm_layers=3, llm_heads=4, llm_mlp=384,
+        name="harmon_tiny", image_size=32, vocab_size=512, llm_width=96, llm_layers=2, llm_heads=4, llm_mlp=256,
         encoder_width=96, encoder_layers=2, encoder_heads=4, decoder_width=96, decoder_layers=2, decoder_heads=4,
-        buffer_size=8, table_size=4, class_num=10, dropout=0.0, diffusion_width=128, diffusion_layers=3, diffusion_steps=25,
-        vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4, num_steps=16, guidance_scale=1.5,
-        clip_latents=4.0),
+        buffer_size=8, table_size=4, class_num=10, dropout=0.0, diffusion_width=96, diffusion_layers=2,
+        diffusion_steps=25, vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4, num_steps=16,
+        guidance_scale=1.5, clip_latents=4.0),
 }
 
 RELEASED = {                            # what --model accepts beside hub ids and folders: the hub's repository and file
@@ -162,7 +162,7 @@ class Recipe:
 RECIPES = {
     "harmon-1.5b": Recipe(),
     "harmon-0.5b": Recipe(steps=1500, batch=96),            # "3K"
-    "tiny": Recipe(steps=300, batch=32, accum=1, lr=5e-4, warmup=30, horizon=400),
+    "tiny": Recipe(steps=1200, batch=32, accum=1, lr=1.5e-3, warmup=20, horizon=1400),
 }
 
 
@@ -1103,7 +1103,7 @@ def kl16_names(vae):
 
 def pretrain_toy(model, fraction, seed):
     """What the released Harmon had at scale, in small: a VAE, then understanding from full captions and generation from
-    sparse ones. RecA finds a model that can say everything it sees, and draws without minding what it was told."""
+    sparse ones. RecA finds a model that can say everything it sees, and paints without minding what it was told."""
     c, pool = model.config, 4000
 
     def pixels(scenes):
@@ -1115,9 +1115,9 @@ def pretrain_toy(model, fraction, seed):
 
     def vae_loss(positions):
         x = pixels(crowded(p) for p in positions)
-        z = model.vae.encode(x).latent_dist.mean
-        y = model.vae.decode(z + 0.05 * torch.randn_like(z)).sample              # neighbours decode alike
-        return (y - x).square().mean() + (y - x).abs().mean() + 1e-3 * z.square().mean()
+        latents = model.vae.encode(x).latent_dist.mean
+        y = model.vae.decode(latents + 0.05 * torch.randn_like(latents)).sample        # neighbours decode alike
+        return (y - x).square().mean() + (y - x).abs().mean() + 1e-3 * latents.square().mean()
 
     def steps(count):
         return max(1, round(count * fraction))
@@ -1127,20 +1127,45 @@ def pretrain_toy(model, fraction, seed):
     with torch.no_grad():
         c.vae_scale = 1 / model.vae.encode(pixels(map(crowded, range(256)))).latent_dist.mean.std().item()
     scenes = [common.random_scene(np.random.default_rng((seed, 2, i))) for i in range(pool)]
-    features = [f for k in range(0, pool, 250) for f in model.encode([{"pixels": x} for x in pixels(scenes[k:k + 250])], "i2t")]
+    features = [f for k in range(0, pool, 250)
+                for f in model.encode([{"pixels": x} for x in pixels(scenes[k:k + 250])], "i2t")]
 
-    def i2t(positions):
-        picked = [p % pool for p in positions]
-        return model.i2t_loss([features[i] for i in picked], [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked])
+    def pick(positions):
+        return [p * 7919 % pool for p in positions]
+
+    # Understanding: captions, and tags. An image token is to be near the words (in the language model's own table) for
+    # what its cell holds: embeddings that live where words live are the premise that scale gives the released model.
+    words = model.tokenizer.convert_tokens_to_ids([*common.SHAPES, *common.COLORS, *common.PLACES])
+    tags = torch.zeros(pool, 4, 4, 16)
+    for tag, scene in zip(tags, scenes):
+        for place, shape, color in scene:
+            row, column = divmod(place, 2)
+            tag[2 * row:2 * row + 2, 2 * column:2 * column + 2, [shape, 4 + color, 12 + place]] = 1
+
+    def understanding(positions):
+        picked = pick(positions)
+        seen, table = [features[i] for i in picked], model.llm.model.embed_tokens.weight[words]              # [16, D]
+        near = model.understand(seen)[:, :16] @ table.T / table.norm(dim=1).mean() ** 2                 # [B, N, 16]
+        return model.i2t_loss(seen, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]) + \
+            F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked].flatten(1, 2))
+
+    # Generation, and a regression: the decoder's conditions, read by one linear layer, are to tell the latents. Without
+    # it a model of this size needs thousands of steps until anything of the prompt arrives at the diffusion head.
+    probe, decode, last = nn.Linear(c.decoder_width, c.latent_channels), model.mar.decode, {}
+    model.mar.decode = lambda *inputs: last.setdefault("z", decode(*inputs))
 
     def both(positions):
-        picked, rng = [p * 7919 % pool for p in positions], np.random.default_rng((seed, 3, positions[0]))
-        captions = [common.caption(scenes[i], 0.1, rng) for i in picked]           # shapes; color and place seldom
-        return i2t(positions) + model.t2i_loss([features[i] for i in picked], captions)
+        last.clear()
+        picked, rng = pick(p + 5 for p in positions), np.random.default_rng((seed, 3, positions[0]))
+        captions = [common.caption(scenes[i], 0.3, rng) for i in picked]           # shapes; color and place seldom
+        loss = model.t2i_loss([features[i] for i in picked], captions)
+        latents = torch.stack([features[i]["latents"] for i in picked]).flatten(1, 2)                       # [B, N, C]
+        return understanding(positions) + loss + F.mse_loss(probe(last["z"]), latents)
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("understanding", trained, i2t, steps(300))
-    common.toy_stage("understanding and generation", trained, both, steps(500))
+    common.toy_stage("understanding", trained, understanding, steps(150), lr=1.5e-3)
+    common.toy_stage("generation", [*trained, *probe.parameters()], both, steps(500), lr=2e-3)
+    del model.mar.decode                                                    # the method of the class again
 
 
 def main():
