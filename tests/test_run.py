@@ -258,7 +258,7 @@ def test_bench_checkpointing_and_compile_flags(capsys):
     run("--model", "tiny", "--bench", "--batch", 2, "--checkpointing", "--precision", "fp32")
     figures = json.loads(capsys.readouterr().out.strip().splitlines()[-1])
     assert figures["images_per_s"] > 0 and figures["tflops_per_step"] > 0 and figures["peak_memory_gb"] > 0
-    assert figures["losses"] == ["recon", "i2t"] and figures["parameters"] > figures["trainable_parameters"] > 1e6
+    assert figures["losses"] == ["recon", "i2t"] and figures["parameters"] > figures["trainable_parameters"] > 5e5
 
 
 def test_help_explains_every_flag(capsys):
