@@ -1218,11 +1218,12 @@ def toy_folder(model_class, args, pretrain):
     return folder
 
 
-def run(model_class, args, pretrain_toy, prepare=None):
-    """main() of every script. prepare(model, args) -> more arguments for Trainer (optimizer, average), for a script that needs them."""
+def run(model_class, args, pretrain_toy, prepare=None, trainer=Trainer):
+    """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average), and `trainer` a subclass of Trainer,
+    for a script that needs them."""
     device = start_process(args)
     if args.bench:
-        return bench(model_class, args, device, prepare)
+        return bench(model_class, args, device, prepare, trainer)
     out, main_process = Path(args.out), world()[0] == 0
     toy = args.model.startswith("tiny")
     checkpoints = sorted(out.glob("checkpoint-*/trainer.pt"))
@@ -1244,7 +1245,7 @@ def run(model_class, args, pretrain_toy, prepare=None):
             versions = {m.__name__: m.__version__ for m in (torch, transformers, diffusers, np)}
             path.write_text(json.dumps({"arguments": vars(args), "versions": versions, "python": sys.version.split()[0], "device": str(device)}, indent=1))
     if training:
-        post_train(model, args, prepare, fresh=not args.resume, resume=checkpoints[-1].parent if args.resume else None)
+        post_train(model, args, prepare, trainer, resume=checkpoints[-1].parent if args.resume else None)
     if not main_process:
         return
     model.eval()
@@ -1254,9 +1255,9 @@ def run(model_class, args, pretrain_toy, prepare=None):
                 files(model, args)
 
 
-def post_train(model, args, prepare, fresh, resume):
+def post_train(model, args, prepare, trainer, resume):
     """RecA: streams, previews, the trainer, and for the toy world the scores before and after."""
-    out, toy, main_process = Path(args.out), args.data == "shapes", world()[0] == 0
+    out, toy, main_process, fresh = Path(args.out), args.data == "shapes", world()[0] == 0, resume is None
     size = model.config.image_size
     if fresh and main_process:
         for old in (*out.glob("checkpoint-*"), out / "log.jsonl", out / "previews", out / "scores.json"):
@@ -1307,7 +1308,7 @@ def post_train(model, args, prepare, fresh, resume):
         if toy:
             with atomic(scores) as path:
                 path.write_text(json.dumps({"before": score()}, indent=1))
-    trainer = Trainer(model, streams, args, show, **(prepare(model, args) if prepare else {}))
+    trainer = trainer(model, streams, args, show, **(prepare(model, args) if prepare else {}))
     if resume:
         trainer.resume(resume)
     if args.checkpointing:
@@ -1351,7 +1352,7 @@ def preview_images(rows, size, toy, count=6):
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}
 
 
-def bench(model_class, args, device, prepare, warmup=2, timed=8):
+def bench(model_class, args, device, prepare, trainer, warmup=2, timed=8):
     """--bench: full-size steps with random weights and random images; prints one line of figures and returns them as a dict.
 
     MFU = the FLOPs that the step needs (counted by torch on a step with one image, without recomputation, times the batch) per
@@ -1372,7 +1373,7 @@ def bench(model_class, args, device, prepare, warmup=2, timed=8):
     class Fixed:
         cache = None
 
-    trainer = Trainer(model, dict.fromkeys(names, Fixed), args, **(prepare(model, args) if prepare else {}))
+    trainer = trainer(model, dict.fromkeys(names, Fixed), args, **(prepare(model, args) if prepare else {}))
     accum, args.accum = args.accum, 10 ** 9
     with FlopCounterMode(display=False) as counter:
         trainer.take_step({name: iter([items(name, 1)]) for name in names})

@@ -1486,9 +1486,8 @@ def main():
         raise common.InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
     if args.edit:
         edit_jobs(args.edit, args.edit_images, args.out)         # a malformed file is refused before anything is loaded
-    common.Trainer = BagelTrainer
     if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
-        common.run(Bagel, args, pretrain_toy, prepare)
+        common.run(Bagel, args, pretrain_toy, prepare, BagelTrainer)
     if args.edit and common.world()[0] == 0:
         trained = sorted(Path(args.out).glob("checkpoint-*/ema.safetensors"))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
