@@ -17,6 +17,7 @@ Legend of the shape comments: B images in a batch, H W pixels.
 """
 import argparse
 import contextlib
+import datetime
 import functools
 import hashlib
 import io
@@ -1193,7 +1194,8 @@ def build_rows(args, size):
 def start_process(args):
     """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        # Rank 0 describes images, paints previews and writes checkpoints while the others wait: longer than the usual 10 minutes.
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=4))
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
