@@ -1086,7 +1086,7 @@ def pretrain_toy(model, fraction, seed):
     model of 1.3 billion parameters; a tiny one would make up arbitrary vectors, and RecA could carry nothing over to
     text.
     """
-    c, pool = model.config, max(64, round(4000 * fraction))
+    c, pool = model.config, max(64, round(2000 * fraction))
     table = model.showo.model.embed_tokens
 
     def steps(count):
@@ -1188,12 +1188,13 @@ def pretrain_toy(model, fraction, seed):
         texts = [surrounded(model._text_ids(common.caption(scenes[i], 0.2, g)), g) for i, g in zip(picked, generators)]
         loss = model._t2i_loss([painted[i] for i in picked], texts, rng=Rng(seed, "toy", positions=positions))
         some = picked[:max(1, len(picked) // 4)]
-        und = [seen[positions[0] % len(seen)][i] for i in some]
+        view = seen[positions[0] // len(positions) % len(seen)]                     # VQ variant: both sizes in turn
+        und = [view[i] for i in some]
         loss = loss + model.i2t_loss(und, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in some])
         return loss + alignment(torch.stack([f["und"] for f in und]), some) if c.w_clip_vit else loss
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("understanding and generation", trained, joint_loss, steps(1500), lr=2e-3)
+    common.toy_stage("understanding and generation", trained, joint_loss, steps(1200), lr=2e-3)
 
 
 def flags(parser):
