@@ -154,7 +154,7 @@ RELEASED = {
 # The tokens of InternVL's vocabulary that prompts need.
 MARKERS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")
 
-# A 32 px image is 16 tokens to a two-layer ViT and 4 x 4 latents to a DC-AE of stride 8.
+# A 32 px image is 4 x 4 tokens to a two-layer ViT and 4 x 4 latents to a DC-AE of stride 8.
 _TINY_LMM = dict(
     internvl3(96, 3, 4, 2, 256), image_seq_length=16,
     vision_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
@@ -189,10 +189,10 @@ class Recipe:
 @dataclass
 class TinyRecipe(Recipe):
     """The toy world on a CPU."""
-    steps: int = 200
+    steps: int = 800
     batch: int = 32
     accum: int = 1
-    lr: float = 3e-4
+    lr: float = 1.5e-3
     weight_decay: float = 0.0
     warmup: int = 20
     horizon: int = 0
@@ -404,14 +404,17 @@ class OpenUni(nn.Module):
     def _latents(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> [B, C, h, w], float32. DC-AE's encoder is deterministic: there is no posterior
         to draw from."""
-        with self._exact():
-            return self.vae.encode(pixels.to(self.vae.dtype)).latent.float() * self.vae.config.scaling_factor
+        with self._exact():                                        # a few at a time: see _pixels
+            latents = torch.cat([self.vae.encode(x.to(self.vae.dtype)).latent for x in pixels.split(4)])
+            return latents.float() * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def _pixels(self, latents):
-        """[B, C, h, w] -> [B, 3, S, S], about [-1, 1]."""
+        """[B, C, h, w] -> [B, 3, S, S], about [-1, 1]. Four images fill a GPU; the 128 channels at 512 px of a whole
+        batch would be the peak of memory."""
         with self._exact():
-            return self.vae.decode((latents / self.vae.config.scaling_factor).to(self.vae.dtype)).sample.float()
+            latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
+            return torch.cat([self.vae.decode(z).sample.float() for z in latents.split(4)])
 
     # ---- prompt -> condition ---------------------------------------------------------------------------------------
 
@@ -1056,7 +1059,7 @@ def pretrain_toy(model, fraction, seed):
         return F.mse_loss(gates["said"], torch.stack([toy_words(scene, side) for _, scene in drawn]).to(gates["said"]))
 
     eyes = nn.ModuleList([model.lmm.model.vision_tower, projector.layer_norm, projector.linear_1]).requires_grad_(True)
-    common.toy_stage("vision", eyes.parameters(), vision_loss, steps(500), lr=1e-3)
+    common.toy_stage("vision", eyes.parameters(), vision_loss, steps(300), lr=1e-3)
     model.lmm.requires_grad_(False)
     hook.remove()
 
