@@ -440,6 +440,7 @@ def test_parity_bagel_files(model, golden, tmp_path):
         saved, theirs = load_file(tmp_path / "a" / f"{name}.safetensors"), load_file(FIXTURE / f"{file}.safetensors")
         assert saved.keys() == theirs.keys()
         for key in saved:
+            assert saved[key].shape == theirs[key].shape, key
             assert torch.allclose(saved[key], theirs[key].float(), atol=1e-6), key
     # bf16: what ComfyUI-BAGEL loads; half the bytes, still with the tables
     model.save_pretrained(tmp_path / "c", dtype=torch.bfloat16)
