@@ -761,7 +761,6 @@ def workplace(tmp_path_factory):
 
 
 def run_main(monkeypatch, *arguments):
-    monkeypatch.setattr(common, "Trainer", common.Trainer)  # main() puts its own in place: undone after the test
     monkeypatch.setattr(Bagel, "condition", "vit")
     monkeypatch.setattr(sys, "argv", ["reca_bagel.py", *map(str, arguments)])
     reca_bagel.main()
