@@ -8,12 +8,10 @@ is a vector of 16 real numbers, not an index, so the last part is a small diffus
 RecA's step (paper, equation 2) on B images of 512 px: N = 32 x 32 tokens, E = 64 buffer tokens, V of the N visible.
 
     image [B,3,512,512] --VAE--> latents x [B,N,16] --+
-                                                      |
       understanding: nothing hidden                   |     generation: 70 to 100% hidden
         MAR encoder   [B,E+N,De]  <-------------------+-------->  MAR encoder u [B,E+V,De]
         proj_in       [B,N+E,D]                                   proj_in       [B,V+E,D]
-              |   (gradient x 0.1)                                       |          |
-              v                                                          v          |
+              v   (gradient x 0.1)                                       v          |
     "<user>" [ understanding embeddings ] "Describe the image ... <assistant>" [ visible tokens, buffer ]
                                           |                                         |
                                    Qwen2.5, causal                                  |
@@ -26,19 +24,17 @@ RecA's step (paper, equation 2) on B images of 512 px: N = 32 x 32 tokens, E = 6
 
 Text to image (L_t2i) is the same without the understanding embeddings; image to text (L_i2t) is the understanding half
 and the language model's head. All but the VAE is trained, and as both halves share it the paper keeps lambda_i2t = 1.
+Sections 4 and 5 are RecA; section 2 is Harmon as it was before, section 6 its sampler.
 
     python reca_harmon.py --model tiny                       everything in minutes on a CPU, no downloads
-    python reca_harmon.py --data ./images --steps 5000       RecA on Harmon-1.5B
-    python reca_harmon.py --data ./images --model harmon-0.5b
+    python reca_harmon.py --data ./images --steps 5000       RecA on Harmon-1.5B (or --model harmon-0.5b)
     python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 --generate prompts.txt --out pictures
-
-Where to read: sections 4 and 5 are RecA; section 2 is Harmon as it was before, section 6 its sampler.
 
 Legend of the shape comments:
     B images     N = h*w tokens of an image     C = 16 numbers of a token     S side of the image in pixels
-    E buffer tokens     V visible tokens     M masked tokens, V + M = N
-    De, Dd widths of MAR's encoder and decoder     W width of the diffusion MLP     D width of the language model
-    L ids of a prompt    K embeddings of an image    G generated tokens    T places of a sequence    R of them, read
+    E buffer tokens     V visible tokens     M masked tokens, V + M = N     D width of the language model
+    De, Dd widths of MAR's encoder and decoder     W width of the diffusion MLP     L ids of a prompt
+    K embeddings of an image     G generated tokens     T places of a sequence     R of them, read
 """
 import functools
 import json
@@ -51,11 +47,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotate_half
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 import common
 from common import InputError, Rng, global_mean
@@ -64,15 +62,12 @@ from common import InputError, Rng, global_mean
 # 1. Sizes and hyper-parameters
 # ======================================================================================================
 
-
 @dataclass
 class HarmonConfig:
     """Sizes of one variant. The defaults are Harmon-1.5B."""
-
     name: str = "harmon_1.5b"           # stem of the weights' file
     image_size: int = 512
-    # Language model: Qwen2.5-1.5B-Instruct.
-    vocab_size: int = 151936
+    vocab_size: int = 151936            # the language model: Qwen2.5-1.5B-Instruct
     llm_width: int = 1536
     llm_layers: int = 28
     llm_heads: int = 12
@@ -81,8 +76,7 @@ class HarmonConfig:
     rope_theta: float = 1e6
     rms_norm_eps: float = 1e-6
     tied_head: bool = True              # output head = input embedding
-    # MAR, size Huge.
-    encoder_width: int = 1280
+    encoder_width: int = 1280           # MAR, size Huge
     encoder_layers: int = 20
     encoder_heads: int = 16
     decoder_width: int = 1280
@@ -92,24 +86,20 @@ class HarmonConfig:
     table_size: int = 16                # the position tables are 16 x 16 (trained at 256 px), stretched for other sizes
     class_num: int = 1000
     dropout: float = 0.1                # in MAR's blocks while training, in the understanding pass as well
-    # Diffusion head.
-    diffusion_width: int = 1536
+    diffusion_width: int = 1536         # the diffusion head
     diffusion_layers: int = 12
     diffusion_repeats: int = 4          # timesteps at which every token is trained in one step
     diffusion_steps: int = 100          # of the 1000, when sampling
-    # VAE: KL-16. Five levels halve the image four times: stride 16.
-    latent_channels: int = 16
+    latent_channels: int = 16           # the VAE, KL-16: five levels, halved in between, so the stride is 16
     vae_width: int = 128
     vae_mult: tuple = (1, 1, 2, 2, 4)
     vae_blocks: int = 2
     vae_groups: int = 32                # of its GroupNorm
     vae_scale: float = 0.2325           # makes the variance of the latents about 1
-    # The sampler's defaults.
-    num_steps: int = 64
+    num_steps: int = 64                 # the sampler's defaults
     guidance_scale: float = 3.0
     clip_latents: float = math.inf      # tiny only: an error of the noise at t = 999 is 20000 times as large in x_0
-    # RecA: factor on the gradient that reaches the understanding embeddings.
-    grad_scale: float = 0.1
+    grad_scale: float = 0.1             # RecA: factor on the gradient that reaches the understanding embeddings
 
 
 CONFIGS = {
@@ -127,23 +117,17 @@ CONFIGS = {
         guidance_scale=1.5, clip_latents=4.0),
 }
 
-RELEASED = {                            # what --model accepts beside hub ids and folders: the hub's repository and file
-    "harmon-1.5b": "wusize/harmon:harmon_1.5b.pth",
-    "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
-    "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth",      # decoder tuned on GPT-4o images, before there was RecA
-}
+# What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
+RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
+            "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth"}
 
 
 @dataclass
 class Recipe:
-    """The paper's run (Table 8) in our steps.
-
-    The original counts micro-batches, in the order recon, recon, i2t, i2t, and moves the weights after four. One of
-    our steps is one batch of each loss; so two steps are one update (accum = 2, as in Table 8), and the paper's "5K"
-    are 2500 steps or 1250 updates. Its warm-up of 500 is 125 updates. Its cosine ends at micro-batch 50000, update
-    12500, of which the run sees the first tenth: the learning rate is still at 0.98 of its peak when it stops.
-    """
-
+    """The paper's run (Table 8) in our steps. The original counts micro-batches, in the order recon, recon, i2t, i2t,
+    and moves the weights after four. One of our steps is one batch of each loss, so two are one update (accum = 2, as
+    in Table 8), and the paper's "5K" are 2500 steps or 1250 updates. Its warm-up of 500 is 125 updates. Its cosine ends
+    at update 12500, of which the run sees the first tenth: the learning rate stops at 0.98 of its peak."""
     steps: int = 2500
     batch: int = 48
     accum: int = 2
@@ -169,8 +153,7 @@ RECIPES = {
 # ======================================================================================================
 # 2. The model
 # ======================================================================================================
-# The VAE is diffusers', the language model transformers'. MAR is in neither library; its blocks are timm's, which the
-# checkpoints name and which is not among our packages. A ViT block is short enough to be read here.
+# The VAE is diffusers', the language model transformers'. MAR is in neither; its blocks have timm's names.
 
 
 def take(x, index):
@@ -178,46 +161,23 @@ def take(x, index):
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-class Attention(nn.Module):
-    """Self-attention in which every token sees every token. [B, K, D] -> [B, K, D]"""
-
+class Block(nn.Module):
+    """Pre-norm ViT block, in which every token sees every token. [B, K, D] -> [B, K, D]"""
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x):
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)    # each [B, heads, K, D/heads]
-        x = F.scaled_dot_product_attention(q, k, v, dropout_p=self.dropout if self.training else 0.0)
-        return F.dropout(self.proj(x.transpose(1, 2).flatten(2)), self.dropout, self.training)
-
-
-class Mlp(nn.Module):
-    def __init__(self, width, dropout):
-        super().__init__()
-        self.dropout = dropout
-        self.fc1 = nn.Linear(width, 4 * width)
-        self.fc2 = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        x = F.dropout(F.gelu(self.fc1(x)), self.dropout, self.training)
-        return F.dropout(self.fc2(x), self.dropout, self.training)
-
-
-class Block(nn.Module):
-    """Pre-norm ViT block. [B, K, D] -> [B, K, D]"""
-
-    def __init__(self, width, heads, dropout):
-        super().__init__()
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads, dropout)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = Mlp(width, dropout)
+        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        dropout = self.dropout if self.training and torch.is_grad_enabled() else 0.0  # generate never drops
+        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)                      # all [B, heads, K, D/heads]
+        x = x + F.dropout(self.attn["proj"](y.transpose(1, 2).flatten(2)), dropout)
+        y = F.dropout(F.gelu(self.mlp["fc1"](self.norm2(x))), dropout)                      # [B, K, 4D]
+        return x + F.dropout(self.mlp["fc2"](y), dropout)
 
 
 def projector(width_in, width, width_out):
@@ -226,7 +186,6 @@ def projector(width_in, width, width_out):
 
 class DiffusionBlock(nn.Module):
     """Residual block of the diffusion MLP: y (timestep and condition) sets shift, scale and gate. x, y [rows, W]"""
-
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
@@ -239,12 +198,8 @@ class DiffusionBlock(nn.Module):
 
 
 class DiffusionMLP(nn.Module):
-    """Predicts the noise in noised tokens, and how uncertain the denoising step is.
-
-    x [rows, C] noised tokens, t [rows] or [1] timesteps 0..999, z [rows, Dd] what MAR's decoder says of them
-    -> [rows, 2C]: the noise, and v in [-1, 1], the place of the log-variance between its two bounds.
-    """
-
+    """x [rows, C] noised tokens, t [rows] or [1] timesteps 0..999, z [rows, Dd] what MAR's decoder says of them
+    -> [rows, 2C]: the noise in x, and v in [-1, 1], the place of the step's log-variance between its two bounds."""
     def __init__(self, channels, z_width, width, layers):
         super().__init__()
         self.time_embed = nn.ModuleDict({"mlp": projector(256, width, width)})
@@ -257,10 +212,8 @@ class DiffusionMLP(nn.Module):
 
     def forward(self, x, t, z):
         dtype = self.input_proj.weight.dtype
-        frequencies = torch.exp(-math.log(10000) * torch.arange(128, dtype=torch.float32, device=x.device) / 128)
-        angles = t[:, None].float() * frequencies                                                       # [rows, 128]
-        time = self.time_embed["mlp"](torch.cat([angles.cos(), angles.sin()], dim=-1).to(dtype))            # [rows, W]
-        y = time + self.cond_embed(z.to(dtype))
+        time = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)               # [rows, 256]
+        y = self.time_embed["mlp"](time.to(dtype)) + self.cond_embed(z.to(dtype))                         # [rows, W]
         x = self.input_proj(x.to(dtype))
         for block in self.res_blocks:
             x = block(x, y)
@@ -270,68 +223,52 @@ class DiffusionMLP(nn.Module):
 
 class MAR(nn.Module):
     """The masked autoencoder: an encoder that sees what is visible, a decoder that fills the rest, the diffusion head.
-
-    The buffer tokens are places that are always visible; in a wholly masked image they are all that the encoder has.
-    """
-
+    The buffer's places are always visible; in a wholly masked image they are all that the encoder has."""
     def __init__(self, config):
         super().__init__()
         c, self.config = config, config
         places, De, Dd = c.table_size ** 2, c.encoder_width, c.decoder_width
         # A leftover of class-conditional MAR, in every checkpoint and never read. (In the original, decay shrinks it.)
         self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)
-        self.fake_latent = nn.Parameter(torch.empty(1, De))     # in all buffer places; positions tell them apart
+        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, De))   # in all buffer places; positions tell them apart
         self.z_proj = nn.Linear(c.latent_channels, De)
         self.z_proj_ln = nn.LayerNorm(De, eps=1e-6)
-        self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, c.buffer_size + places, De))
+        self.encoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, c.buffer_size + places, De))
         self.encoder_blocks = nn.ModuleList(Block(De, c.encoder_heads, c.dropout) for _ in range(c.encoder_layers))
         self.encoder_norm = nn.LayerNorm(De, eps=1e-6)
         self.decoder_embed = nn.Linear(De, Dd)
-        self.mask_token = nn.Parameter(torch.empty(1, 1, Dd))
-        self.decoder_pos_embed_learned = nn.Parameter(torch.empty(1, c.buffer_size + places, Dd))
+        self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, Dd))
+        self.decoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, c.buffer_size + places, Dd))
         self.decoder_blocks = nn.ModuleList(Block(Dd, c.decoder_heads, c.dropout) for _ in range(c.decoder_layers))
         self.decoder_norm = nn.LayerNorm(Dd, eps=1e-6)
-        self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, places, Dd))
-        head = DiffusionMLP(c.latent_channels, Dd, c.diffusion_width, c.diffusion_layers)
-        self.diffloss = nn.ModuleDict({"net": head})
-        self.reset_parameters()
-
-    def reset_parameters(self):
-        """MAR's initialisation. What modulates, and the diffusion MLP's output, start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        net = self.diffloss["net"]
-        for weight in (self.class_emb.weight, self.fake_latent, self.mask_token, self.encoder_pos_embed_learned,
-                       self.decoder_pos_embed_learned, self.diffusion_pos_embed_learned,
-                       net.time_embed["mlp"][0].weight, net.time_embed["mlp"][2].weight):
-            nn.init.normal_(weight, std=0.02)
-        for linear in (net.final_layer["linear"], net.final_layer["adaLN_modulation"][1],
-                       *(block.adaLN_modulation[1] for block in net.res_blocks)):
-            nn.init.zeros_(linear.weight)
+        self.diffusion_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, places, Dd))
+        net = DiffusionMLP(c.latent_channels, Dd, c.diffusion_width, c.diffusion_layers)
+        self.diffloss = nn.ModuleDict({"net": net})
+        # MAR's initialisation. What modulates, and the diffusion MLP's output, start at zero.
+        for name, p in self.named_parameters():
+            if name.endswith("bias") or "adaLN" in name or "final_layer" in name:
+                nn.init.zeros_(p)
+            elif "time_embed" in name:
+                nn.init.normal_(p, std=0.02)
+            elif p.ndim == 2 and name.endswith("weight"):
+                nn.init.xavier_uniform_(p)
 
     def positions(self, table, grid):
-        """A table [1, places, D] stretched to grid = (h, w) -> [1, h*w, D]. (At 512 px: 16 x 16 to 32 x 32.)"""
+        """A table [1, E + side * side, D] -> [1, E + h*w, D], stretched to grid = (h, w): 16 x 16 to 32 x 32."""
         side = self.config.table_size
-        if grid == (side, side):
-            return table
-        table = table.unflatten(1, (side, side)).permute(0, 3, 1, 2)                                # [1, D, side, side]
-        return F.interpolate(table, size=grid, mode="bilinear").flatten(2).transpose(1, 2)
+        buffer, image = table.tensor_split([table.shape[1] - side ** 2], dim=1)
+        image = image.unflatten(1, (side, side)).permute(0, 3, 1, 2)                                # [1, D, side, side]
+        image = F.interpolate(image, size=grid, mode="bilinear").flatten(2).transpose(1, 2)         # [1, h*w, D]
+        return torch.cat([buffer, image], dim=1)
 
     def encode(self, latents, grid, visible=None):
-        """latents [B, N, C], visible [B, V] the places that are seen (None: all) -> [B, E+V, De], the buffer first.
-
-        Hidden tokens are absent. They are dropped before the first layer, so nothing is computed for them.
-        """
+        """latents [B, N, C], visible [B, V] places (None: all) -> [B, E+V, De], buffer first. The hidden are absent."""
         B, E = latents.shape[0], self.config.buffer_size
-        buffer_positions, image_positions = self.encoder_pos_embed_learned.tensor_split([E], dim=1)
-        places = self.positions(image_positions, grid).expand(B, -1, -1)
+        buffer, places = self.positions(self.encoder_pos_embed_learned, grid).expand(B, -1, -1).tensor_split([E], dim=1)
         if visible is not None:
             latents, places = take(latents, visible), take(places, visible)
         x = self.z_proj(latents.to(self.z_proj.weight.dtype)) + places
-        buffer = (self.fake_latent + buffer_positions).expand(B, -1, -1)
-        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))               # the norm comes after the positions, not before
+        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x], dim=1))
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
@@ -342,8 +279,7 @@ class MAR(nn.Module):
         buffer, seen = self.decoder_embed(x).tensor_split([E], dim=1)
         image = self.mask_token.to(seen.dtype).expand(len(x), grid[0] * grid[1], -1)
         image = image.scatter(1, visible[..., None].expand(-1, -1, seen.shape[-1]), seen)                   # [B, N, Dd]
-        buffer_positions, image_positions = self.decoder_pos_embed_learned.tensor_split([E], dim=1)
-        x = torch.cat([buffer + buffer_positions, image + self.positions(image_positions, grid)], dim=1)
+        x = torch.cat([buffer, image], dim=1) + self.positions(self.decoder_pos_embed_learned, grid)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)[:, E:] + self.positions(self.diffusion_pos_embed_learned, grid)
@@ -351,81 +287,58 @@ class MAR(nn.Module):
 
 @functools.lru_cache(maxsize=8)
 def diffusion_schedule(steps, device):
-    """Tables of the cosine diffusion with `steps` of its 1000 timesteps kept: {name: float32 [steps]}.
-
-    abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) of the signal's variance is left at time u: x_t = sqrt(abar) x_0 + sqrt(1
-    - abar) noise. With fewer steps the betas follow from the abars that are kept, and `original` holds their numbers
-    among the 1000, which are what the network was trained with. Computed in float64, rounded once.
-    """
-    def abar(u):
-        return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
-
-    betas = np.array([min(1 - abar((i + 1) / 1000) / abar(i / 1000), 0.999) for i in range(1000)])
-    kept, place = [], 0.0
-    for _ in range(steps):                                      # added up, so that ties round as in the original
-        kept.append(round(place))
-        place += 999 / max(1, steps - 1)
+    """Tables of the cosine diffusion with `steps` of its 1000 timesteps kept: {name: float32 [steps]}. Of the signal's
+    variance abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) is left at time u: x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise.
+    With fewer steps the betas follow from the abars that are kept; `original` holds their numbers among the 1000."""
+    abar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    betas = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
+    kept = np.cumsum([0.0] + [999 / max(1, steps - 1)] * (steps - 1)).round().astype(int)     # ties as in the original
     now = np.cumprod(1 - betas)[kept]                           # abar of each step that is kept
     before = np.append(1.0, now[:-1])                           # and of the one before it
     betas = 1 - now / before
     posterior = betas * (1 - before) / (1 - now)                # variance of q(x_{t-1} | x_t, x_0)
     posterior = np.append(posterior[1:2], posterior[1:])        # it is 0 at t = 0, where that of t = 1 stands in
     tables = {
-        "alphas_cumprod": now, "betas": betas, "original": np.array(kept),
+        "alphas_cumprod": now, "betas": betas, "original": kept,
         "signal": np.sqrt(now), "noise": np.sqrt(1 - now),                                      # x_0, noise -> x_t
         "x0_from_xt": np.sqrt(1 / now), "x0_from_noise": np.sqrt(1 / now - 1),                  # and back
         "mean_x0": betas * np.sqrt(before) / (1 - now),                                  # mean of q(x_{t-1} | x_t, x_0)
         "mean_xt": (1 - before) * np.sqrt(1 - betas) / (1 - now),
-        "log_beta": np.log(betas), "log_posterior": np.log(posterior),
-    }
+        "log_beta": np.log(betas), "log_posterior": np.log(posterior)}
     return {name: torch.tensor(table, dtype=torch.int64 if name == "original" else torch.float32, device=device)
             for name, table in tables.items()}
 
 
 def denoising_step(at, x_t, noise, v, limit=math.inf):
-    """p(x_{t-1} | x_t) as the network sees it -> its mean and log-variance, [rows, C] each.
-
-    at: the tables at timestep t ([rows, 1], or scalars); x_t [rows, C]; noise, v [rows, C]: the two halves of the
-    network's output. limit: bound of the predicted x_0, infinite in Harmon (latents are not pixels).
-    """
+    """p(x_{t-1} | x_t) as the network sees it -> its mean and log-variance, [rows, C] each. at: the tables at time t;
+    x_t, noise, v [rows, C], the latter two from the network. limit: bound of the predicted x_0, none in Harmon."""
     x_0 = (at["x0_from_xt"] * x_t - at["x0_from_noise"] * noise).clamp(-limit, limit)
     part = (v + 1) / 2                                                       # 0: the posterior's variance, 1: beta
-    return (at["mean_x0"] * x_0 + at["mean_xt"] * x_t,
-            part * at["log_beta"] + (1 - part) * at["log_posterior"])
+    return at["mean_x0"] * x_0 + at["mean_xt"] * x_t, part * at["log_beta"] + (1 - part) * at["log_posterior"]
 
 
 def diffusion_terms(net, x_0, z, t, noise):
     """MAR's diffusion loss, its two terms for each row: x_0, noise [rows, C], z [rows, Dd], t [rows] -> mse, vb [rows].
-
-    mse  mean squared error of the predicted noise: the simple loss.
+    mse  mean squared error of the predicted noise: the simple loss. float32 (bf16 in the original, under autocast).
     vb   the variational bound in bits, to train the variance only (the noise is detached in it): the KL between the
          true and the predicted step; at t = 0 the likelihood of x_0 under a Gaussian in bins of 1/255. Bins that fit
-         8-bit pixels mean little for latents, but the released models were trained with this loss.
+         8-bit pixels mean little for latents, but the released models were trained with this loss."""
+    def cdf(x):                                                             # of the standard normal, very nearly
+        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
-    The arithmetic is float32 also under autocast (the original's mse is bf16 there); only the MLP itself may be bf16.
-    """
-    tables = diffusion_schedule(1000, x_0.device)
-    with torch.autocast(x_0.device.type, enabled=False):
-        x_0, noise = x_0.float(), noise.float()
-        at = {name: table[t][:, None] for name, table in tables.items()}                                    # [rows, 1]
-        x_t = at["signal"] * x_0 + at["noise"] * noise
+    x_0, noise = x_0.float(), noise.float()
+    at = {name: table[t][:, None] for name, table in diffusion_schedule(1000, x_0.device).items()}          # [rows, 1]
+    x_t = at["signal"] * x_0 + at["noise"] * noise
     predicted, v = net(x_t, t, z).float().chunk(2, dim=-1)
-    with torch.autocast(x_0.device.type, enabled=False):
-        mse = (noise - predicted).square().mean(-1)
-        mean, log_var = denoising_step(at, x_t, predicted.detach(), v)
-        true_mean, true_log_var = at["mean_x0"] * x_0 + at["mean_xt"] * x_t, at["log_posterior"]
-        kl = 0.5 * (log_var - true_log_var - 1 + (true_log_var - log_var).exp()
-                    + (true_mean - mean).square() * (-log_var).exp())
-
-        def cdf(x):                                                            # of the standard normal, very nearly
-            return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-
-        inverse_std = (-0.5 * log_var).exp()
-        upper, lower = cdf(inverse_std * (x_0 - mean + 1 / 255)), cdf(inverse_std * (x_0 - mean - 1 / 255))
-        bin_mass = torch.where(x_0 < -0.999, upper, torch.where(x_0 > 0.999, 1 - lower, upper - lower))
-        likelihood = bin_mass.clamp(min=1e-12).log()
-        vb = torch.where(t == 0, -likelihood.mean(-1), kl.mean(-1)) / math.log(2)
-    return mse, vb
+    mse = (noise - predicted).square().mean(-1)
+    mean, log_var = denoising_step(at, x_t, predicted.detach(), v)
+    true_mean, true_log_var = at["mean_x0"] * x_0 + at["mean_xt"] * x_t, at["log_posterior"]
+    kl = log_var - true_log_var - 1 + (true_log_var - log_var).exp() + (true_mean - mean).square() * (-log_var).exp()
+    inverse_std = (-0.5 * log_var).exp()
+    upper, lower = cdf(inverse_std * (x_0 - mean + 1 / 255)), cdf(inverse_std * (x_0 - mean - 1 / 255))
+    bin_mass = torch.where(x_0 < -0.999, upper, torch.where(x_0 > 0.999, 1 - lower, upper - lower))
+    likelihood = bin_mass.clamp(min=1e-12).log()
+    return mse, torch.where(t == 0, -likelihood.mean(-1), 0.5 * kl.mean(-1)) / math.log(2)
 
 
 # Qwen2.5's chat template, without its system turn: Harmon never has one.
@@ -435,40 +348,26 @@ IGNORED = -100              # label of what is not to be predicted
 
 
 def masked_after(N, num_steps):
-    """How many of N tokens are still masked after each of the sampler's steps: a cosine, at least one fewer than before
-    and at least one (also after the last step; what is left then is painted in it)."""
+    """How many of N tokens are masked after each of the sampler's steps: a cosine, always fewer, at least one."""
     left = [N]
     for k in range(1, num_steps + 1):
         left.append(max(1, min(left[-1] - 1, math.floor(N * math.cos(math.pi / 2 * k / num_steps)))))
     return left[1:]
 
 
-def inference(method):
-    """Runs a method in eval mode and without gradients."""
-    @functools.wraps(method)
-    def run(self, *args, **kwargs):
-        training = self.training
-        self.eval()
-        with torch.no_grad():
-            result = method(self, *args, **kwargs)
-        self.train(training)
-        return result
-    return run
-
-
 class Harmon(nn.Module):
-    """VAE, MAR and Qwen2.5 as in the picture on top of the file. Random weights; from_pretrained reads some."""
-
+    """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights."""
     def __init__(self, config):
         super().__init__()
         c, self.config = config, config
         levels = len(c.vae_mult)
+        self.stride = 2 ** (levels - 1)                     # pixels of one token's side
         # diffusers' class expresses KL-16 exactly: attention is in the encoder's last level and the middles only.
         self.vae = AutoencoderKL(
-            block_out_channels=[c.vae_width * m for m in c.vae_mult], layers_per_block=c.vae_blocks,
-            latent_channels=c.latent_channels, norm_num_groups=c.vae_groups,
+            block_out_channels=[c.vae_width * m for m in c.vae_mult], up_block_types=["UpDecoderBlock2D"] * levels,
             down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
-            up_block_types=["UpDecoderBlock2D"] * levels).requires_grad_(False)
+            latent_channels=c.latent_channels, layers_per_block=c.vae_blocks, norm_num_groups=c.vae_groups)
+        self.vae.requires_grad_(False)
         self.llm = Qwen2ForCausalLM(Qwen2Config(
             vocab_size=c.vocab_size, hidden_size=c.llm_width, intermediate_size=c.llm_mlp,
             num_hidden_layers=c.llm_layers, num_attention_heads=c.llm_heads, num_key_value_heads=c.llm_kv_heads,
@@ -485,96 +384,58 @@ class Harmon(nn.Module):
         return self.proj_in[0].weight.device
 
     def _apply(self, function, recurse=True):
-        """What is behind .to(...). The table of the rotary positions is in no checkpoint and must stay float32; the VAE's
-        convolutions are a quarter faster with the channels last."""
+        """What is behind .to(...). The table of the rotary positions is in no checkpoint and must stay float32; the
+        VAE's convolutions are a quarter faster with the channels last."""
         super()._apply(function, recurse)
         self.vae.to(memory_format=torch.channels_last)
         with torch.device(self.device):
             self.llm.model.rotary_emb = Qwen2RotaryEmbedding(self.llm.config)
         return self
 
-    def train(self, mode=True):
-        super().train(mode)
-        self.vae.eval()
-        return self
-
     def blocks(self):
-        """What repeats, for torch.compile and activation checkpointing."""
-        mar = self.mar
-        return [*self.llm.model.layers, *mar.encoder_blocks, *mar.decoder_blocks, *mar.diffloss["net"].res_blocks]
+        return [*self.llm.model.layers, *self.mar.encoder_blocks, *self.mar.decoder_blocks,
+                *self.mar.diffloss["net"].res_blocks]
 
     def parameter_groups(self, weight_decay):
-        """AdamW groups of all that is trained. The original's rule: no decay for one-dimensional tensors, for biases,
-        and for the whole diffusion MLP; so embeddings, position tables and the mask token do decay."""
-        decay, no_decay = [], []
-        for name, parameter in self.named_parameters():
-            if parameter.requires_grad:
-                exempt = parameter.ndim == 1 or name.endswith(".bias") or "diffloss" in name
-                (no_decay if exempt else decay).append(parameter)
-        return [{"params": decay, "weight_decay": weight_decay}, {"params": no_decay, "weight_decay": 0.0}]
+        """AdamW groups of all that is trained. The original's rule: no decay for one-dimensional tensors and the whole
+        diffusion MLP; so embeddings, position tables and the mask token do decay."""
+        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        exempt = {name for name, p in trained if p.ndim == 1 or "diffloss" in name}
+        return [{"params": [p for name, p in trained if name not in exempt], "weight_decay": weight_decay},
+                {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0}]
 
     def hidden_states(self, embeddings, rows):
-        """The language model's last hidden states (after its final norm), at the places that somebody reads.
-
-        embeddings [B, T, D], rows [B, R] -> [B, R, D]
-
-        Attention is causal and padding stands at the end of a row (section 4), where nothing before it can see it: no
-        mask is needed, and the fast causal kernels apply. All layers but the last run whole. The last needs keys and
-        values of every place, but queries and the MLP only where its output is read: some 200 of 1320 in a reconstruction.
-        """
-        llm = self.llm.model
-        rope = llm.rotary_emb(embeddings, torch.arange(embeddings.shape[1], device=embeddings.device)[None])
-        cos, sin = (table[0] for table in rope)                                                           # [T, D/heads]
-        x = embeddings
+        """The language model's last hidden states where they are read: embeddings [B, T, D], rows [B, R] -> [B, R, D].
+        Attention is causal and padding stands at the end (section 4), where nothing sees it: no mask is needed. The
+        last MLP, nine tenths of its layer, runs only where it is read: at some 200 of 1320 places in L_recon."""
+        llm, last, x = self.llm.model, self.llm.model.layers[-1], embeddings
+        rope = llm.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
         for layer in llm.layers[:-1]:
             x = layer(x, attention_mask=None, position_embeddings=rope)
-        last, attention = llm.layers[-1], llm.layers[-1].self_attn
-
-        def heads(y):                                                       # [B, ., D'] -> [B, heads, ., D/heads]
-            return y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-        normed = last.input_layernorm(x)
-        q = heads(attention.q_proj(take(normed, rows)))
-        k, v = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
-        q = q * cos[rows][:, None] + rotate_half(q) * sin[rows][:, None]
-        k = k * cos + rotate_half(k) * sin
-        k, v = (y.repeat_interleave(attention.num_key_value_groups, dim=1) for y in (k, v))    # shared by several heads
-        earlier = torch.arange(x.shape[1], device=x.device) <= rows[..., None]                              # [B, R, T]
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=earlier[:, None])
-        x = take(x, rows) + attention.o_proj(attended.transpose(1, 2).flatten(2))
+        x = x + last.self_attn(last.input_layernorm(x), attention_mask=None, position_embeddings=rope)[0]
+        x = take(x, rows)
         return llm.norm(x + last.mlp(last.post_attention_layernorm(x)))
 
     # ==================================================================================================
     # 3. Loading and saving (what reads files, sizes and names stands below the class)
     # ==================================================================================================
-
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
-        """A model in eval mode with its tokenizer.
-
-        source  a name in RELEASED         harmon_*.pth and kl16.ckpt of wusize/harmon
-                "owner/name"               another hub repository: wusize/Harmon-1_5B, sanaka87/Harmon-1.5B-RecA ...
-                a folder or a file         what save_pretrained wrote, or any of the above
-                "owner/name:F", "DIR:F"    one weights file where there are several
-                "tiny"                     random weights, no files
-        Weights are .pth, .bin or .safetensors, whole or in shards, with or without the VAE (`vae.*`). Where there is
-        no VAE the released kl16.ckpt is fetched, and where there is no tokenizer that of Qwen2.5. InputError where
-        something does not fit.
-        """
+        """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
+        there are several), a file, or "tiny". Weights are .pth, .bin or .safetensors, whole or in shards. What is not
+        there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         source = str(source)
         if source == "tiny":
             return cls.random(source, device).to(dtype).eval()
         source, _, file = RELEASED.get(source, source).partition(":")
         if Path(source).is_file():
             source, file = str(Path(source).parent), Path(source).name
-        patterns = [file] if file else ["*.pth", "*.bin", "*.safetensors", "*.index.json"]
-        folder = common.hub_folder(source, [*patterns, "kl16.ckpt", *SMALL_FILES])
+        folder = common.hub_folder(source, [*([file] if file else WEIGHT_FILES), "kl16.ckpt", *SMALL_FILES])
         state = read_weights(folder, file)
         vae = {key.removeprefix("vae."): state.pop(key) for key in list(state) if key.startswith("vae.")}
         if not vae:
-            found = (folder / "kl16.ckpt").is_file()
-            vae_folder = folder if found else common.hub_folder("wusize/harmon", ["kl16.ckpt"])
-            vae = common.load_state(vae_folder / "kl16.ckpt")
+            home = folder if (folder / "kl16.ckpt").is_file() else common.hub_folder("wusize/harmon", ["kl16.ckpt"])
+            vae = common.load_state(home / "kl16.ckpt")
         model = cls.from_states(read_config(folder, state), state, vae, str(folder))
         model.tokenizer = find_tokenizer(folder, model.config)
         return model.to(device, dtype).eval()
@@ -585,39 +446,30 @@ class Harmon(nn.Module):
         if name not in CONFIGS:
             raise InputError(f"no such size: {name} (there are {', '.join(CONFIGS)})")
         tokenizer = common.tiny_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
-        config = replace(CONFIGS[name], **({"vocab_size": len(tokenizer)} if name == "tiny" else {}))
         with torch.device(device):
-            model = cls(config)
+            model = cls(replace(CONFIGS[name], **({"vocab_size": len(tokenizer)} if name == "tiny" else {}))).to(device)
         model.tokenizer = tokenizer
-        return model.to(device)
+        return model
 
     @classmethod
     def from_states(cls, config, state, vae, name="checkpoint"):
         """A model from the dicts of harmon_*.pth and kl16.ckpt. Strict: InputError names the keys that do not fit."""
-        with torch.device("meta"):                          # shapes only: no time and no memory for random weights
+        with torch.device("meta"):                          # no time for random weights
             model = cls(config)
-        state = dict(state)
-        head, embedding = state.get("llm.lm_head.weight"), state.get("llm.model.embed_tokens.weight")
+        model.to_empty(device="cpu").llm.tie_weights()
+        embedding = state.get("llm.model.embed_tokens.weight")
         if config.tied_head and embedding is not None:      # the tied head may be listed or not
-            if head is not None and not torch.equal(head, embedding):
+            if not torch.equal(state.get("llm.lm_head.weight", embedding), embedding):
                 raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs")
-            state["llm.lm_head.weight"] = embedding
-        # kl16.ckpt may hold more than the VAE (the original loads it non-strictly); what is the VAE's must be complete.
-        prefixes = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
-        vae = {key: value for key, value in vae.items() if key.startswith(prefixes)}
-        for what, own, given in ((name, model.released_state(), state), (f"the VAE of {name}", model.vae_state(), vae)):
-            missing, unexpected = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
-            wrong = sorted(k for k in own.keys() & given.keys() if own[k].shape != given[k].shape)
-            for problem, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", wrong)):
-                if keys:
-                    more = " ..." * (len(keys) > 4)
-                    raise InputError(f"{what} {problem} {len(keys)} keys: {', '.join(keys[:4])}{more}")
-        shapes = {key: value.shape for key, value in model.vae.state_dict().items()}
-        state.update({"vae." + key: vae[kl16].reshape(shapes[key]) for key, kl16 in kl16_names(model.vae).items()})
-        # clone: the tensors of a torch file are a map of the file, which may be replaced while the model lives.
-        model.load_state_dict({key: value.clone() for key, value in state.items()}, assign=True)
-        model.llm.tie_weights()
-        return model._apply(lambda tensor: tensor)
+            state = {**state, "llm.lm_head.weight": embedding}
+        # kl16.ckpt may hold more than the VAE. Its attention is 1x1 convolutions, [out, in, 1, 1]; ours matrices.
+        ours = {theirs: own for own, theirs in kl16_names(model.vae).items()}
+        parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
+        vae = {ours.get(key, key): value.flatten(1) if "attn" in key and value.ndim == 4 else value
+               for key, value in vae.items() if key.startswith(parts)}
+        common.load_strictly(model.vae, vae, f"the VAE of {name}")
+        common.load_strictly(nn.ModuleDict({k: m for k, m in model.named_children() if k != "vae"}), state, name)
+        return model
 
     def released_state(self):
         """The flat dict of a released harmon_*.pth: everything but the VAE, the tied head listed."""
@@ -630,13 +482,11 @@ class Harmon(nn.Module):
                 for key, name in kl16_names(self.vae).items()}
 
     def save_pretrained(self, folder):
-        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, and beside them a config.json and
-        the tokenizer, so that from_pretrained(folder) needs nothing else."""
-        folder = Path(folder)
-        files = {f"{self.config.name}.pth": self.released_state(), "kl16.ckpt": {"model": self.vae_state()}}
-        for file, state in files.items():
-            with common.atomic(folder / file) as path, open(path, "wb") as stream:   # not to the path: torch would store it
-                torch.save(state, stream)
+        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, a config.json and the tokenizer."""
+        folder, name = Path(folder), f"{self.config.name}.pth"
+        for file, state in ((name, self.released_state()), ("kl16.ckpt", {"model": self.vae_state()})):
+            with common.atomic(folder / file) as path, open(path, "wb") as stream:
+                torch.save(state, stream)                   # to a path, torch would store that path, too
         with common.atomic(folder / "config.json") as path:
             path.write_text(json.dumps({"reca_harmon": asdict(self.config)}, indent=1) + "\n")
         if self.tokenizer is not None:
@@ -647,45 +497,30 @@ class Harmon(nn.Module):
     # ==================================================================================================
     # The heart of RecA: the model's own embeddings of an image stand where a caption would, in the chat template in
     # which it learned to describe images, and the image that is to come follows.
-    #
     #   <|im_start|>user \n\n [image, buffer] Describe the image in detail.<|im_end|> \n
     #   <|im_start|>assistant \n [visible tokens, buffer]
 
     def set_und(self, size=None, blur=None):
-        """The paper's ablations: the image is given to the understanding pass at size x size (a multiple of 16; the
-        paper, section 3, keeps it small so that meaning and not detail is passed on), or blurred by a factor (F.2).
-        What is reconstructed stays sharp."""
+        """The paper's ablations: the understanding pass gets a smaller (section 3) or a blurred (F.2) image."""
         if size and size % self.stride:
             raise InputError(f"--und-size must be a multiple of {self.stride}")
         self.und_size, self.blur = size, blur
 
-    @property
-    def stride(self):
-        """Pixels of one token's side."""
-        return 2 ** (len(self.config.vae_mult) - 1)
-
     def preprocess(self, image, task, rng=None):
-        """A PIL RGB image -> {"pixels": float32 [3, S, S] in [-1, 1]}, as the original's data sets do it.
-
-        recon  stretched to a square of its longer side, then resized: nothing is cut off
-        i2t    padded to a square with grey, then resized. None (a conversation without an image) gives zeros, mid grey
-        t2i    square crop, at random along the long side with rng (a numpy Generator), else central
-        """
+        """A PIL RGB image -> {"pixels": float32 [3, S, S] in [-1, 1]}, as the original's data sets do it. rng: a numpy
+        Generator, for t2i's crop along the long side; None: the central one."""
         size = self.config.image_size
-        if image is None:
+        if image is None:                                   # a conversation without an image: mid grey
             return {"pixels": torch.zeros(3, size, size)}
-        if task == "i2t":
-            image = common.pad_square(image, size)
-        elif task == "t2i":
-            image = common.random_square(image, size, rng)
-        else:
+        if task == "recon":                                 # squeezed to a square, from its longer side
             image = common.stretch_square(common.stretch_square(image, max(image.size)), size)
+        else:
+            image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
         return {"pixels": common.to_tensor(image)}
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """Preprocessed images -> what the frozen VAE makes of each: {"latents": float32 [h, w, C]}, h = w = S/16, and
-        in the ablations "und_latents", those of what is given to the understanding pass."""
+        """Preprocessed images -> dicts of float32 [h, w, C]: "latents", for set_und's ablations also "und_latents"."""
         pixels = torch.stack([sample["pixels"] for sample in samples]).to(self.device)                    # [B, 3, S, S]
         features = {"latents": self.encode_pixels(pixels)}
         if task == "recon" and (self.und_size or self.blur):
@@ -694,61 +529,41 @@ class Harmon(nn.Module):
             features["und_latents"] = self.encode_pixels(pixels)
         return [{key: value[i] for key, value in features.items()} for i in range(len(samples))]
 
-    @torch.no_grad()
     def encode_pixels(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> latents [B, h, w, C]: the mean of the posterior, never a sample, scaled."""
         pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
         mean = self.vae.encode(pixels).latent_dist.mean                                                   # [B, C, h, w]
         return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
 
-    @torch.no_grad()
     def decode_latents(self, latents):
         """Latents [B, h, w, C] -> pixels [B, 3, S, S], about in [-1, 1]."""
         return self.vae.decode((latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.vae.dtype)).sample
 
     def understand(self, features):
-        """Understanding embeddings: B dicts of `encode` -> [B, K, D], K = N + E.
-
-        MAR's encoder on the whole image. It has the buffer first; the language model gets it last, where causal
-        attention lets it see the image. Gradients of any loss are multiplied by grad_scale on their way back, so that
-        the understanding pass changes slowly; those of the generation pass through the same encoder are not.
-        """
-        latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])
-        _, h, w, _ = latents.shape
-        x = self.proj_in(self.mar.encode(latents.flatten(1, 2), (h, w)))                                   # [B, E+N, D]
+        """Understanding embeddings: B dicts of `encode` -> [B, K, D], K = N + E. MAR's encoder on the whole image, the
+        buffer moved to the end, where causal attention lets it see the image. Gradients of any loss are multiplied by
+        grad_scale on their way back, so that the understanding pass changes slowly; the generation pass's are not."""
+        latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])                     # [B, h, w, C]
+        x = self.proj_in(self.mar.encode(latents.flatten(1, 2), tuple(latents.shape[1:3])))               # [B, E+N, D]
         if x.requires_grad:
             x.register_hook(lambda gradient: gradient * self.config.grad_scale)
         return x.roll(-self.config.buffer_size, dims=1)
 
     def assemble(self, ids, mask, image=None, generated=None):
         """One sequence out of text, image embeddings and generated tokens.
-
-        ids, mask [B, L]: prompts, padded on the right; with `image`, each has one IMAGE_MARKER, where the image goes.
+        ids, mask [B, L] prompts, padded on the right; with `image`, each has one IMAGE_MARKER, where the image goes
         image [B, K, D] or None, generated [B, G, D] or None
         -> embeddings [B, T, D], length [B] without the padding, places [B, L] of the ids in the sequence
-
-        The original leaves the padding between prompt and generated tokens, masks it, and has positions skip it. Here
-        it moves to the end of the row: positions are plainly 0, 1, 2 ..., and no mask is needed, as causal attention
-        does not look ahead. What is computed for the tokens is the same.
-        """
-        B, L = ids.shape
-        K, G = (0 if x is None else x.shape[1] for x in (image, generated))
-        added = K - 1 if K else 0                                                   # the marker itself is not a token
-        T = L + added + G
-        marker = (ids == IMAGE_MARKER) & mask
-        length = mask.sum(1) + added + G
-        # Where everything goes: text at its own index, later by `added` behind the marker; padding after all the rest.
-        places = torch.arange(L, device=ids.device) + (marker.cumsum(1) - marker.long()) * added + (~mask) * G
-        parts, targets = [self.llm.model.embed_tokens(ids.clamp(min=0))], [torch.where(marker, T, places)]
-        if K:
-            start = (places * marker).sum(1, keepdim=True)                                                  # [B, 1]
-            parts, targets = [*parts, image], [*targets, start + torch.arange(K, device=ids.device)]
-        if G:
-            start = (length - G)[:, None]
-            parts, targets = [*parts, generated], [*targets, start + torch.arange(G, device=ids.device)]
-        # A row's targets are a permutation; its inverse says what stands at each place. (The marker's, T, is cut off.)
-        source = torch.cat(targets, dim=1).argsort(dim=1)[:, :T]
-        return take(torch.cat(parts, dim=1), source), length, places
+        The original has the padding between prompt and generated tokens, masks it, and lets positions skip it. Here it
+        is at the end of the row, to the same effect: positions are plainly 0, 1, 2 ..., and there is no mask."""
+        text = self.llm.model.embed_tokens(ids.clamp(min=0).to(self.device))                              # [B, L, D]
+        marker, rows, K = ids == IMAGE_MARKER, [], 1 if image is None else image.shape[1]
+        for i, (end, k) in enumerate(zip(mask.sum(1).tolist(), marker.int().argmax(1).tolist())):
+            row = [text[i, :end]] if image is None else [text[i, :k], image[i], text[i, k + 1:end]]
+            rows.append(torch.cat(row if generated is None else [*row, generated[i]]))
+        places = torch.arange(ids.shape[1], device=ids.device) + (marker.cumsum(1) - marker.long()) * (K - 1)
+        length = torch.tensor([len(row) for row in rows], device=self.device)
+        return pad_sequence(rows, batch_first=True), length, places
 
     def tokens(self, text):
         if self.tokenizer is None:
@@ -756,15 +571,12 @@ class Harmon(nn.Module):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def recon_prompt(self, template):
-        """The ids of RecA's prompt, with the marker.
-
-        Two newlines before the image (one id for Qwen), as in the original's training data. Its other prompts and its
-        demo have one: an accident, it seems, but the released models were trained so. Followed in training and use.
-        """
+        """The ids of RecA's prompt, with the marker. Two newlines before the image (one id for Qwen) are an accident of
+        the original, it seems (its other prompts have one), but the released models were trained so."""
         return (self.tokens(USER + "\n") + [IMAGE_MARKER] + self.tokens(template + END))[:128]
 
     def recon_prompt_without_text(self):
-        """For a tenth of the images. The original calls it unconditional, but leaves the image in."""
+        """For a tenth of the images. Unconditional for the original, which yet leaves the image in."""
         return self.tokens(USER) + [IMAGE_MARKER] + self.tokens("Generate an image." + END)
 
     def t2i_prompt(self, caption=None):
@@ -777,8 +589,7 @@ class Harmon(nn.Module):
         return self.tokens(USER) + [IMAGE_MARKER] + self.tokens("\n" + text + END)
 
     def conversation(self, turns):
-        """[(question, answer), ...] -> ids, labels. Labels are the answers, each with the end of its turn; the newline
-        between turns is none. At most 1472 ids, as in the original."""
+        """[(question, answer), ...] -> ids, labels, 1472 at most. Labels: the answers, each with its turn's end."""
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
             asked = self.tokens(USER + question + END) if i else self.question(question)
@@ -788,93 +599,64 @@ class Harmon(nn.Module):
         return ids[:1472], labels[:1472]
 
     def pad(self, rows, value=0):
-        """Lists of ids -> ids and mask [B, L] on the device, padded on the right. (The padding is never looked at.)"""
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-        mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return ids.to(self.device), mask.to(self.device)
+        """Lists of ids -> ids and mask [B, L], padded on the right, on the CPU: `assemble` reads them there."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+        return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
     # ==================================================================================================
     # 5. The losses
     # ==================================================================================================
-
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """RecA: the image from its own understanding embeddings (paper, equation 2).
-
-        features   B dicts of encode(..., "recon")        templates   B instructions
-        draws      all random draws, for a replay: see generation_draws
-        -> scalar, the mean over the masked tokens and their timesteps
-        """
+        """RecA: the image from its own understanding embeddings (paper, equation 2). features: B dicts of encode,
+        templates: B instructions -> scalar, the mean over the masked tokens. draws: see generation_draws."""
         draws = draws or self.generation_draws(features, rng)
         rows = [self.recon_prompt_without_text() if drop else self.recon_prompt(template)
                 for drop, template in zip(draws["drop"].tolist(), templates)]
         return self._recon_loss_from_ids(features, *self.pad(rows), draws)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """Text to image: supervised fine-tuning, and RecA mixed with it. In RecA itself lambda_t2i = 0.
-
-        A tenth of the captions is dropped, to train what guidance moves away from. Otherwise as recon_loss.
-        """
+        """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself lambda_t2i = 0. A tenth of
+        the captions is dropped, to train what guidance moves away from."""
         draws = draws or self.generation_draws(features, rng)
         rows = [self.t2i_prompt(None if drop else caption) for drop, caption in zip(draws["drop"].tolist(), captions)]
         return self._t2i_loss_from_ids(features, *self.pad(rows), draws)
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """Image to text: cross-entropy of the answers in conversations about an image. It keeps understanding alive.
-
-        features   B dicts of encode(..., "i2t")          conversations   B lists of (question, answer)
-        -> scalar, the mean over all answer tokens. Nothing is drawn.
-        """
-        rows = [self.conversation(turns) for turns in conversations]
-        ids, mask = self.pad([ids for ids, _ in rows])
-        labels, _ = self.pad([labels for _, labels in rows], IGNORED)
-        return self._i2t_loss_from_ids(features, ids, mask, labels)
+        """Image to text, which keeps understanding alive: cross-entropy of the answers in B conversations, lists of
+        (question, answer), about an image each -> scalar, the mean over all answer tokens. Nothing is drawn."""
+        ids, labels = zip(*[self.conversation(turns) for turns in conversations])
+        return self._i2t_loss_from_ids(features, *self.pad(ids), self.pad(labels, IGNORED)[0])
 
     def generation_draws(self, features, rng=None):
-        """All random draws of recon_loss or t2i_loss. But for num_masked, an image's do not depend on its batch.
-
-        drop [B]                whether the text is dropped, one in ten
-        orders [B, N]           a permutation of the tokens; the first num_masked of it are masked
-        num_masked              N times a ratio, rounded up. The ratio is normal(1, 0.25) truncated to [0.7, 1], one for
-                                the batch, so that the visible tokens of all its images fit into one tensor
-        t [4*B*N], noise [4*B*N, C]    of all tokens, also those not masked. Row r belongs to repeat r // (B*N) and to
-                                image and token divmod(r % (B*N), N)
-        """
+        """All random draws of recon_loss or t2i_loss. But for num_masked, an image's do not depend on its batch."""
         rng = rng or Rng.fresh(len(features))
-        h, w, C = features[0]["latents"].shape
-        N, repeats = h * w, self.config.diffusion_repeats
-        lowest = torch.special.ndtr(torch.tensor((0.7 - 1) / 0.25, dtype=torch.float64))
-        uniform = torch.rand((), generator=rng.batch, dtype=torch.float64)
-        ratio = 1 + 0.25 * torch.special.ndtri(lowest + uniform * (0.5 - lowest))
-        return {"drop": rng.uniform() < 0.1, "orders": rng.permutation(N), "num_masked": (N * ratio).ceil().long(),
-                "t": rng.integers(1000, repeats, N).transpose(0, 1).flatten(),                  # [B, 4, N] -> [4*B*N]
-                "noise": rng.normal(repeats, N, C).transpose(0, 1).flatten(0, 2)}
+        (h, w, C), repeats = features[0]["latents"].shape, self.config.diffusion_repeats
+        # The ratio of masked tokens: normal(1, 0.25) in [0.7, 1], one for the batch, whose images have equal V then.
+        ratio = nn.init.trunc_normal_(torch.empty((), dtype=torch.float64), 1.0, 0.25, 0.7, 1.0, generator=rng.batch)
+        return {"drop": rng.uniform() < 0.1,                                            # [B] leave the text out?
+                "orders": rng.permutation(h * w),                                       # [B, N], masked ones first
+                "num_masked": (h * w * ratio).ceil().long(),
+                "t": rng.integers(1000, repeats, h * w).transpose(0, 1).flatten(),      # [4*B*N]: repeat, image, token
+                "noise": rng.normal(repeats, h * w, C).transpose(0, 1).flatten(0, 2)}   # [4*B*N, C]
 
     def _recon_loss_from_ids(self, features, ids, mask, draws):
-        return self._generation_loss(features, ids, mask, draws, self.understand(features))
+        return self._t2i_loss_from_ids(features, ids, mask, draws, self.understand(features))
 
-    def _t2i_loss_from_ids(self, features, ids, mask, draws):
-        return self._generation_loss(features, ids, mask, draws, None)
-
-    def _generation_loss(self, features, ids, mask, draws, image):
+    def _t2i_loss_from_ids(self, features, ids, mask, draws, image=None):
         """The masked part of the images, given the visible part and prompts. image [B, K, D] or None: see assemble."""
         latents = torch.stack([f["latents"] for f in features])
         B, h, w, C = latents.shape
         N, repeats, M = h * w, self.config.diffusion_repeats, int(draws["num_masked"].flatten()[0])
-        latents = latents.view(B, N, C)
+        latents, E = latents.view(B, N, C), self.config.buffer_size
         masked = draws["orders"][:, :M].sort(dim=1).values                              # [B, M] in raster order
         visible = draws["orders"][:, M:].sort(dim=1).values.to(self.device)             # [B, V]
-
-        E = self.config.buffer_size
         u = self.mar.encode(latents, (h, w), visible)                                   # [B, E+V, De]
         generated = self.proj_in(u).roll(-E, dims=1)                                    # [B, G = V+E, D], buffer last
         embeddings, length, _ = self.assemble(ids, mask, image, generated)
-        G = generated.shape[1]
-        rows = (length - G)[:, None] + torch.arange(G, device=length.device)            # [B, G] the last ones
+        rows = length[:, None] + torch.arange(-generated.shape[1], 0, device=self.device)    # [B, G] the last ones
         hidden = self.hidden_states(embeddings, rows).roll(E, dims=1)                   # buffer first again
         z = self.mar.decode(u + self.proj_out(hidden), (h, w), visible)                 # [B, N, Dd]
-
-        # The original evaluates the diffusion head for all tokens and multiplies those that were visible by zero.
-        # Here they are left out, with the same result. Each token is noised `repeats` times.
+        # Only masked tokens, each noised `repeats` times. (The original multiplies the others' loss by zero.)
         t = draws["t"].view(repeats, B, N).gather(2, masked.expand(repeats, B, M)).flatten()                # [4*B*M]
         noise = take(draws["noise"].view(repeats * B, N, C), masked.repeat(repeats, 1)).flatten(0, 1)       # [4*B*M, C]
         masked = masked.to(self.device)
@@ -884,54 +666,44 @@ class Harmon(nn.Module):
 
     def _i2t_loss_from_ids(self, features, ids, mask, labels):
         embeddings, _, places = self.assemble(ids, mask, self.understand(features))
-        # A label is predicted one place before its own. Images with fewer labels are filled up; `valid` drops that.
+        # A label is predicted one place before its own. Images with fewer labels than R are filled up with -1.
         wanted = (labels != IGNORED) & mask
-        first = (~wanted).long().argsort(dim=1, stable=True)[:, :max(1, int(wanted.sum(1).max()))]     # [B, R] of the L
-        valid, rows = wanted.gather(1, first), (places.gather(1, first) - 1).clamp(min=0)                   # [B, R]
-        hidden, labels = self.hidden_states(embeddings, rows)[valid], labels.gather(1, first)[valid]      # [labels, D]
-
+        rows = pad_sequence([place[w] - 1 for place, w in zip(places, wanted)], True, -1).to(self.device)   # [B, R]
+        hidden, labels = self.hidden_states(embeddings, rows.clamp(min=0))[rows >= 0], labels[wanted].to(self.device)
+        # 151936 logits a label would be the largest tensor of the step: 1024 labels at a time, again in the backward.
         def cross_entropy(hidden, labels):
             return F.cross_entropy(self.llm.lm_head(hidden).float(), labels, reduction="sum")
 
-        # 151936 logits a label would be the largest tensor of the step: 1024 labels at a time, again in the backward.
         parts = zip(hidden.split(1024), labels.split(1024))
-        total = sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts)
-        return global_mean(total, valid.sum())
+        return global_mean(sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts), len(labels))
 
     # ==================================================================================================
     # 6. Inference
     # ==================================================================================================
-
-    @inference
+    @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, progress=False, **settings):
         """Text to image: prompts -> PIL images, in one batch.
+        seed      one for each image, or a number s: image i has seed s + i. An image does not depend on its batch
+        draws     all random draws, for a replay: see sample
+        settings  num_steps=64, guidance_scale=3 (1: none), guidance_schedule="constant" or "linear", temperature=1"""
+        prompts = self.assemble(*self.pad([self.t2i_prompt(prompt) for prompt in prompts]))
+        return self.paint_images(prompts, seed=seed, draws=draws, progress=progress, **settings)
 
-        seed       one for each image, or a number s: image i has seed s + i. An image does not depend on its batch
-        draws      all random draws, for a replay: see sample
-        settings   num_steps=64, guidance_scale=3.0 (1: none), guidance_schedule="constant" or "linear", temperature=1.0
-        """
-        branches = [self.assemble(*self.pad([self.t2i_prompt(prompt) for prompt in prompts]))[:2],
-                    self.assemble(*self.pad([self.t2i_prompt()] * len(prompts)))[:2]]
-        latents = self.sample(branches, seed=seed, draws=draws, progress=progress, **settings)
-        return [common.to_pil(pixels) for pixels in self.decode_latents(latents)]
-
-    @inference
+    @torch.no_grad()
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, **settings):
-        """Image to image: PIL images -> PIL images painted from nothing but their understanding embeddings. Settings
-        as in generate.
-
-        All tokens start masked. Guidance moves away from "Generate an image." without the image, as in the original's
-        demo.
-        """
-        templates = templates or [common.SEED_TEMPLATE] * len(images)
+        """Image to image, as generate: PIL images -> PIL images painted from nothing but their understanding."""
         features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
-        prompts = self.pad([self.recon_prompt(template) for template in templates])
-        branches = [self.assemble(*prompts, self.understand(features))[:2],
-                    self.assemble(*self.pad([self.t2i_prompt()] * len(images)))[:2]]
-        latents = self.sample(branches, seed=seed, draws=draws, progress=progress, **settings)
+        ids, mask = self.pad([self.recon_prompt(t) for t in templates or [common.SEED_TEMPLATE] * len(images)])
+        prompts = self.assemble(ids, mask, self.understand(features))
+        return self.paint_images(prompts, seed=seed, draws=draws, progress=progress, **settings)
+
+    def paint_images(self, prompts, **settings):
+        """What assemble returned for n prompts -> n PIL images. Guidance moves away from "Generate an image." alone."""
+        unconditional = self.assemble(*self.pad([self.t2i_prompt()] * len(prompts[0])))
+        latents = self.sample([prompts[:2], unconditional[:2]], **settings)
         return [common.to_pil(pixels) for pixels in self.decode_latents(latents)]
 
-    @inference
+    @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=1024):
         """Image to text, greedy: PIL images and a question, or one for each -> answers."""
         questions = [question] * len(images) if isinstance(question, str) else question
@@ -939,8 +711,7 @@ class Harmon(nn.Module):
         prompts = self.pad([self.question(text) for text in questions])
         embeddings, length, _ = self.assemble(*prompts, self.understand(features))
         # transformers' generate wants padding on the left: move each row to the right end.
-        T = embeddings.shape[1]
-        place = torch.arange(T, device=self.device) - (T - length)[:, None]                                 # [B, T]
+        place = torch.arange(-embeddings.shape[1], 0, device=self.device) + length[:, None]                 # [B, T]
         end = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         answers = self.llm.generate(
             inputs_embeds=take(embeddings, place.clamp(min=0)), attention_mask=(place >= 0).long(), use_cache=True,
@@ -948,47 +719,35 @@ class Harmon(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     @torch.no_grad()
-    def sample(self, branches, num_steps=None, guidance_scale=None, guidance_schedule="constant", temperature=1.0, seed=0,
-               draws=None, progress=False):
+    def sample(self, branches, num_steps=None, guidance_scale=None, guidance_schedule="constant", temperature=1.0,
+               seed=0, draws=None, progress=False):
         """MAR's sampler: branches [(embeddings [n, T, D], length [n])] of n prompts and of n unconditional ones ->
-        latents [n, h, w, C].
-
-        Every step predicts a condition for all places from what is there, and the diffusion head paints the next
-        tokens of a random order, few at first.
-
-        draws: "orders" [n, N], "iter{k}.init_noise" [n*P, C], "iter{k}.step_noise" [diffusion steps, n*P, C], noisiest
-        first. Rows beyond these are ignored: the original draws for the unconditional half too, and drops what it
-        paints there.
-        """
-        c = self.config
-        num_steps = num_steps or c.num_steps
+        latents [n, h, w, C]. Every step predicts a condition for all places from what is there, and the diffusion head
+        paints the next tokens of a random order, few at first. draws: "orders" [n, N], "iter{k}.init_noise" [n*P, C],
+        "iter{k}.step_noise" [diffusion steps, n*P, C], noisiest first. Further rows are ignored."""
+        c, num_steps = self.config, num_steps or self.config.num_steps
         guidance_scale = c.guidance_scale if guidance_scale is None else guidance_scale
         branches = branches[:1] if guidance_scale == 1 else branches
         B, grid = len(branches), (c.image_size // self.stride,) * 2
         n, N, E = len(branches[0][1]), grid[0] * grid[1], c.buffer_size
-        rng = Rng(0, "sample", positions=[seed + i for i in range(n)] if isinstance(seed, int) else seed)
+        rng = Rng.sampling(seed, n)
         orders = (rng.permutation(N) if draws is None else draws["orders"][:n]).to(self.device)
-
         # Keys and values of the prompts, once. Here padding stays between a prompt and its tokens, since a cache has
         # one length: the tokens are masked from it, and count their positions from their prompt's own end.
-        T = max(embeddings.shape[1] for embeddings, _ in branches)
-        prompts = torch.cat([F.pad(embeddings, (0, 0, 0, T - embeddings.shape[1])) for embeddings, _ in branches])
+        prompts = pad_sequence([row for rows, _ in branches for row in rows], batch_first=True)
         length = torch.cat([length for _, length in branches])[:, None]                                     # [B*n, 1]
-        in_prompt = torch.arange(T, device=self.device) < length                                            # [B*n, T]
+        in_prompt = torch.arange(prompts.shape[1], device=self.device) < length                             # [B*n, T]
         cache = DynamicCache(config=self.llm.config)
         self.llm.model(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
-
         latents, left = torch.zeros(n, N, c.latent_channels, device=self.device), N
         for k, planned in enumerate(tqdm(masked_after(N, num_steps), disable=not progress, leave=False)):
-            following = 0 if k == num_steps - 1 else planned                                    # the last paints the rest
+            following = 0 if k == num_steps - 1 else planned                                # the last paints the rest
             if following == left:                                   # more steps than tokens: this one has nothing to do
                 continue
             visible = orders[:, left:].sort(dim=1).values                                                   # [n, V]
             now = orders[:, following:left].sort(dim=1).values                                              # [n, P]
             left, P = following, now.shape[1]
-
-            # Both branches see the same tokens, so the encoder runs once for both.
-            u = self.mar.encode(latents, grid, visible)                                                   # [n, E+V, De]
+            u = self.mar.encode(latents, grid, visible)                           # [n, E+V, De], once for both branches
             generated = self.proj_in(u).roll(-E, dims=1).repeat(B, 1, 1)                                   # [B*n, G, D]
             G = generated.shape[1]
             hidden = self.llm.model(
@@ -998,25 +757,21 @@ class Harmon(nn.Module):
             cache.crop(-G)                                              # forget the tokens, keep the prompt
             z = self.mar.decode(u.repeat(B, 1, 1) + self.proj_out(hidden), grid, visible.repeat(B, 1))
             z = take(z, now.repeat(B, 1)).flatten(0, 1)                                                    # [B*n*P, Dd]
-
             if draws is None:
-                first = rng.normal(P, c.latent_channels).flatten(0, 1)                                      # [n*P, C]
-                later = rng.normal(c.diffusion_steps, P, c.latent_channels).transpose(0, 1).flatten(1, 2)  # [., n*P, C]
+                noise = rng.normal(1 + c.diffusion_steps, P, c.latent_channels).transpose(0, 1).flatten(1, 2)
             else:
-                first, later = draws[f"iter{k}.init_noise"], draws[f"iter{k}.step_noise"][:, :n * P]
+                noise = torch.cat([draws[f"iter{k}.init_noise"][None, :n * P], draws[f"iter{k}.step_noise"][:, :n * P]])
             scale = 1 + (guidance_scale - 1) * (N - planned) / N if guidance_schedule == "linear" else guidance_scale
-            painted = self.paint(z, scale, temperature, first.to(self.device), later.to(self.device))
+            painted = self.paint(z, scale, temperature, noise.to(self.device))
             latents.scatter_(1, now[..., None].expand(-1, -1, c.latent_channels), painted.view(n, P, -1))
         return latents.unflatten(1, grid)
 
-    def paint(self, z, guidance_scale, temperature, first, later):
-        """The diffusion head's sampler. z [rows, Dd], or with guidance [2 rows, Dd]; first [rows, C] and later [steps,
-        rows, C]: noise
-        -> tokens [rows, C]. Guidance acts on the predicted noise; the variance is the conditional branch's."""
-        steps, (rows, C) = len(later), first.shape
-        tables = diffusion_schedule(steps, first.device)
-        x = first.float()
-        for j in reversed(range(steps)):
+    def paint(self, z, guidance_scale, temperature, noises):
+        """The diffusion head's sampler: z [rows, Dd], or with guidance [2 rows, Dd]; noises [1 + steps, rows, C] ->
+        tokens [rows, C]. Guidance acts on the predicted noise; the variance is the conditional branch's."""
+        (rows, C), x = noises.shape[1:], noises[0].float()
+        tables = diffusion_schedule(len(noises) - 1, x.device)
+        for j in reversed(range(len(noises) - 1)):
             out = self.mar.diffloss["net"](x.repeat(len(z) // rows, 1), tables["original"][j:j + 1], z).float()
             noise, v = out[:rows].chunk(2, dim=-1)
             if len(z) > rows:
@@ -1024,7 +779,7 @@ class Harmon(nn.Module):
             at = {name: table[j] for name, table in tables.items()}
             x, log_var = denoising_step(at, x, noise, v, self.config.clip_latents)
             if j > 0:
-                x = x + temperature * (0.5 * log_var).exp() * later[steps - 1 - j]
+                x = x + temperature * (0.5 * log_var).exp() * noises[-1 - j]
         return x
 
 
@@ -1033,30 +788,28 @@ class Harmon(nn.Module):
 # ======================================================================================================
 
 SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+WEIGHT_FILES = ["*.index.json", "*.pth", "*.safetensors", "*.bin"]
 
 
 def read_weights(folder, file):
-    """The state dict in a folder: of the named file, or of the only checkpoint there is (shards through their
-    index)."""
-    for pattern in [file] if file else ("*.index.json", "*.pth", "*.safetensors", "*.bin"):
+    """The state dict in a folder: of the named file, or of the only checkpoint (shards through their index)."""
+    for pattern in [file] if file else WEIGHT_FILES:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
-            names = ", ".join(path.name for path in found[:4])
-            raise InputError(f"{folder} holds several checkpoints ({names}): name one as {folder}:FILE")
+            raise InputError(f"{folder} holds several checkpoints ({found[0].name} ...): name one as {folder}:FILE")
         if found:
             return common.load_state(found[0])
     raise InputError(f"{folder} holds no {file or 'checkpoint (harmon_*.pth, *.safetensors or *.bin)'}")
 
 
 def read_config(folder, state):
-    """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes, but are
-    known for the released widths. The config.json of other repositories is not read: its keys are not known.)"""
+    """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes.)"""
     path = folder / "config.json"
     settings = common.read_json(path).get("reca_harmon") if path.is_file() else None
     if settings:
         try:
-            return HarmonConfig(**{**settings, "vae_mult": tuple(settings["vae_mult"])})
-        except (TypeError, KeyError) as error:
+            return HarmonConfig(**settings)
+        except TypeError as error:
             raise InputError(f"{path}: {error}") from error
     widths = [state[key].shape[1] if key in state else None for key in ("proj_in.2.weight", "mar.fake_latent")]
     for config in CONFIGS.values():
@@ -1066,8 +819,7 @@ def read_config(folder, state):
 
 
 def find_tokenizer(folder, config):
-    """The tokenizer in the folder, else that of the released sizes' language model. Other sizes do without: they take
-    ids only."""
+    """The tokenizer in the folder, else the released language model's. Other sizes do without: they take ids only."""
     if not (folder / "tokenizer_config.json").is_file():
         source = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}.get(config.llm_width)
         if source is None:
@@ -1080,8 +832,7 @@ def find_tokenizer(folder, config):
 
 
 def kl16_names(vae):
-    """{name in diffusers' AutoencoderKL: name in kl16.ckpt}. They differ in names only, and in that kl16.ckpt counts
-    the decoder's levels from the finest and diffusers from the coarsest."""
+    """{name in diffusers' AutoencoderKL: name in kl16.ckpt, which counts the decoder's levels from the finest}."""
     levels, names = len(vae.config.block_out_channels), {}
     for key in vae.state_dict():
         name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
@@ -1099,7 +850,6 @@ def kl16_names(vae):
 # ======================================================================================================
 # 7. main()
 # ======================================================================================================
-
 
 def pretrain_toy(model, fraction, seed):
     """What the released Harmon had at scale, in small: a VAE, then understanding from full captions and generation from
