@@ -397,7 +397,8 @@ class Showo(nn.Module):
         self.showo = PhiForCausalLM(PhiConfig(
             vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
             intermediate_size=c.intermediate, max_position_embeddings=c.max_positions,
-            layer_norm_eps=1e-5, hidden_act="gelu_new",
+            # Phi's "gelu_new" is this function, too, in a dozen unfused operations that each keep an array for the backward.
+            layer_norm_eps=1e-5, hidden_act="gelu_pytorch_tanh",
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta,
                              "partial_rotary_factor": c.partial_rotary},
             qk_layernorm=True, attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
