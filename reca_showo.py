@@ -397,7 +397,7 @@ class Showo(nn.Module):
         self.showo = PhiForCausalLM(PhiConfig(
             vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
             intermediate_size=c.intermediate, max_position_embeddings=c.max_positions,
-            # Phi's "gelu_new" is this function, too, in a dozen unfused operations that each keep an array for the backward.
+            # Phi's "gelu_new" is the same function in a dozen unfused operations, which keep their arrays for backward.
             layer_norm_eps=1e-5, hidden_act="gelu_pytorch_tanh",
             rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta,
                              "partial_rotary_factor": c.partial_rotary},
@@ -410,7 +410,7 @@ class Showo(nn.Module):
                 hidden_size=c.clip_hidden, intermediate_size=c.clip_intermediate, num_hidden_layers=c.clip_layers,
                 num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch,
                 hidden_act="quick_gelu"))
-        self.magvit = MagVit2(c).to(memory_format=torch.channels_last)       # a quarter faster than channels first
+        self.magvit = MagVit2(c)
         for part in self.frozen():
             part.requires_grad_(False)
         self.train_embeddings_in_recon = False       # see recon_loss
@@ -1154,7 +1154,7 @@ def pretrain_toy(model, fraction, seed):
             scale = target.square().mean()
             nearer = -5 * torch.cdist(said.flatten(0, 1), choice).square() / (scale * c.hidden)         # [B C, words]
             right = (words[picked].flatten()[:, None] == known).long().argmax(1)
-            weight = torch.where(right == 0, 0.2, 1.0)                                              # most rows are commas
+            weight = torch.where(right == 0, 0.2, 1.0)                                          # most rows are commas
             return F.mse_loss(said, target) / scale + (F.cross_entropy(nearer, right, reduction="none") * weight).mean()
 
         def seeing_loss(positions):
