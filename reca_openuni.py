@@ -188,7 +188,9 @@ class Recipe:
 
 @dataclass
 class TinyRecipe(Recipe):
-    """The toy world on a CPU."""
+    """The toy world on a CPU: about three minutes of pretraining and three of RecA on an idle core. One run, seed 0, on
+    held-out scenes: reconstruction 0.00 -> 0.32, colors 0.19 -> 0.77, position 0.11 -> 0.19, overall 0.40 -> 0.51 (two
+    objects at once 0.80 -> 0.50: at this size RecA costs some of what it does not train)."""
     steps: int = 800
     batch: int = 32
     accum: int = 1
