@@ -113,8 +113,8 @@ CONFIGS = {
         name="harmon_tiny", image_size=32, vocab_size=512, llm_width=96, llm_layers=2, llm_heads=4, llm_mlp=256,
         encoder_width=96, encoder_layers=2, encoder_heads=4, decoder_width=96, decoder_layers=2, decoder_heads=4,
         buffer_size=8, table_size=4, class_num=10, dropout=0.0, diffusion_width=96, diffusion_layers=2,
-        diffusion_steps=25, vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4, num_steps=16,
-        guidance_scale=1.5, clip_latents=4.0),
+        diffusion_steps=25, grad_scale=1.0, vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4,
+        num_steps=16, guidance_scale=1.5, clip_latents=4.0),
 }
 
 # What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
@@ -146,7 +146,7 @@ class Recipe:
 RECIPES = {
     "harmon-1.5b": Recipe(),
     "harmon-0.5b": Recipe(steps=1500, batch=96),            # "3K"
-    "tiny": Recipe(steps=1200, batch=32, accum=1, lr=1.5e-3, warmup=20, horizon=1400),
+    "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300),
 }
 
 
@@ -914,7 +914,7 @@ def pretrain_toy(model, fraction, seed):
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
     common.toy_stage("understanding", trained, understanding, steps(150), lr=1.5e-3)
-    common.toy_stage("generation", [*trained, *probe.parameters()], both, steps(500), lr=2e-3)
+    common.toy_stage("generation", [*trained, *probe.parameters()], both, steps(800), lr=2e-3)
     del model.mar.decode                                                    # the method of the class again
 
 
