@@ -1274,7 +1274,9 @@ def post_train(model, args, prepare, trainer, resume):
             rows["i2t"] = describe_first(model, rows["recon"], out / "i2t_self.jsonl", args.self_captions, args.question, args.batch_images, args.max_new_tokens)
     if not args.lambda_recon:
         rows.pop("recon", None)
-    settings = {"model": args.model, "image_size": size, "und_size": args.und_size, "blur": args.blur, "precision": args.precision}
+    frozen = [p.detach().flatten()[:4].float().tolist() for p in model.parameters() if not p.requires_grad]     # a fingerprint of what is cached
+    settings = {"model": args.model, "frozen": hashlib.sha256(repr(frozen).encode()).hexdigest()[:16], "image_size": size,
+                "und_size": args.und_size, "blur": args.blur, "precision": args.precision}
     texts = templates(args.templates)
     streams = {name: Stream(name, r, model.preprocess, args.seed, texts if name == "recon" else None,
                             Cache(args.cache, {**settings, "task": name}) if args.cache else None) for name, r in rows.items()}
