@@ -840,8 +840,8 @@ class Bagel(nn.Module):
             for i, sample in enumerate(samples):
                 if kind in sample:
                     by_size.setdefault(sample[kind].shape, []).append(i)
-            # As many at a time as make 512 x 512 pixels: a larger image fills a GPU alone, and the first layers of the VAE are
-            # wide (0.27 GB each at 1024 px, in bf16).
+            # As many at a time as make 512 x 512 pixels: a larger image fills a GPU alone, and the VAE's first layers
+            # are wide (0.27 GB each at 1024 px, in bf16).
             chunks = [places[k:k + step] for shape, places in by_size.items()
                       for step in [max(1, 2 ** 18 // (shape[1] * shape[2]))] for k in range(0, len(places), step)]
             for places in chunks:
