@@ -25,8 +25,11 @@ def toy_cache(tmp_path_factory):
     """One (very short) toy pretraining for all tests of this file, nothing in the user's own cache."""
     before = os.environ.get("XDG_CACHE_HOME")
     os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["OMP_NUM_THREADS"] = "1"            # bit for bit holds for one number of threads: sums are split by it
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     yield
+    torch.set_num_threads(threads)
     if before is None:
         os.environ.pop("XDG_CACHE_HOME")
     else:
