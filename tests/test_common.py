@@ -427,3 +427,13 @@ def test_cli_turns_an_input_error_into_one_line_and_exit_code_2(tmp_path):
     code = "import common\ndef main():\n    raise common.InputError('what is wrong')\ncommon.cli(main)"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 2 and result.stderr == "error: what is wrong\n" and not result.stdout
+
+
+def test_a_batch_that_does_not_fit_is_one_line_too(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(SystemExit) as end:
+        common.cli(main)
+    assert end.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: the batch does not fit") and "--batch" in error and error.count("\n") == 1
