@@ -137,7 +137,7 @@ class Recipe:
     weight_decay: float = 0.02
     warmup: int = 125
     horizon: int = 12500
-    clip: float = 2.0           # the original averages all four micro-batches and clips at 1; our sum of losses is twice that
+    clip: float = 2.0           # the original clips the mean of its four micro-batches at 1; our gradient is twice that
     lambda_recon: float = 1.0
     lambda_i2t: float = 1.0
     lambda_t2i: float = 0.0
