@@ -87,6 +87,14 @@ def atomic(path):
             temporary.unlink(missing_ok=True)
 
 
+def inside(folder, name):
+    """folder / name, for a name that comes from a file or an archive. InputError where it leads out of the folder."""
+    path = Path(folder) / name
+    if not path.resolve().is_relative_to(Path(folder).resolve()):
+        raise InputError(f"{name} leads out of {folder}: not written")
+    return path
+
+
 def read_json(path, lines=False):
     """A JSON file, or (lines=True) a list of the objects of a .jsonl file. InputError names the malformed line."""
     try:
@@ -273,6 +281,18 @@ def load_image(source):
     return image.convert("RGB")
 
 
+UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)       # what Pillow raises for damaged files
+
+
+def try_image(name, source):
+    """load_image for a folder of many: None, and a line that names the file, where it cannot be read. A PIL image is handed through."""
+    try:
+        return source if isinstance(source, Image.Image) else load_image(source)
+    except UNREADABLE as error:
+        tqdm.write(f"skipped: {name} ({str(error).split(' <')[0] or type(error).__name__})")
+        return None
+
+
 def to_tensor(image):
     """PIL RGB -> float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5 - 1
@@ -360,13 +380,16 @@ class Images:
     def __len__(self):
         return len(self.members) or len(self.files)
 
+    def name(self, i):
+        return self.members[i][1] if self.members else os.path.relpath(self.files[i], self.root)
+
     def __getitem__(self, i):
-        if self.members:
-            path, name, offset, size = self.members[i]
-            with open(path, "rb") as file:
-                file.seek(offset)
-                return name, file.read(size), None
-        return os.path.relpath(self.files[i], self.root), Path(self.files[i]).read_bytes(), None
+        if not self.members:
+            return self.name(i), Path(self.files[i]).read_bytes(), None
+        path, name, offset, size = self.members[i]
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return name, file.read(size), None
 
 
 class Conversations:
@@ -487,7 +510,7 @@ class Stream(torch.utils.data.Dataset):
                     # With a cache every epoch must see the same crop: no generator, the deterministic (central) one.
                     item["sample"] = self.preprocess(image, self.name, None if self.cache is not None else rng)
                 return item
-            except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+            except UNREADABLE as error:
                 skipped.append(f"{name} ({str(error).split(' <')[0][:80] or type(error).__name__})")    # no object addresses
         raise InputError(f"none of {len(skipped)} images could be read, the first was {skipped[0]}")
 
@@ -671,8 +694,8 @@ class Trainer:
         args, first = self.args, self.step
         main_process = world()[0] == 0
         self._trim_log()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: setattr(self, "stop", signal.Signals(number).name))
+        handlers = {number: signal.signal(number, lambda number, _: setattr(self, "stop", signal.Signals(number).name))
+                    for number in (signal.SIGINT, signal.SIGTERM)}
         loaders = {n: s.batches(self.seen, args.batch, args.workers) for n, s in self.streams.items() if self.weights[n] != 0}
         boundary = (self.step, self.seen)                                # where the weights moved last
         began, log = time.time(), open(self.out / "log.jsonl", "a") if main_process else None
@@ -693,22 +716,24 @@ class Trainer:
                 if self.show and self.step % args.sample_every == 0 and self.step < args.steps:
                     self.show(self.step)
                 if stop:
-                    # In the middle of an accumulation the weights are still those of the last move: go back to it, lose no step twice.
-                    self.step, self.seen = boundary
                     break
                 if updated and self.step % args.save_every < args.accum and self.step < args.steps:
                     self.save()
         finally:
             for loader in loaders.values():                         # its workers ignore signals, so they are told to end
                 getattr(loader, "_shutdown_workers", lambda: None)()
+            for number, handler in handlers.items():                # scoring and inference may be interrupted as usual
+                signal.signal(number, handler)
         bar.close()
+        # In the middle of an accumulation the weights are still those of their last move: a resumed run goes on from there.
+        finished, (self.step, self.seen) = self.step >= args.steps, boundary
         self.save()
         if main_process:
             log.close()
             draw_losses(self.out)
             if self.skipped:
                 print(f"{len(self.skipped)} unreadable images were skipped (named in {self.out / 'log.jsonl'})")
-        if self.step < args.steps:
+        if not finished:
             print(f"stopped by {self.stop or 'another rank'} at step {self.step}, saved; go on with --resume --out {self.out}")
             sys.exit(0)
 
@@ -779,13 +804,16 @@ def prompt_jobs(source, out, images):
     if source.is_dir():
         files = sorted(source.glob("*.txt"))
         jobs = [(f.read_text(encoding="utf-8").strip(), [out / f"{f.stem}.png"], "grid") for f in files]
-    elif source.suffix == ".jsonl":
-        rows = read_json(source, lines=True)
-        jobs = [(row.get("prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row)
-                for i, row in enumerate(rows)]
-    elif source.suffix == ".json":
-        jobs = [(row.get("Prompt", row.get("Question")), [out / row.get("Category", "") / f"{row['Question_id']}.png"]
-                 if "Question_id" in row else [out / f"{row.get('prompt_id')}.png"], None) for row in read_json(source)]
+    elif source.suffix in (".jsonl", ".json"):
+        rows = read_json(source, lines=source.suffix == ".jsonl")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise InputError(f"{source} is not a list of prompts (GenEval's .jsonl; WISE's or T2I-CompBench's .json)")
+        if source.suffix == ".jsonl":
+            jobs = [(row.get("prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row)
+                    for i, row in enumerate(rows)]
+        else:
+            names = [f"{row.get('Category', '')}/{row['Question_id']}" if "Question_id" in row else row.get("prompt_id") for row in rows]
+            jobs = [(row.get("Prompt", row.get("Question")), [inside(out, f"{name}.png".lstrip("/"))], None) for row, name in zip(rows, names)]
     else:
         lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
         jobs = [(line, [out / (f"{i:05d}.png" if images == 1 else f"{i:05d}_{k}.png") for k in range(images)], None)
@@ -833,15 +861,12 @@ def sampler_options(args):
 def reconstruct_files(model, args):
     """--reconstruct DIR: out/<name>.png for each image: what the model paints when it is given only its own understanding of it."""
     images, out = Images(args.reconstruct), Path(args.out)
-    todo = [(i, path) for i in range(len(images)) if not (path := out / Path(images[i][0]).with_suffix(".png")).exists()]
+    paths = [inside(out, Path(images.name(i)).with_suffix(".png")) for i in range(len(images))]
+    todo = [i for i, path in enumerate(paths) if not path.exists()]
     pairs = []
     for start in tqdm(range(0, len(todo), args.batch_images), desc="reconstruct", unit="batch", dynamic_ncols=True):
-        chunk = []
-        for index, path in todo[start:start + args.batch_images]:
-            try:
-                chunk.append((load_image(images[index][1]), path))
-            except (OSError, ValueError, SyntaxError) as error:
-                print(f"skipped: {images[index][0]} ({error})")
+        chunk = [(try_image(images.name(i), images[i][1]), paths[i]) for i in todo[start:start + args.batch_images]]
+        chunk = [(image, path) for image, path in chunk if image is not None]
         if chunk:
             for (source, path), image in zip(chunk, model.reconstruct([c[0] for c in chunk], seed=[args.seed] * len(chunk),
                                                                       **sampler_options(args))):
@@ -862,14 +887,14 @@ def describe_files(model, args):
     source, out = Path(args.describe), Path(args.out)
     if source.is_dir():
         images = Images(source)
-        rows = [(images[i][0], source / images[i][0], args.question) for i in range(len(images))]
+        rows = [(images.name(i), Path(images.name(i)).name, args.question, lambda i=i: images[i][1]) for i in range(len(images))]
     else:
         folder = Path(args.i2t_images or source.parent)
         table = read_json(source, lines=source.suffix == ".jsonl")
-        if any("image" not in row or not ("text" in row or "question" in row) for row in table):
+        if any(not isinstance(row, dict) or "image" not in row or not ("text" in row or "question" in row) for row in table):
             raise InputError(f"{source}: every row needs \"image\" and \"text\" (the question)")
-        rows = [(row.get("question_id", row.get("id", k)), folder / row["image"], row.get("text", row.get("question")))
-                for k, row in enumerate(table)]
+        rows = [(row.get("question_id", row.get("id", k)), Path(row["image"]).name, row.get("text", row.get("question")),
+                 lambda row=row: folder / row["image"]) for k, row in enumerate(table)]
     path = out / "answers.jsonl"
     out.mkdir(parents=True, exist_ok=True)
     lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
@@ -883,16 +908,12 @@ def describe_files(model, args):
         while start < len(rows):
             chunk = [row for row in rows[start:start + args.batch_images] if row[2] == rows[start][2]]
             start += len(chunk)
-            readable = []
-            for row in chunk:
-                try:
-                    readable.append((*row, load_image(row[1])))
-                except (OSError, ValueError, SyntaxError) as error:
-                    print(f"skipped: {row[1]} ({error})")
+            readable = [(name, image, picture) for name, image, _, read in chunk if (picture := try_image(image, read())) is not None]
             if readable:
-                answers = model.describe([r[3] for r in readable], question=chunk[0][2], max_new_tokens=args.max_new_tokens)
-                for (name, image, question, _), answer in zip(readable, answers):
-                    file.write(json.dumps({"question_id": name, "image": image.name, "question": question, "answer": answer}) + "\n")
+                question = chunk[0][2]
+                answers = model.describe([r[2] for r in readable], question=question, max_new_tokens=args.max_new_tokens)
+                for (name, image, _), answer in zip(readable, answers):
+                    file.write(json.dumps({"question_id": name, "image": image, "question": question, "answer": answer}) + "\n")
                     answered += 1
                 file.flush()
             bar.update(len(chunk))
@@ -905,24 +926,19 @@ def describe_first(model, images, path, count, question, batch, max_new_tokens):
     This is our addition, not the paper's (which uses LLaVA-1.5's 665K conversations): it holds the model to what it said before
     RecA, as a distillation from itself, so understanding cannot drift away while generation learns. Kept in --out.
     """
-    rows = read_json(path, lines=True) if path.exists() else []
-    order = np.random.default_rng(stable_seed("describe", len(images))).permutation(len(images))[:count]
-    if len(rows) < len(order) and world()[0] == 0:
+    if not path.exists() and world()[0] == 0:                       # a resumed run must not ask the model that RecA has changed
+        order = np.random.default_rng(stable_seed("describe", len(images))).permutation(len(images))[:count].tolist()
         bar = tqdm(total=len(order), desc="the model describes its images (targets of L_i2t)", unit="image", dynamic_ncols=True)
-        rows, k = [], 0
-        while k < len(order):
-            chunk = []
-            for index in order[k:k + batch]:
-                try:
-                    image = images[int(index)][1]
-                    chunk.append((int(index), load_image(image) if isinstance(image, bytes) else image))
-                except (OSError, ValueError, SyntaxError):
-                    pass                                                            # named by the stream when it meets it
-            k += batch
+        rows = []
+        for start in range(0, len(order), batch):
+            chunk = [(i, try_image(*images[i][:2])) for i in order[start:start + batch]]
+            chunk = [(i, image) for i, image in chunk if image is not None]
             answers = model.describe([c[1] for c in chunk], question=question, max_new_tokens=max_new_tokens) if chunk else []
             rows += [{"index": i, "question": question, "answer": a} for (i, _), a in zip(chunk, answers) if a.strip()]
-            bar.update(len(order[k - batch:k]))
+            bar.update(len(order[start:start + batch]))
         bar.close()
+        if not rows:
+            raise InputError("the model describes none of the images: give --i2t-data, or --lambda-i2t 0")
         with atomic(path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
     if dist.is_initialized():
@@ -1172,22 +1188,24 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         args.workers = 0 if args.data == "shapes" else min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1)) - 1))
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
+    if 0 < args.steps < args.accum and not args.bench:
+        raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
     if args.steps and not args.data and not args.bench:
         raise InputError("--data is missing: give a folder of images (or --model tiny, which draws its own; or --steps 0 for inference only)")
     return args
 
 
-def build_rows(args, size):
-    """The rows of each loss whose λ is not 0; those of L_i2t without data come later (they need the model). Raises InputError early."""
+def build_rows(args):
+    """The rows of each loss whose λ is not 0; those of L_i2t without data come later (they need the model). InputError for bad files."""
     toy = args.data == "shapes"
     rows = {}
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
-        rows["recon"] = Shapes(size, seed=args.seed) if toy else Images(args.data)
+        rows["recon"] = Shapes(seed=args.seed) if toy else Images(args.data)
     if args.lambda_i2t and args.i2t_data:
-        rows["i2t"] = Shapes(size, seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes" else Conversations(args.i2t_data, args.i2t_images)
+        rows["i2t"] = Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes" else Conversations(args.i2t_data, args.i2t_images)
     if args.lambda_t2i:
         p = {"full": 1.0, "sparse": 0.1}.get(args.captions) if toy else None
-        rows["t2i"] = Captions(args.captions) if p is None else Shapes(size, seed=args.seed, captions=p)
+        rows["t2i"] = Captions(args.captions) if p is None else Shapes(seed=args.seed, captions=p)
     return rows
 
 
@@ -1233,7 +1251,14 @@ def run(model_class, args, pretrain_toy, prepare=None, trainer=Trainer):
         raise InputError(f"nothing to resume: no checkpoint in {out}")
     if args.steps and not args.resume and checkpoints and not toy:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
-    build_rows(args, 64) if args.steps else None                                  # bad --data fails before anything is downloaded
+    # Bad files fail before anything is downloaded, and not after days of training.
+    rows = build_rows(args) if args.steps else {}
+    if args.generate:
+        prompt_jobs(args.generate, out, args.images)
+    if args.reconstruct:
+        Images(args.reconstruct)
+    if args.describe and not Path(args.describe).exists():
+        raise InputError(f"no such folder or question file: {args.describe}")
     source = str(checkpoints[-1].parent) if args.resume else str(toy_folder(model_class, args, pretrain_toy)) if toy else args.model
     training = args.steps > 0
     model = model_class.from_pretrained(source, device=device, dtype=torch.float32 if training or args.precision == "fp32" else torch.bfloat16)
@@ -1247,7 +1272,7 @@ def run(model_class, args, pretrain_toy, prepare=None, trainer=Trainer):
             versions = {m.__name__: m.__version__ for m in (torch, transformers, diffusers, np)}
             path.write_text(json.dumps({"arguments": vars(args), "versions": versions, "python": sys.version.split()[0], "device": str(device)}, indent=1))
     if training:
-        post_train(model, args, prepare, trainer, resume=checkpoints[-1].parent if args.resume else None)
+        post_train(model, args, rows, prepare, trainer, resume=checkpoints[-1].parent if args.resume else None)
     if not main_process:
         return
     model.eval()
@@ -1257,14 +1282,19 @@ def run(model_class, args, pretrain_toy, prepare=None, trainer=Trainer):
                 files(model, args)
 
 
-def post_train(model, args, prepare, trainer, resume):
+def post_train(model, args, rows, prepare, trainer, resume):
     """RecA: streams, previews, the trainer, and for the toy world the scores before and after."""
     out, toy, main_process, fresh = Path(args.out), args.data == "shapes", world()[0] == 0, resume is None
     size = model.config.image_size
     if fresh and main_process:
-        for old in (*out.glob("checkpoint-*"), out / "log.jsonl", out / "previews", out / "scores.json"):
+        for old in (*out.glob("checkpoint-*"), out / "log.jsonl", out / "previews", out / "scores.json", out / "i2t_self.jsonl"):
             shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    rows = build_rows(args, size)
+    if main_process:
+        for path in out.glob(".tmp-*"):                                               # what a kill left half-written
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for r in rows.values():
+        if toy and isinstance(r, Shapes):
+            r.size = size
     if args.lambda_i2t and not args.i2t_data:
         if main_process:
             print(f"L_i2t has no data (--i2t-data): the model describes {min(args.self_captions, len(rows['recon']))} of its training images first, and is held to "
@@ -1282,10 +1312,10 @@ def post_train(model, args, prepare, trainer, resume):
                             Cache(args.cache, {**settings, "task": name}) if args.cache else None) for name, r in rows.items()}
     samples = preview_images(rows.get("recon") or next(iter(rows.values())), size, toy)
     options = {"seed": list(range(len(samples))), **sampler_options(args)}
-    folder = out / "previews"
+    folder, scores = out / "previews", out / "scores.json"
 
-    def picture(name):
-        """The preview images, reconstructed now -> previews/<name>_<k>.png; returns them."""
+    def picture():
+        """The preview images, reconstructed by the model as it is now."""
         model.eval()
         with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
             images = model.reconstruct(samples, **options)
@@ -1296,7 +1326,7 @@ def post_train(model, args, prepare, trainer, resume):
         if main_process:
             before = [load_image(str(folder / f"before_{k}.png")) for k in range(len(samples))]
             with atomic(folder / f"step_{step:06d}.png") as path:
-                grid(list(zip(samples, before, picture("now"))), ("input", "before RecA", f"step {step}"), cell=max(128, min(256, size))).save(path)
+                grid(list(zip(samples, before, picture())), ("input", "before RecA", f"step {step}"), cell=max(128, min(256, size))).save(path)
 
     def score():
         model.eval()
@@ -1304,9 +1334,8 @@ def post_train(model, args, prepare, trainer, resume):
         model.train()
         return scores
 
-    scores = out / "scores.json"
     if main_process and fresh:
-        for k, image in enumerate(picture("before")):
+        for k, image in enumerate(picture()):
             with atomic(folder / f"before_{k}.png") as path:
                 image.save(path)
         if toy:
@@ -1341,10 +1370,9 @@ def preview_images(rows, size, toy, count=6):
         return [draw_scene(random_scene(rng), size) for _ in range(count)]
     images = []
     for index in range(min(len(rows), 100)):
-        try:
-            images.append(load_image(rows[index][1]))
-        except (OSError, ValueError, SyntaxError, TypeError):
-            continue
+        name, image, _ = rows[index]
+        image = image and try_image(name, image)                                    # None: a conversation without an image
+        images += [image] if image else []
         if len(images) == count:
             break
     if not images:

@@ -1377,12 +1377,8 @@ def edit_files(model, args):
     todo, written = [job for job in jobs if not job[2].exists() or job[3] and not job[3].exists()], 0
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
     for start in tqdm(range(0, len(todo), args.batch_images), desc="edit", unit="batch", dynamic_ncols=True):
-        chunk = []
-        for job in todo[start:start + args.batch_images]:
-            try:
-                chunk.append((common.load_image(job[0]), *job))
-            except (OSError, ValueError, SyntaxError) as error:
-                print(f"skipped: {job[0]} ({error})")
+        chunk = [(common.try_image(job[0], job[0]), *job) for job in todo[start:start + args.batch_images]]
+        chunk = [c for c in chunk if c[0] is not None]
         if not chunk:
             continue
         images = model.edit([c[0] for c in chunk], [c[2] for c in chunk], seed=[args.seed] * len(chunk), **options)

@@ -53,7 +53,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
-from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotate_half
 
 import common
 from common import InputError, Rng, global_mean
@@ -407,13 +407,24 @@ class Harmon(nn.Module):
     def hidden_states(self, embeddings, rows):
         """The language model's last hidden states where they are read: embeddings [B, T, D], rows [B, R] -> [B, R, D].
         Attention is causal and padding stands at the end (section 4), where nothing sees it: no mask is needed. The
-        last MLP, nine tenths of its layer, runs only where it is read: at some 200 of 1320 places in L_recon."""
+        last layer needs keys and values of all places, but queries and its MLP only of those that are read: some 200 of
+        1320 in L_recon."""
         llm, last, x = self.llm.model, self.llm.model.layers[-1], embeddings
         rope = llm.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
         for layer in llm.layers[:-1]:
             x = layer(x, attention_mask=None, position_embeddings=rope)
-        x = x + last.self_attn(last.input_layernorm(x), attention_mask=None, position_embeddings=rope)[0]
-        x = take(x, rows)
+        attention, normed, (cos, sin) = last.self_attn, last.input_layernorm(x), rope                   # [1, T, D/heads]
+
+        def heads(y):                                                                       # -> [B, heads, ., D/heads]
+            return y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
+
+        q = heads(attention.q_proj(take(normed, rows)))
+        k, v = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+        q = q * cos[0][rows][:, None] + rotate_half(q) * sin[0][rows][:, None]
+        k = k * cos + rotate_half(k) * sin
+        earlier = torch.arange(x.shape[1], device=x.device) <= rows[..., None]                              # [B, R, T]
+        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=earlier[:, None], enable_gqa=True)
+        x = take(x, rows) + attention.o_proj(seen.transpose(1, 2).flatten(2))
         return llm.norm(x + last.mlp(last.post_attention_layernorm(x)))
 
     # ==================================================================================================

@@ -375,6 +375,12 @@ def test_prompt_files_of_the_benchmarks(tmp_path):
     assert common.prompt_jobs(tmp_path / "wise.json", "o", 1)[0][1] == [Path("o/7.png")]
     (tmp_path / "comp.json").write_text('[{"Question": "x", "Category": "color", "Question_id": 3}]')
     assert common.prompt_jobs(tmp_path / "comp.json", "o", 1)[0][1] == [Path("o/color/3.png")]
+    (tmp_path / "evil.json").write_text('[{"Question": "x", "Category": "../..", "Question_id": 3}]')
+    with pytest.raises(common.InputError, match="leads out of"):
+        common.prompt_jobs(tmp_path / "evil.json", tmp_path / "o", 1)
+    (tmp_path / "odd.json").write_text('{"Question": "x"}')
+    with pytest.raises(common.InputError, match="not a list of prompts"):
+        common.prompt_jobs(tmp_path / "odd.json", "o", 1)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "ok"}\n{"tag": "x"}\n')
     with pytest.raises(common.InputError, match="row 2"):
         common.prompt_jobs(tmp_path / "bad.jsonl", "o", 1)
