@@ -773,7 +773,7 @@ def draw_losses(out):
 def grid(rows, titles=(), cell=192):
     """Rows of PIL images (equal lengths) -> one picture, a title above each column."""
     columns, header = max(map(len, rows)), 18 if titles else 0
-    sheet = Image.new("RGB", (columns * (cell + 4), header + len(rows) * (cell + 4)), "white")
+    sheet = Image.new("RGB", (columns * (cell + 4), header + len(rows) * (cell + 4)), "lightgray")
     draw = ImageDraw.Draw(sheet)
     for c, title in enumerate(titles):
         draw.text((c * (cell + 4) + 4, 3), title, fill="black")

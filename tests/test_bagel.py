@@ -779,32 +779,17 @@ def agree(a, b, tolerance):
             assert x[key] == pytest.approx(y[key], rel=tolerance), (key, x, y)
 
 
+def training(workplace):
+    """The command line of a short run in the workplace."""
+    flags = ["--accum", 1, "--warmup", 2, "--lr", 1e-3, "--und-size", 32, "--workers", 0, "--sampling-steps", 3]
+    return ["--model", workplace / "model", "--data", workplace / "images", *flags]
+
+
 def test_bagel_two_ranks_equal_one_and_resume_on_one(workplace, monkeypatch):
     """FSDP2 over two gloo processes: the losses, gradient norms and weights of one process with the same global batch;
     its sharded checkpoint goes on in one process as if nothing had happened, and its ema.safetensors is the whole
     model."""
-    base = [
-        "--model",
-        workplace / "model",
-        "--data",
-        workplace / "images",
-        "--accum",
-        1,
-        "--warmup",
-        2,
-        "--lr",
-        1e-3,
-        "--und-size",
-        32,
-        "--workers",
-        0,
-        "--save-every",
-        2,
-        "--sample-every",
-        2,
-        "--sampling-steps",
-        3,
-    ]
+    base = [*training(workplace), "--save-every", 2, "--sample-every", 2]
     run_main(monkeypatch, *base, "--batch", 4, "--steps", 4, "--out", workplace / "one")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [
@@ -838,32 +823,8 @@ def test_bagel_two_ranks_equal_one_and_resume_on_one(workplace, monkeypatch):
 
 def test_bagel_resume_is_exact_with_stochastic_rounding(workplace, monkeypatch):
     """An interrupted run ends in the same bytes as an uninterrupted one, random rounding, cache and all."""
-    base = [
-        "--model",
-        workplace / "model",
-        "--data",
-        workplace / "images",
-        "--accum",
-        1,
-        "--warmup",
-        2,
-        "--lr",
-        1e-3,
-        "--und-size",
-        32,
-        "--workers",
-        0,
-        "--batch",
-        2,
-        "--sampling-steps",
-        3,
-        "--optimizer",
-        "bf16",
-        "--precision",
-        "bf16",
-        "--cache",
-        workplace / "cache",
-    ]
+    base = [*training(workplace), "--batch", 2, "--optimizer", "bf16", "--precision", "bf16"]
+    base += ["--cache", workplace / "cache"]
     run_main(monkeypatch, *base, "--steps", 4, "--out", workplace / "whole")
     run_main(monkeypatch, *base, "--steps", 2, "--out", workplace / "parts")
     run_main(monkeypatch, *base, "--steps", 4, "--out", workplace / "parts", "--resume")
