@@ -281,7 +281,7 @@ def load_image(source):
     return image.convert("RGB")
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)       # what Pillow raises for damaged files
+UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)    # what Pillow raises for damaged files
 
 
 def try_image(name, source):

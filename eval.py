@@ -50,13 +50,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import common
-from common import IMAGE_SUFFIXES, InputError, load_image
+from common import IMAGE_SUFFIXES, UNREADABLE, InputError, load_image
 
 # ======================================================================================================
 # 1. Files
 # ======================================================================================================
-
-BROKEN = (OSError, ValueError, SyntaxError, IndexError, EOFError)      # what PIL raises for a damaged picture
 
 def require(condition, message):
     if not condition:
@@ -449,7 +447,7 @@ def check_pictures(items, problems):
         try:
             load_image(data := path.read_bytes())
             return hashlib.sha1(data).hexdigest()
-        except BROKEN as error:
+        except UNREADABLE as error:
             problems.add("missing image" if isinstance(error, FileNotFoundError) else "unreadable image", path)
     good = []
     for item in tqdm(items, desc="check", unit="item", dynamic_ncols=True, disable=len(items) < 50):
@@ -790,7 +788,7 @@ def dpg(out, args, problems):
         require(part or side or args.samples == 1 or name not in questions,
                 f"{path.name}: a grid of four samples? Give --grid SIDE; or --samples 1 if it is one sample")
         size = None
-        with contextlib.suppress(*BROKEN):                     # unreadable ones are named later
+        with contextlib.suppress(*UNREADABLE):                     # unreadable ones are named later
             size = Image.open(path).size
         if name not in questions:
             problems.add("image of no known prompt", path.name) if not args.limit else None
@@ -1046,7 +1044,7 @@ def gedit(out, args, problems):
         require(row["task_type"] in GEDIT_GROUPS, f"{args.prompts}: unknown task_type {row['task_type']!r}")
         folder = (out / "gen_image" if (out / "gen_image").is_dir() else out) / "fullset" / row["task_type"] / "en"
         source, result, size = find_image(folder, f"{row['key']}_SRCIMG"), find_image(folder, row["key"]), None
-        with contextlib.suppress(*BROKEN):
+        with contextlib.suppress(*UNREADABLE):
             size = ImageOps.exif_transpose(Image.open(source)).size
         shared = dict(parse=strict_gedit, temperature=None, max_tokens=1400 if args.judge_url else 512,
                       image_first=not args.judge_url, prompt=row["instruction"], mark=lambda v: v / 10)
@@ -1513,7 +1511,7 @@ def contact_sheet(args):
         x, y, side = k % columns * cell + 6, k // columns * high + 6, args.cell
         try:
             sheet.paste(ImageOps.pad(load_image(path), (side, side), color="white"), (x, y))
-        except BROKEN:
+        except UNREADABLE:
             mark = 0.0
             draw.text((x + 8, y + side // 2), "missing or unreadable", "#aa0000", font)
         color = "#999999" if mark is None else "#c62828" if mark < 0.5 else "#2e7d32"
