@@ -155,6 +155,43 @@ def load_state(path):
     return {key: value for key, value in state.items() if torch.is_tensor(value)}
 
 
+def find_weights(folder, *names):
+    """The state dict of the first of `names` that is in the folder, as one file or as shards with an index. InputError if none."""
+    for name in names:
+        for path in (Path(folder) / name, Path(folder) / f"{name}.index.json"):
+            if path.exists():
+                return load_state(path)
+    raise InputError(f"{folder} holds no {' and no '.join(names)}")
+
+
+def load_tokenizer(folder):
+    """The tokenizer in a folder. Where it was read from is forgotten, so that saving it again gives equal files."""
+    from transformers import AutoTokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise InputError(f"no tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+    for origin in ("is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(origin, None)
+    return tokenizer
+
+
+def original_autoencoder_names(vae):
+    """{name in diffusers' AutoencoderKL: name in the file that it was released in} (KL-16 of Harmon, FLUX's of BAGEL). Only names
+    differ; the released files number the decoder's levels from the finest, diffusers in the order in which they run."""
+    names, last = {}, len(vae.config.block_out_channels) - 1
+    words = {"mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "resnets": "block", "attentions": "attn", "downsamplers.0": "downsample",
+             "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm",
+             "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    for key in vae.state_dict():
+        name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up.{last - int(level[1])}", key)
+        name = re.sub(r"mid_block\.resnets\.(\d)", lambda block: f"mid.block_{int(block[1]) + 1}", name)
+        for ours, theirs in words.items():
+            name = name.replace(ours, theirs)
+        names[key] = name
+    return names
+
+
 def load_strictly(module, state, name):
     """load_state_dict that names what does not fit. Raises InputError with the missing, unexpected or wrongly shaped keys."""
     own = module.state_dict()
