@@ -1,17 +1,15 @@
-"""What the four RecA scripts share: templates, images, data, the λ-weighted objective, the post-training loop, the command line.
-
-Nothing in here knows an architecture. A script hands over a model with the losses `recon_loss`, `i2t_loss`, `t2i_loss`
-and this file does the rest; who wants to learn *what is trained* reads a script, who wants to learn *how a step is
-taken* reads section 5 here.
+"""What the four RecA scripts share. A script hands over a model with the losses `recon_loss`, `i2t_loss`, `t2i_loss`,
+and this file, which knows no architecture, does the rest: *what is trained* stands there, *how a step is taken* in
+section 5.
 
   1. errors and files     one line for the user, nothing half-written
-  2. random numbers       every draw is a function of (seed, image), so that any run can be replayed, resumed and spread
+  2. random numbers       every draw is a function of (seed, image), so that a run can be replayed, resumed and spread
   3. templates and images the 360 instructions; loading, cropping, resizing
-  4. data                 endless, shuffled, resumable streams over folders, tar shards, conversations and captions; the cache
+  4. data                 rows of images and texts; endless, shuffled, resumable streams over them; the cache
   5. training             equation (3), and the loop around it
-  6. inference            prompt files in, the benchmarks' folder layouts out
+  6. inference on files   prompt files in, the benchmarks' folder layouts out
   7. the toy world        coloured shapes: drawn, described and read back exactly
-  8. the command line     the same flags for every script
+  8. the command line     the same flags for every script; a run from end to end; --bench
 
 Legend of the shape comments: B images in a batch, H W pixels.
 """
@@ -21,6 +19,7 @@ import datetime
 import functools
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -49,42 +48,61 @@ class InputError(Exception):
 
 
 def cli(main):
-    """Run `main()`; an InputError becomes one line on stderr and exit code 2 (no traceback)."""
+    """Run `main()`; an InputError, or a batch that does not fit, becomes one line on stderr and exit code 2."""
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, torch.OutOfMemoryError) as error:
+        full = "the batch does not fit into the GPU's memory: lower --batch (and raise --accum), or add --checkpointing"
+        print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
-    except torch.OutOfMemoryError:
-        print("error: the batch does not fit into the GPU's memory: lower --batch (and raise --accum by as much), "
-              "or add --checkpointing", file=sys.stderr)
-        sys.exit(2)
+
+
+def brief(error):
+    """The first line of an exception, without the addresses of objects (<... at 0x7f...>)."""
+    return (str(error).split(" <")[0].splitlines() or [type(error).__name__])[0][:120]
+
+
+def remove(path):
+    """Delete a file, or a folder with all that is in it; nothing happens where there is none."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def atomic(path):
-    """Write to a temporary neighbour, then rename: `path` is either absent, old, or complete, also after a kill.
+    """with atomic("a/b.png") as temporary: image.save(temporary)
 
-    with atomic("a/b.png") as temporary: image.save(temporary)
-    Works for files and for folders (make the folder `temporary` yourself). The suffix is kept.
+    Write to a temporary neighbour, then rename: `path` is either absent, old, or complete, also after a kill. Works for
+    files and for folders (make the folder `temporary` yourself); the suffix is kept.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except Exception as error:                      # a full disk, a read-only folder: torch and safetensors have errors of their own
-        if isinstance(error, OSError) or "inline_container" in str(error) or type(error).__name__ == "SafetensorError":
-            raise InputError(f"cannot write {path}: {getattr(error, 'strerror', None) or str(error).splitlines()[0]}") from error
+    except Exception as error:         # a full disk, a read-only folder; torch and safetensors have errors of their own
+        own = "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
+        if own or isinstance(error, OSError):
+            raise InputError(f"cannot write {path}: {brief(error)}") from error
         raise
     finally:
-        if temporary.is_dir():
-            shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
+
+
+def write(path, content):
+    """A PIL image, the rows of a .jsonl, or what a .json shall hold -> the file, atomically."""
+    with atomic(path) as temporary:
+        if isinstance(content, Image.Image):
+            content.save(temporary)
+        elif temporary.suffix == ".jsonl":
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
         else:
-            temporary.unlink(missing_ok=True)
+            temporary.write_text(json.dumps(content, indent=1, default=str))
 
 
 def inside(folder, name):
@@ -96,32 +114,32 @@ def inside(folder, name):
 
 
 def read_json(path, lines=False):
-    """A JSON file, or (lines=True) a list of the objects of a .jsonl file. InputError names the malformed line."""
+    """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the malformed line."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
-    if not lines:
+    rows, parts = [], text.split("\n") if lines else [text]  # not splitlines: it also cuts at U+2028, which JSON allows
+    for number, part in enumerate(parts):
         try:
-            return json.loads(text)
+            rows += [json.loads(part)] if part.strip() or not lines else []
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {error.lineno} is not JSON ({error.msg})") from error
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):              # not splitlines: it also cuts at U+2028, which JSON allows
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}: line {number} is not JSON ({error.msg})") from error
+            raise InputError(f"{path}: line {number + error.lineno} is not JSON ({error.msg})") from error
+    return rows if lines else rows[0]
+
+
+def mend_lines(path, keep=lambda row: True):
+    """The rows of a .jsonl that runs append to, [] if there is none; what a kill cut off or `keep` refuses is
+    removed."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    rows = [row for row in map(json.loads, lines) if keep(row)]
+    write(path, rows)
     return rows
 
 
 def hub_folder(source, patterns):
-    """A local folder that holds `source`: the folder itself, or a download of the matching files from the Hugging Face hub.
-
-    source: a path, or a hub id "owner/name". patterns: glob patterns of the files that are needed. Weights are the only
-    thing that is fetched; code in a repository is never executed. InputError where neither is to be had.
-    """
+    """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
+    the glob patterns. Weights are fetched, code is never executed. InputError where neither is to be had."""
     if Path(source).expanduser().is_dir():
         return Path(source).expanduser()
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -130,38 +148,47 @@ def hub_folder(source, patterns):
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except Exception as error:        # the hub raises dozens of types: offline, not found, gated, time-out, proxy ...
-        raise InputError(f"cannot get {source} from the Hugging Face hub ({type(error).__name__}): check the name and the "
-                         "network, or give --model DIR with the files, or try --model tiny") from error
+        raise InputError(f"cannot get {source} from the Hugging Face hub ({type(error).__name__}): check the name "
+                         "and the network, or give --model DIR with the files, or try --model tiny") from error
 
 
 def load_state(path):
-    """A checkpoint file as a flat dict of CPU tensors. `.safetensors`, an index `.json` of shards, or a torch file (`.pth`,
-    `.bin`, `.ckpt`), which is read with weights_only=True: a downloaded file cannot run code. Common wrappers
-    ({"state_dict": ...}, {"model": ...}) are opened."""
-    path = Path(path)
+    """A checkpoint file -> a flat dict of CPU tensors: .safetensors, an .index.json of shards, or a torch file, which
+    is read with weights_only=True (a downloaded file cannot run code); wrappers like {"state_dict": ...} are opened."""
     from safetensors.torch import load_file
+    path = Path(path)
     try:
         if path.name.endswith(".index.json"):
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-            return {key: value for shard in shards for key, value in load_state(path.with_name(Path(shard).name)).items()}
+            shards = sorted({Path(shard).name for shard in json.loads(path.read_text())["weight_map"].values()})
+            return {key: value for shard in shards for key, value in load_state(path.with_name(shard)).items()}
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:       # truncated, not a checkpoint, or a pickle with code in it: one line for all of them
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {str(error).splitlines()[0][:120]})") from error
+    except Exception as error:      # truncated, not a checkpoint, or a pickle with code in it: one line for all of them
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
     for wrapper in ("state_dict", "model", "module"):
-        if isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
+        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     return {key: value for key, value in state.items() if torch.is_tensor(value)}
 
 
 def find_weights(folder, *names):
-    """The state dict of the first of `names` that is in the folder, as one file or as shards with an index. InputError if none."""
+    """The state dict of the first of `names` in the folder: one file, or shards with an index. InputError if none."""
     for name in names:
         for path in (Path(folder) / name, Path(folder) / f"{name}.index.json"):
             if path.exists():
                 return load_state(path)
     raise InputError(f"{folder} holds no {' and no '.join(names)}")
+
+
+def load_strictly(module, state, name):
+    """load_state_dict whose InputError names the missing, unexpected or wrongly shaped keys."""
+    own = module.state_dict()
+    wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    for what, keys in (("lacks", own.keys() - state.keys()), ("has unexpected", state.keys() - own.keys()),
+                       ("has other shapes for", wrong)):
+        if keys:
+            raise InputError(f"{name} {what} {len(keys)} keys: {', '.join(sorted(keys)[:4])}{' ...' * (len(keys) > 4)}")
+    module.load_state_dict(state)
 
 
 def load_tokenizer(folder):
@@ -170,19 +197,19 @@ def load_tokenizer(folder):
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
-        raise InputError(f"no tokenizer in {folder}: {str(error).splitlines()[0]}") from error
+        raise InputError(f"no tokenizer in {folder}: {brief(error)}") from error
     for origin in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(origin, None)
     return tokenizer
 
 
 def original_autoencoder_names(vae):
-    """{name in diffusers' AutoencoderKL: name in the file that it was released in} (KL-16 of Harmon, FLUX's of BAGEL). Only names
+    """{name in diffusers' AutoencoderKL: name in the released file} (KL-16 of Harmon, FLUX's of BAGEL). Only names
     differ; the released files number the decoder's levels from the finest, diffusers in the order in which they run."""
     names, last = {}, len(vae.config.block_out_channels) - 1
-    words = {"mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "resnets": "block", "attentions": "attn", "downsamplers.0": "downsample",
-             "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut", "conv_norm_out": "norm_out", "group_norm": "norm",
-             "to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out"}
+    words = {"mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "resnets": "block", "attentions": "attn",
+             "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut", "to_q": "q",
+             "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "conv_norm_out": "norm_out", "group_norm": "norm"}
     for key in vae.state_dict():
         name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up.{last - int(level[1])}", key)
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda block: f"mid.block_{int(block[1]) + 1}", name)
@@ -192,24 +219,13 @@ def original_autoencoder_names(vae):
     return names
 
 
-def load_strictly(module, state, name):
-    """load_state_dict that names what does not fit. Raises InputError with the missing, unexpected or wrongly shaped keys."""
-    own = module.state_dict()
-    missing, unexpected = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = sorted(k for k in own.keys() & state.keys() if own[k].shape != state[k].shape)
-    for what, keys in (("lacks", missing), ("has unexpected", unexpected), ("has other shapes for", wrong)):
-        if keys:
-            raise InputError(f"{name} {what} {len(keys)} keys: {', '.join(keys[:4])}{' ...' if len(keys) > 4 else ''}")
-    module.load_state_dict(state)
-
-
 # ======================================================================================================
 # 2. Random numbers
 # ======================================================================================================
-# Every draw of a step (mask, order, timestep, noise, template, crop) is a function of the seed and of the image's position
-# in the endless stream, drawn on the CPU. Hence a run can be resumed without storing any generator, two processes with
-# half the batch each draw what one process draws, and a GPU draws what a CPU draws. The one exception is dropout, whose
-# generator is reseeded at every step from (seed, step, rank).
+# Every draw of a step (mask, order, timestep, noise, template, crop) is a function of the seed and of the image's
+# position in the endless stream, drawn on the CPU. Hence a run is resumed without storing any generator, two processes
+# with half the batch each draw what one process draws, and a GPU draws what a CPU draws. The one exception is dropout,
+# whose generator is seeded at every step from (seed, step, rank).
 
 
 def stable_seed(*keys):
@@ -218,10 +234,11 @@ def stable_seed(*keys):
 
 
 class Rng:
-    """The random numbers of one batch. `Rng(seed, "recon", step, positions=[...])`
+    """The random numbers of one batch: `Rng(seed, "recon", step, positions=[...])`. All results are CPU tensors [B,
+    *shape].
 
-    `batch` is one torch.Generator for what is drawn once per batch, the same on all ranks; the methods draw row i of their
-    result from image i's own generator. All results are CPU tensors [B, *shape].
+    `batch` is one torch.Generator for what is drawn once per batch, the same on all ranks; the methods draw row i of
+    their result from image i's own generator.
     """
 
     def __init__(self, seed, *keys, positions):
@@ -235,7 +252,8 @@ class Rng:
 
     @classmethod
     def sampling(cls, seed, batch_size):
-        """For samplers. seed: one int (image i has seed + i), or one per image. An image's numbers depend on its own seed alone."""
+        """For samplers. seed: one per image, or an int (image i has seed + i). Numbers depend on the image's seed
+        alone."""
         seeds = list(range(seed, seed + batch_size)) if isinstance(seed, int) else list(seed)
         if len(seeds) != batch_size:
             raise InputError(f"{len(seeds)} seeds for {batch_size} images")
@@ -260,11 +278,8 @@ def world():
 
 
 def global_mean(total, count):
-    """total / count, where `count` is averaged over the ranks.
-
-    A loss that is a mean over a varying number of tokens would otherwise weigh the ranks' tokens differently: with this, the
-    mean of the ranks' losses (and so of their gradients) is the mean over all ranks' tokens.
-    """
+    """total / count, with `count` averaged over the ranks: the mean of the ranks' losses, and so of their gradients, is
+    then the mean over all ranks' tokens, however many of them each rank has."""
     count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
     if dist.is_initialized():
         count = count.clone()
@@ -281,52 +296,59 @@ SEED_TEMPLATE = "Describe the image in detail."
 
 
 def templates(which="all"):
-    """The instructions that stand behind the image embeddings (paper, section 3): 10 x 6 x 6 = 360 ways to ask for a detailed
-    description. "one" gives the seed template alone (the paper's ablation)."""
+    """The instructions behind the image embeddings (paper, section 3): 10 x 6 x 6 = 360 ways to ask for a detailed
+    description. "one": the seed template alone (the paper's ablation)."""
     if which == "one":
         return [SEED_TEMPLATE]
-    verbs = ("Describe", "Please describe", "Carefully describe", "Write a description of", "Please write a description of",
-             "Give a description of", "Provide a description of", "Compose a description of", "Give a full account of",
-             "Explain what you see in")
+    verbs = ("Describe", "Please describe", "Carefully describe", "Write a description of",
+             "Please write a description of", "Give a description of", "Provide a description of",
+             "Compose a description of", "Give a full account of", "Explain what you see in")
     nouns = ("the image", "this image", "the picture", "this picture", "the given image", "the scene shown here")
     manners = ("in detail", "in great detail", "as precisely as you can", "without leaving anything out",
                "so that someone could draw it from your words", "with every object, its color and its place")
     return [f"{verb} {noun} {manner}." for verb in verbs for noun in nouns for manner in manners]
 
 
-MAX_PIXELS = 120_000_000          # a larger image is refused before it is decoded: its header alone could ask for all memory
+MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)  # of damaged files
+
+
+def read_source(source):
+    """The bytes of a path or of (tar file, offset, size); bytes, a PIL image and None are given back."""
+    if isinstance(source, tuple):
+        path, offset, size = source
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(size)
+    return Path(source).read_bytes() if isinstance(source, (str, Path)) else source
 
 
 def load_image(source):
-    """A path or the bytes of an image file -> PIL RGB. EXIF rotation applied, transparency on white, 16 bits scaled to 8.
-
-    Raises ValueError or OSError where it cannot be read (the data streams catch them and go on).
-    """
-    Image.MAX_IMAGE_PIXELS = None                                                # our own bound, below, is checked first
-    image = Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    """A source -> PIL RGB. EXIF rotation applied, transparency on white, 16 bits scaled to 8; a PIL image is given
+    back. Raises one of UNREADABLE where it cannot be read (the data streams catch them and go on)."""
+    data = read_source(source)
+    if isinstance(data, Image.Image):
+        return data
+    Image.MAX_IMAGE_PIXELS = None                                               # our own bound, below, is checked first
+    image = Image.open(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS or min(image.size) < 1:
         raise ValueError(f"image of {image.width}x{image.height} pixels refused")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                               # 16-bit greyscale: PIL would clip, not scale
+    if image.mode.startswith("I"):                                         # 16-bit greyscale: PIL would clip, not scale
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).round().astype(np.uint8))
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+    if image.has_transparency_data:
         image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        white.alpha_composite(image)
-        image = white
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)    # what Pillow raises for damaged files
-
-
 def try_image(name, source):
-    """load_image for a folder of many: None, and a line that names the file, where it cannot be read. A PIL image is handed through."""
+    """load_image for a folder of many: None, and a line that names the file, where it cannot be read."""
     try:
-        return source if isinstance(source, Image.Image) else load_image(source)
+        return load_image(source)
     except UNREADABLE as error:
-        tqdm.write(f"skipped: {name} ({str(error).split(' <')[0] or type(error).__name__})")
+        tqdm.write(f"skipped: {name} ({brief(error)})")
         return None
 
 
@@ -341,19 +363,11 @@ def to_pil(pixels):
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def center_square(image, size):
-    """Central square crop along the long side, then size x size (bicubic, Pillow's antialiased resize)."""
-    side = min(image.size)
-    left, top = (image.width - side) // 2, (image.height - side) // 2
-    return image.crop((left, top, left + side, top + side)).resize((size, size))
-
-
 def random_square(image, size, rng=None):
-    """Square crop at a random place along the long side, then size x size. rng: numpy Generator; None: the centre."""
-    if rng is None:
-        return center_square(image, size)
+    """Square crop along the long side, then size x size (bicubic, Pillow's antialiased resize). rng: a numpy Generator
+    for the crop's place; None: the centre."""
     side = min(image.size)
-    left, top = int(rng.integers(image.width - side + 1)), int(rng.integers(image.height - side + 1))
+    left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
 
 
@@ -370,134 +384,111 @@ def pad_square(image, size, fill=127):
 
 
 def resize(pixels, size, antialias=False):
-    """[B, 3, H, W] -> [B, 3, size, size], bilinear, corners not aligned: how the originals shrink the understanding input."""
+    """[B, 3, H, W] -> [B, 3, size, size], bilinear, corners not aligned: as the originals shrink the understanding
+    input."""
     return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
 def blur(pixels, factor):
-    """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again. Details are gone, the number of tokens is kept."""
+    """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens."""
     return resize(resize(pixels, pixels.shape[-1] // factor), pixels.shape[-1])
 
 
 # ======================================================================================================
 # 4. Data
 # ======================================================================================================
-# A set of rows has a length, and rows[i] -> (name, image, text): the image as undecoded bytes, as a PIL image (toy world) or
-# None (a text-only conversation); the text is None (RecA needs none), a caption, or a conversation [(question, answer), ...].
+# Data are lists of rows (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or
+# None (a conversation without an image). text: None (RecA needs none), a caption, or a conversation [(question,
+# answer), ...].
 
 
-class Images:
-    """Unlabelled images: a folder (recursive) or WebDataset tar shards (one .tar, or a folder that holds .tar files).
+class Images(list):
+    """Rows of unlabelled images: a folder (recursive), or WebDataset tar shards (one .tar, or a folder that holds
+    some).
 
-    Only names are listed at the start: 240,000 files take seconds. Tar members are read by offset and never extracted, so a
-    path inside an archive has no effect on the disk. InputError where there is no folder or no image in it.
+    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path
+    inside an archive has no effect on the disk. InputError where there is no folder or no image in it.
     """
 
     def __init__(self, source):
         source = Path(source).expanduser()
         if not source.exists():
             raise InputError(f"no such folder or .tar file: {source}")
-        self.files = [str(source)] if source.is_file() else sorted(
-            os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES + (".tar",)))
-        self.root = source.parent if source.is_file() else source
-        tars = [f for f in self.files if f.lower().endswith(".tar")]
-        self.members = []                                           # (tar, member's name, offset, size); empty for plain files
-        for path in tars:
+        paths = [str(source)] if source.is_file() else sorted(
+            os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
+        for path in paths:
+            if not path.lower().endswith(".tar"):
+                continue
             try:
-                with tarfile.open(path, "r:") as archive:           # "r:" = uncompressed: a member can be read by its offset
-                    self.members += [(path, m.name, m.offset_data, m.size) for m in archive
-                                     if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
+                with tarfile.open(path, "r:") as archive:      # "r:" = uncompressed: a member can be read by its offset
+                    self += [(m.name, (path, m.offset_data, m.size), None) for m in archive
+                             if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
             except (tarfile.TarError, OSError) as error:
                 raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
-        self.files = [] if self.members else [f for f in self.files if f.lower().endswith(IMAGE_SUFFIXES)]
-        if not len(self):
+        if not self:
+            root = source.parent if source.is_file() else source
+            images = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
+            self += [(os.path.relpath(path, root), path, None) for path in images]
+        if not self:
             raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
 
-    def __len__(self):
-        return len(self.members) or len(self.files)
 
-    def name(self, i):
-        return self.members[i][1] if self.members else os.path.relpath(self.files[i], self.root)
+def read_rows(path, what, read):
+    """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first row that `read` cannot
+    read."""
+    table, rows = read_json(path, lines=Path(path).suffix == ".jsonl"), []
+    if not isinstance(table, list) or not table:
+        raise InputError(f"{path} is not a list: every row must be {what}")
+    for i, row in enumerate(table):
+        try:
+            rows.append(read(i, row))
+        except (KeyError, TypeError, AttributeError, IndexError) as error:
+            raise InputError(f"{path}: row {i + 1} is not {what}") from error
+    return rows
 
-    def __getitem__(self, i):
-        if not self.members:
-            return self.name(i), Path(self.files[i]).read_bytes(), None
-        path, name, offset, size = self.members[i]
-        with open(path, "rb") as file:
-            file.seek(offset)
-            return name, file.read(size), None
+
+def text_in(row, *keys):
+    """The text under the first of the keys that the row has; KeyError where there is none."""
+    text = next((row[key] for key in keys if key in row), None)
+    if not isinstance(text, str) or not text.strip():
+        raise KeyError(keys)
+    return text
 
 
-class Conversations:
-    """LLaVA-style conversations for L_i2t: a .json list or a .jsonl file of {"image": name (optional), "conversations":
-    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. InputError names the first malformed row."""
+class Conversations(list):
+    """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
+    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's)."""
 
     def __init__(self, path, folder):
-        self.folder, self.rows = Path(folder or Path(path).parent), []
-        for number, row in enumerate(read_json(path, lines=str(path).endswith(".jsonl")), 1):
-            try:
-                values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
-                assert len(values) >= 2
-                self.rows.append((row.get("image"), list(zip(values[::2], values[1::2]))))
-            except (KeyError, TypeError, AttributeError, AssertionError) as error:
-                raise InputError(f"{path}: row {number} is not a LLaVA conversation (image, conversations)") from error
-        if not self.rows:
-            raise InputError(f"{path} holds no conversation")
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        image, turns = self.rows[i]
-        return image or f"text {i}", (self.folder / image).read_bytes() if image else None, turns
+        def read(i, row):
+            values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+            turns, image = list(zip(values[::2], values[1::2])), row.get("image")
+            if not turns:
+                raise KeyError("conversations")
+            return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
+        super().__init__(read_rows(path, "a LLaVA conversation (image, conversations)", read))
 
 
-class Captions:
-    """Captioned images for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
+class Captions(list):
+    """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
 
     def __init__(self, path):
-        self.folder, self.rows = Path(path).parent, read_json(path, lines=True)
-        for number, row in enumerate(self.rows, 1):
-            if not (isinstance(row, dict) and isinstance(row.get("image"), str) and isinstance(row.get("caption"), str)):
-                raise InputError(f"{path}: row {number} lacks \"image\" or \"caption\"")
-        if not self.rows:
-            raise InputError(f"{path} holds no caption")
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        return row["image"], (self.folder / row["image"]).read_bytes(), row["caption"]
-
-
-class SelfDescriptions:
-    """The model's own descriptions of some training images, as conversations (our addition, see describe_first)."""
-
-    def __init__(self, images, path):
-        self.images, self.rows = images, read_json(path, lines=True)
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        row = self.rows[i]
-        name, image, _ = self.images[row["index"]]
-        return name, image, [(row["question"], row["answer"])]
+        def read(i, row):
+            return row["image"], Path(path).parent / row["image"], text_in(row, "caption")
+        super().__init__(read_rows(path, "an image with its caption (image, caption)", read))
 
 
 class Cache:
     """What the frozen parts compute for an image, one safetensors file each, in `folder`/<hash of the settings>.
 
-    The file's name is the hash of the image's bytes: another image, or other settings, is another file, so nothing stale can be
-    read. Files are renamed into place when complete: safe to interrupt, and to share between runs and ranks.
+    The file's name is the hash of the image's bytes: another image, or other settings, is another file, so nothing
+    stale can be read. Files are renamed into place when complete: safe to interrupt, and to share between runs and
+    ranks.
     """
 
     def __init__(self, folder, settings):
         self.folder = Path(folder) / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
-        with atomic(self.folder / "settings.json") as path:
-            path.write_text(json.dumps(settings, indent=1, default=str))
+        write(self.folder / "settings.json", settings)
 
     def path(self, image):
         name = hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).hexdigest()[:32]
@@ -519,12 +510,14 @@ class Cache:
 class Stream(torch.utils.data.Dataset):
     """An endless, shuffled stream over rows: stream[position] for any position >= 0, so it can be entered anywhere.
 
-    Epoch e = position // len(rows) has its own permutation. A row that cannot be read is replaced by the next readable one and
-    named in the item. Items: {"name", "sample" (model.preprocess) or "features" (cached), "text", "skipped"}.
+    Epoch e = position // len(rows) has its own permutation. A row that cannot be read is replaced by the next readable
+    one and named in the item. Items: {"name", "sample" (model.preprocess) or "features" (cached), "text", "skipped",
+    "position"}. texts: one is drawn for a row that has none (the templates).
     """
 
     def __init__(self, name, rows, preprocess, seed, texts=None, cache=None):
-        self.name, self.rows, self.preprocess, self.seed, self.texts, self.cache = name, rows, preprocess, seed, texts, cache
+        self.name, self.rows, self.preprocess, self.seed = name, rows, preprocess, seed
+        self.texts, self.cache = texts, cache
         self.order = functools.lru_cache(2)(lambda epoch: np.random.default_rng(
             stable_seed(seed, name, "order", epoch)).permutation(len(rows)))
 
@@ -533,38 +526,31 @@ class Stream(torch.utils.data.Dataset):
         rng = np.random.default_rng(stable_seed(self.seed, self.name, "item", position))
         skipped = []
         for attempt in range(min(len(self.rows), 1000)):
-            index = int(self.order(epoch)[(k + attempt) % len(self.rows)])
-            name = f"row {index}"
+            name, source, text = self.rows[int(self.order(epoch)[(k + attempt) % len(self.rows)])]
+            text = self.texts[int(rng.integers(len(self.texts)))] if text is None else text
+            item = {"name": name, "text": text, "skipped": skipped, "position": position}
             try:
-                name, image, text = self.rows[index]
-                text = self.texts[int(rng.integers(len(self.texts)))] if text is None else text
-                item = {"name": name, "text": text, "skipped": skipped, "position": position}
+                image = read_source(source)
                 if self.cache is not None and image is not None:
                     item["path"] = self.cache.path(image)
                     item["features"] = self.cache.read(item["path"])
                 if item.get("features") is None:
-                    image = load_image(image) if isinstance(image, bytes) else image
                     # With a cache every epoch must see the same crop: no generator, the deterministic (central) one.
-                    item["sample"] = self.preprocess(image, self.name, None if self.cache is not None else rng)
+                    item["sample"] = self.preprocess(None if image is None else load_image(image), self.name,
+                                                     None if self.cache is not None else rng)
                 return item
             except UNREADABLE as error:
-                skipped.append(f"{name} ({str(error).split(' <')[0][:80] or type(error).__name__})")    # no object addresses
+                skipped.append(f"{name} ({brief(error)})")
         raise InputError(f"none of {len(skipped)} images could be read, the first was {skipped[0]}")
 
     def batches(self, start, batch, workers=0):
-        """Batches (lists of items) of this rank from global position `start` on: rank r of W takes rows r*batch.. of each W*batch."""
+        """Lists of `batch` items from position `start` on: rank r of W has the r-th `batch` of each W * batch."""
         rank, ranks = world()
-
-        def positions():
-            base = start
-            while True:
-                yield list(range(base + rank * batch, base + (rank + 1) * batch))
-                base += ranks * batch
-
-        loader = torch.utils.data.DataLoader(
-            self, batch_sampler=positions(), collate_fn=list, num_workers=workers, worker_init_fn=_ignore_signals,
-            multiprocessing_context="fork" if workers else None, prefetch_factor=2 if workers else None)
-        return iter(loader)
+        starts = itertools.count(start + rank * batch, ranks * batch)
+        return iter(torch.utils.data.DataLoader(
+            self, batch_sampler=(range(first, first + batch) for first in starts), collate_fn=list,
+            num_workers=workers, worker_init_fn=_ignore_signals, prefetch_factor=2 if workers else None,
+            multiprocessing_context="fork" if workers else None))
 
 
 def _ignore_signals(_):
@@ -575,7 +561,8 @@ def _ignore_signals(_):
 
 
 def encode_batch(model, items, task, cache=None):
-    """Items of a stream -> features on the model's device, one dict an image; what the cache lacks is computed and stored."""
+    """Items of a stream -> features on the model's device, a dict an image; what the cache lacks is computed and
+    kept."""
     todo = [item for item in items if item.get("features") is None]
     if todo:
         with torch.no_grad():
@@ -590,15 +577,17 @@ def encode_batch(model, items, task, cache=None):
 # 5. Training
 # ======================================================================================================
 
+LOSSES = ("recon", "i2t", "t2i")
+
 
 def objective(losses, weights, backward):
     """One evaluation of the paper's equation (3):
 
         L = λ_recon · L_recon  +  λ_i2t · L_i2t  +  λ_t2i · L_t2i
 
-    losses: {"recon": function without arguments -> scalar, ...}; weights: {"recon": λ_recon, ...}. A loss whose λ is 0 is never
-    computed. Each loss goes backward as soon as it is there, so that the peak of memory is that of the largest loss and not of
-    their sum. Returns (L, {name: value}) as detached tensors.
+    losses: {"recon": function without arguments -> scalar, ...}; weights: {"recon": λ_recon, ...}. A loss whose λ is 0
+    is never computed. Each loss goes backward as soon as it is there, so that the peak of memory is that of the largest
+    loss and not of their sum. Returns (L, {name: value}) as detached tensors.
     """
     values = {}
     for name, loss in losses.items():
@@ -610,19 +599,19 @@ def objective(losses, weights, backward):
 
 
 def learning_rate(update, peak, warmup, horizon):
-    """Linear warm-up over `warmup` weight updates, then a cosine to 0 at update `horizon` (0: constant). update counts from 0."""
+    """Linear warm-up over `warmup` weight updates (counted from 0), then a cosine to 0 at `horizon` (0: constant)."""
     if update < warmup:
         return peak * (update + 1) / warmup
-    if not horizon:
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * min(1, (update - warmup) / max(1, horizon - warmup))))
+    progress = min(1, (update - warmup) / max(1, horizon - warmup)) if horizon else 0
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def average_gradients(parameters):
     """Data parallelism in four lines: every rank gets the mean gradient, once per weight update.
 
-    DistributedDataParallel is not used: it expects one forward and one backward per step, while a step here has a backward per
-    loss and each loss leaves other parameters without a gradient (the public Show-o code cannot run on two GPUs for this reason).
+    DistributedDataParallel is not used: it expects one forward and one backward per step, while a step here has a
+    backward per loss and each loss leaves other parameters without a gradient (the public Show-o code cannot run on two
+    GPUs for this reason).
     """
     if dist.is_initialized():
         for parameter in parameters:
@@ -646,22 +635,22 @@ class Trainer:
     streams  {"recon": Stream, "i2t": Stream, ...}, one for each loss whose λ is not 0
     args     the command line (section 8)
     show     function(step) that draws a preview, or None
-    optimizer, average: what a script with sharded or low-precision weights puts in place of AdamW and of average_gradients
+    optimizer, average: what a script with sharded or low-precision weights puts in place of AdamW and of
+    average_gradients
 
     A step is one evaluation of equation (3): `batch` images for each loss. The weights move every `accum` steps.
     """
 
     def __init__(self, model, streams, args, show=None, optimizer=None, average=average_gradients):
         self.model, self.streams, self.args, self.show, self.average = model, streams, args, show, average
-        self.weights = {"recon": args.lambda_recon, "i2t": args.lambda_i2t, "t2i": args.lambda_t2i}
+        self.weights = {name: getattr(args, f"lambda_{name}") for name in LOSSES}
         groups = model.parameter_groups(args.weight_decay)
         self.parameters = [p for group in groups for p in group["params"]]
         self.optimizer = optimizer or torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps,
                                                         fused=model.device.type == "cuda")
-        self.out, self.step, self.seen, self.stop = Path(args.out), 0, 0, None
-        self.skipped = set()
+        self.out, self.step, self.seen, self.stop, self.skipped = Path(args.out), 0, 0, None, set()
 
-    # ---- checkpoints: weights in the released layout, and beside them what a resume needs -----------------------------
+    # ---- checkpoints: weights in the released layout, and beside them what a resume needs ----------------------------
 
     def save(self):
         """out/checkpoint-<step>, written under another name and renamed; the two newest are kept."""
@@ -669,155 +658,142 @@ class Trainer:
             with atomic(self.out / f"checkpoint-{self.step:06d}") as folder:
                 folder.mkdir(parents=True)
                 self.model.save_pretrained(folder)
-                torch.save({"step": self.step, "seen": self.seen, "optimizer": self.optimizer.state_dict()}, folder / "trainer.pt")
+                state = {"step": self.step, "seen": self.seen, "optimizer": self.optimizer.state_dict()}
+                torch.save(state, folder / "trainer.pt")
             for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
                 shutil.rmtree(old)
         if dist.is_initialized():
             dist.barrier()
 
     def resume(self, folder):
-        """Everything but the weights, which from_pretrained(folder) has read. Random numbers need no state (section 2)."""
+        """Everything but the weights, which from_pretrained(folder) has read; random numbers need no state (section
+        2)."""
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         self.step, self.seen = state["step"], state["seen"]
         self.optimizer.load_state_dict(state["optimizer"])
 
-    # ---- one step ------------------------------------------------------------------------------------------------------
+    # ---- one step ----------------------------------------------------------------------------------------------------
 
     def evaluate(self, name, items):
-        """One loss on one batch: frozen features (or the cache), then the model's own loss, in bf16 autocast or float32."""
+        """One loss on one batch: the frozen features (or the cache), then the model's own loss, in --precision."""
         rng = Rng(self.args.seed, name, self.step, positions=[item["position"] for item in items])
         with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
             features = encode_batch(self.model, items, name, self.streams[name].cache)
             return getattr(self.model, f"{name}_loss")(features, [item["text"] for item in items], rng=rng)
 
     def take_step(self, loaders):
-        """Equation (3), its gradients, and every `accum` steps a move of the weights. Returns the numbers for the log."""
+        """Equation (3), its gradients, every `accum` steps a move of the weights -> (row of the log, whether to
+        stop)."""
         args, (rank, ranks) = self.args, world()
         torch.manual_seed(stable_seed(args.seed, "dropout", self.step, rank))
         items = {name: next(loader) for name, loader in loaders.items()}
         losses = {name: functools.partial(self.evaluate, name, batch) for name, batch in items.items()}
         _, values = objective(losses, self.weights, backward=lambda loss: (loss / args.accum).backward())
         # One transfer per step: the losses of all ranks, and whether any rank was asked to stop.
-        numbers = torch.stack([*values.values(), torch.tensor(float(self.stop is not None), device=self.model.device)]).float()
+        asked = torch.tensor(float(self.stop is not None), device=self.model.device)
+        numbers = torch.stack([*values.values(), asked]).float()
         if ranks > 1:
             dist.all_reduce(numbers)
-            numbers /= ranks
-        *numbers, stop = numbers.tolist()
-        row = {"step": self.step + 1, "loss": sum(self.weights[n] * v for n, v in zip(values, numbers)), **dict(zip(values, numbers))}
-        if not math.isfinite(row["loss"]):
-            names = [item["name"] for batch in items.values() for item in batch]
-            raise InputError(f"the loss is {row['loss']} at step {self.step + 1} on {', '.join(names[:8])}: stopped; "
-                             f"the last good checkpoint is kept in {self.out} (try a lower --lr or --precision fp32)")
-        row["skipped"] = sorted({s for batch in items.values() for item in batch for s in item["skipped"]} - self.skipped)
-        self.skipped.update(row["skipped"])
-        if (self.step + 1) % args.accum == 0:
+        *numbers, stop = (numbers / ranks).tolist()
+        values = dict(zip(values, numbers))
+        self.step += 1
+        self.seen += args.batch * ranks
+        row = {"step": self.step, "loss": sum(self.weights[name] * value for name, value in values.items()), **values}
+        if self.step % args.accum == 0:
             self.average(self.parameters)
-            norm = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip or float("inf"))
-            row["lr"] = learning_rate((self.step + 1) // args.accum - 1, args.lr, args.warmup, args.horizon)
-            row["grad_norm"] = norm.item()
-            if not math.isfinite(row["grad_norm"]):
-                raise InputError(f"the gradient is not finite at step {self.step + 1}: stopped; the last good checkpoint is kept in {self.out}")
+            row["lr"] = learning_rate(self.step // args.accum - 1, args.lr, args.warmup, args.horizon)
+            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip or float("inf")).item()
+        items = [item for batch in items.values() for item in batch]
+        names = ", ".join(item["name"] for item in items[:8])
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(row.get(name, 0)):
+                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; the last good checkpoint "
+                                 f"is kept in {self.out} (try a lower --lr or --precision fp32)")
+        if "lr" in row:
             for group in self.optimizer.param_groups:
                 group["lr"] = row["lr"]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.seen += args.batch * ranks
+        row["skipped"] = sorted({name for item in items for name in item["skipped"]} - self.skipped)
+        self.skipped.update(row["skipped"])
         return row, stop > 0
 
-    # ---- the loop ------------------------------------------------------------------------------------------------------
+    # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self):
-        args, first = self.args, self.step
-        main_process = world()[0] == 0
-        self._trim_log()
+        """From self.step to --steps, or to a signal; the last checkpoint is written in both cases."""
+        args, first, (rank, ranks) = self.args, self.step, world()
+        boundary, began, stop = (self.step, self.seen), time.time(), False      # boundary: where the weights moved last
         handlers = {number: signal.signal(number, lambda number, _: setattr(self, "stop", signal.Signals(number).name))
                     for number in (signal.SIGINT, signal.SIGTERM)}
-        loaders = {n: s.batches(self.seen, args.batch, args.workers) for n, s in self.streams.items() if self.weights[n] != 0}
-        boundary = (self.step, self.seen)                                # where the weights moved last
-        began, log = time.time(), open(self.out / "log.jsonl", "a") if main_process else None
-        bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True, disable=not main_process, desc="RecA")
+        loaders = {name: stream.batches(self.seen, args.batch, args.workers)
+                   for name, stream in self.streams.items() if self.weights[name] != 0}
+        if rank == 0:                                              # after a kill the log may be ahead of the checkpoint
+            mend_lines(self.out / "log.jsonl", lambda row: row["step"] <= self.step)
+        log = open(os.devnull if rank else self.out / "log.jsonl", "a", buffering=1)
+        bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0, desc="RecA")
         try:
-            while self.step < args.steps:
+            while self.step < args.steps and not stop:
                 row, stop = self.take_step(loaders)
-                updated = self.step % args.accum == 0
+                row["images_per_s"] = round((self.step - first) * args.batch * ranks / (time.time() - began), 3)
+                log.write(json.dumps(row) + "\n")
+                bar.set_postfix({n: f"{row[n]:.4f}" for n in LOSSES if n in row} | {"img/s": row["images_per_s"]})
+                bar.update()
+                for name in row["skipped"]:
+                    bar.write(f"skipped: {name}")
+                going, updated = not stop and self.step < args.steps, self.step % args.accum == 0
                 boundary = (self.step, self.seen) if updated else boundary
-                row["images_per_s"] = round((self.step - first) * args.batch * world()[1] / (time.time() - began), 3)
-                if main_process:
-                    log.write(json.dumps(row) + "\n")
-                    log.flush()
-                    bar.set_postfix({n: f"{row[n]:.4f}" for n in ("recon", "i2t", "t2i") if n in row} | {"img/s": row["images_per_s"]})
-                    bar.update()
-                    for name in row["skipped"]:
-                        bar.write(f"skipped: {name}")
-                if self.show and self.step % args.sample_every == 0 and self.step < args.steps:
+                if going and self.show and self.step % args.sample_every == 0:
                     self.show(self.step)
-                if stop:
-                    break
-                if updated and self.step % args.save_every < args.accum and self.step < args.steps:
+                if going and updated and self.step % args.save_every < args.accum:
                     self.save()
         finally:
-            for loader in loaders.values():                         # its workers ignore signals, so they are told to end
+            for loader in loaders.values():                        # its workers ignore signals, so they are told to end
                 getattr(loader, "_shutdown_workers", lambda: None)()
             for number, handler in handlers.items():                # scoring and inference may be interrupted as usual
                 signal.signal(number, handler)
-        bar.close()
-        # In the middle of an accumulation the weights are still those of their last move: a resumed run goes on from there.
+            log.close()
+            bar.close()
+        # In the middle of an accumulation the weights are still those of their last move: a resumed run goes on from
+        # there.
         finished, (self.step, self.seen) = self.step >= args.steps, boundary
         self.save()
-        if main_process:
-            log.close()
+        if rank == 0:
             draw_losses(self.out)
             if self.skipped:
                 print(f"{len(self.skipped)} unreadable images were skipped (named in {self.out / 'log.jsonl'})")
         if not finished:
-            print(f"stopped by {self.stop or 'another rank'} at step {self.step}, saved; go on with --resume --out {self.out}")
+            by = self.stop or "another rank"
+            print(f"stopped by {by} at step {self.step}, saved; go on with --resume --out {self.out}")
             sys.exit(0)
-
-    def _trim_log(self):
-        """After a kill the log may be ahead of the checkpoint, or end in half a line: keep what the checkpoint knows."""
-        path = self.out / "log.jsonl"
-        if world()[0] == 0 and path.exists():
-            lines = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= self.step]
-            with atomic(path) as temporary:
-                temporary.write_text("".join(line + "\n" for line in lines))
 
 
 def draw_losses(out):
-    """out/log.jsonl -> out/loss.png: every loss over the steps, smoothed, in a plain PIL drawing."""
-    rows = read_json(out / "log.jsonl", lines=True)
-    if not rows:
-        return
-    image = Image.new("RGB", (900, 420), "white")
-    draw, names = ImageDraw.Draw(image), [n for n in ("recon", "i2t", "t2i") if n in rows[-1]]
-    left, top, right, bottom = 70, 30, 880, 380
-    curves = {n: np.convolve([r[n] for r in rows], np.ones(w := min(len(rows), 1 + len(rows) // 20)) / w, "valid") for n in names}
-    low, high = min(c.min() for c in curves.values()), max(c.max() for c in curves.values())
-    draw.rectangle((left, top, right, bottom), outline="gray")
-    for value, y in ((high, top), ((low + high) / 2, (top + bottom) / 2), (low, bottom)):
-        draw.text((8, y - 6), f"{value:.3g}", fill="black")
-    draw.text((left, bottom + 10), f"step {rows[0]['step']}", fill="black")
-    draw.text((right - 70, bottom + 10), f"step {rows[-1]['step']}", fill="black")
-    for k, (name, curve) in enumerate(curves.items()):
-        color = ("#c0392b", "#2471a3", "#1e8449")[k]
-        xs, ys = np.linspace(left, right, len(curve)), bottom - (curve - low) / max(high - low, 1e-9) * (bottom - top)
-        draw.line(list(zip(xs, ys)) if len(curve) > 1 else [(left, ys[0]), (right, ys[0])], fill=color, width=2)
-        draw.text((left + 10 + 90 * k, 10), name, fill=color)
-    with atomic(out / "loss.png") as path:
-        image.save(path)
+    """out/log.jsonl -> out/loss.png: the losses over the steps, smoothed, each between its own low and high."""
+    rows, picture = read_json(out / "log.jsonl", lines=True), Image.new("RGB", (900, 420), "white")
+    draw, width = ImageDraw.Draw(picture), 1 + len(rows) // 20
+    for name, color, x in zip(LOSSES, ("#c0392b", "#2471a3", "#1e8449"), (20, 310, 600)):
+        values = [row[name] for row in rows if name in row]
+        if values:
+            curve = np.convolve(values, np.ones(width) / width, "valid")
+            low, high = curve.min(), curve.max()
+            ys = 390 - 350 * (curve - low) / max(high - low, 1e-9)
+            draw.line([*zip(np.linspace(20, 880, len(ys)), ys), (880, ys[-1])], fill=color, width=2)
+            draw.text((x, 10), f"{name}: {curve[0]:.4g} to {curve[-1]:.4g} ({low:.4g} to {high:.4g})", fill=color)
+    draw.text((20, 400), f"steps 1 to {len(rows)}, means of {width}", fill="black")
+    write(out / "loss.png", picture)
 
 
-def grid(rows, titles=(), cell=192):
-    """Rows of PIL images (equal lengths) -> one picture, a title above each column."""
-    columns, header = max(map(len, rows)), 18 if titles else 0
-    sheet = Image.new("RGB", (columns * (cell + 4), header + len(rows) * (cell + 4)), "lightgray")
-    draw = ImageDraw.Draw(sheet)
-    for c, title in enumerate(titles):
-        draw.text((c * (cell + 4) + 4, 3), title, fill="black")
+def grid(rows, titles=(), cell=192, gap=4):
+    """Rows of PIL images (equal lengths) -> one picture of square cells, a title above each column."""
+    header, pitch = 18 if titles else 0, cell + gap
+    sheet = Image.new("RGB", (len(rows[0]) * pitch, header + len(rows) * pitch), "lightgray")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((column * pitch + 4, 3), title, fill="black")
     for r, row in enumerate(rows):
-        for c, image in enumerate(row):
+        for column, image in enumerate(row):
             image = image.resize((cell, cell), Image.NEAREST if image.width < cell else Image.BICUBIC)
-            sheet.paste(image, (c * (cell + 4), header + r * (cell + 4)))
+            sheet.paste(image, (column * pitch, header + r * pitch))
     return sheet
 
 
@@ -827,160 +803,160 @@ def grid(rows, titles=(), cell=192):
 
 
 def prompt_jobs(source, out, images):
-    """A prompt source -> [(prompt, [paths of its images], metadata or None)] in the layout that the benchmark's scorer expects.
+    """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], where the benchmark's scorer
+    expects them.
 
-    FILE.txt    a prompt a line                                     -> out/00000.png, or out/00000_0.png .. with several images
-    FILE.jsonl  GenEval's evaluation_metadata.jsonl                 -> out/00000/metadata.jsonl, out/00000/samples/00000.png ..
-    FILE.json   WISE (Prompt, prompt_id)                            -> out/<prompt_id>.png
-                T2I-CompBench (Question, Category, Question_id)     -> out/<Category>/<Question_id>.png
-    FOLDER      DPG-Bench, a prompt a <name>.txt                    -> out/<name>.png, a 2x2 grid of four images
+    FILE.txt    a prompt a line                                  -> out/00000.png, with several images out/00000_0.png ..
+    FILE.jsonl  GenEval's evaluation_metadata.jsonl              -> out/00000/metadata.jsonl, out/00000/samples/00000.png ..
+    FILE.json   WISE (Prompt, prompt_id)                         -> out/<prompt_id>.png
+                T2I-CompBench (Question, Category, Question_id)  -> out/<Category>/<Question_id>.png
+    FOLDER      DPG-Bench, a prompt a <name>.txt                 -> out/<name>.png four times: a 2x2 grid
     """
     source, out = Path(source), Path(out)
+
+    def geneval(i, row):
+        return text_in(row, "prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row
+
+    def wise_or_compbench(_, row):
+        name = f"{row.get('Category', '')}/{row['Question_id']}" if "Question_id" in row else row["prompt_id"]
+        return text_in(row, "Prompt", "Question"), [inside(out, f"{name}.png".lstrip("/"))], None
+
     if not source.exists():
         raise InputError(f"no such prompt file or folder: {source}")
     if source.is_dir():
-        files = sorted(source.glob("*.txt"))
-        jobs = [(f.read_text(encoding="utf-8").strip(), [out / f"{f.stem}.png"], "grid") for f in files]
-    elif source.suffix in (".jsonl", ".json"):
-        rows = read_json(source, lines=source.suffix == ".jsonl")
-        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise InputError(f"{source} is not a list of prompts (GenEval's .jsonl; WISE's or T2I-CompBench's .json)")
-        if source.suffix == ".jsonl":
-            jobs = [(row.get("prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row)
-                    for i, row in enumerate(rows)]
-        else:
-            names = [f"{row.get('Category', '')}/{row['Question_id']}" if "Question_id" in row else row.get("prompt_id") for row in rows]
-            jobs = [(row.get("Prompt", row.get("Question")), [inside(out, f"{name}.png".lstrip("/"))], None) for row, name in zip(rows, names)]
+        texts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(source.glob("*.txt"))}
+        jobs = [(text, [out / f"{name}.png"] * 4, None) for name, text in texts.items()]
+    elif source.suffix == ".jsonl":
+        jobs = read_rows(source, "a prompt of GenEval (prompt)", geneval)
+    elif source.suffix == ".json":
+        jobs = read_rows(source, "a prompt (Prompt and prompt_id, or Question and Question_id)", wise_or_compbench)
     else:
         lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
         jobs = [(line, [out / (f"{i:05d}.png" if images == 1 else f"{i:05d}_{k}.png") for k in range(images)], None)
                 for i, line in enumerate(lines)]
-    if not jobs or any(not isinstance(prompt, str) or not prompt for prompt, _, _ in jobs):
-        raise InputError(f"{source}: " + ("row " + str([not p for p, _, _ in jobs].index(True) + 1) + " has no prompt" if jobs else "no prompt"))
+    if not jobs or not all(prompt for prompt, _, _ in jobs):
+        raise InputError(f"{source}: no prompt, or an empty one")
     return jobs
 
 
-def generate_files(model, args):
-    """--generate: image k of a prompt has seed `--seed` + k, whatever it shares a batch with, so a rerun may skip what is there."""
-    todo = []                                                                     # (prompt, seed, path, position in its job)
-    jobs = prompt_jobs(args.generate, args.out, args.images)
+def sampler_options(args):
+    """The sampler's settings that were given on the command line; the others keep the script's (the paper's)
+    defaults."""
+    options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps}
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def in_batches(title, rows, size, same=lambda row: None):
+    """Lists of at most `size` rows, behind a progress bar; the rows of one list agree in same(row)."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(same(row), []).append(row)
+    chunks = [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
+    return tqdm(chunks, desc=title, unit="batch", dynamic_ncols=True)
+
+
+def readable(rows):
+    """Rows (name, source, ...) -> the same with the image in the source's place, without those whose image cannot be
+    read."""
+    rows = [(name, try_image(name, source), *more) for name, source, *more in rows]
+    return [row for row in rows if row[1] is not None]
+
+
+def generate_files(model, args, jobs):
+    """--generate: image k of a prompt has seed `--seed` + k, whatever it shares a batch with, so a rerun may skip what
+    is there."""
+    todo = []
     for prompt, paths, metadata in jobs:
-        if isinstance(metadata, dict) and not (folder := paths[0].parent.parent).joinpath("metadata.jsonl").exists():
-            with atomic(folder / "metadata.jsonl") as path:
-                path.write_text(json.dumps(metadata))
-        count = 4 if metadata == "grid" else len(paths)
-        missing = [k for k in range(count) if not paths[min(k, len(paths) - 1)].exists()]
-        todo += [(prompt, args.seed + k, paths[min(k, len(paths) - 1)], k if metadata == "grid" else None) for k in missing]
-    quarters = {}
-    batch = -(-args.batch_images // 4) * 4                                        # a grid is never split over two batches
-    for start in tqdm(range(0, len(todo), batch), desc="generate", unit="batch", dynamic_ncols=True):
-        chunk = todo[start:start + batch]
-        for image, (_, _, path, quarter) in zip(model.generate([c[0] for c in chunk], seed=[c[1] for c in chunk],
-                                                               **sampler_options(args)), chunk):
-            if quarter is not None:                                               # DPG-Bench: four samples, row by row
-                quarters.setdefault(path, []).append(image)
-                if len(quarters[path]) < 4:
-                    continue
-                side, parts = image.width, quarters.pop(path)
-                image = Image.new("RGB", (2 * side, 2 * side))
-                for k, part in enumerate(parts):
-                    image.paste(part, (side * (k % 2), side * (k // 2)))
-            with atomic(path) as temporary:
-                image.save(temporary)
+        if metadata:
+            write(paths[0].parent.parent / "metadata.jsonl", [metadata])
+        todo += [(prompt, args.seed + k, path) for k, path in enumerate(paths) if not path.exists()]
+    for chunk in in_batches("generate", todo, -(-args.batch_images // 4) * 4):        # the four of a grid stay together
+        prompts, seeds, paths = zip(*chunk)
+        made = {}
+        for path, image in zip(paths, model.generate(list(prompts), seed=list(seeds), **sampler_options(args))):
+            made.setdefault(path, []).append(image)
+        for path, images in made.items():
+            write(path, images[0] if len(images) == 1 else grid([images[:2], images[2:]], cell=images[0].width, gap=0))
     print(f"{len(todo)} images generated for {len(jobs)} prompts in {args.out}")
 
 
-def sampler_options(args):
-    """The sampler's settings that were given on the command line; the others keep the script's (the paper's) defaults."""
-    return {k: v for k, v in {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps}.items() if v is not None}
+def reconstruct_files(model, args, images):
+    """--reconstruct: out/<name>.png for each image: what the model paints when it is given only its own understanding
+    of it."""
+    out, count, shown = Path(args.out), 0, []
+    todo = [(name, source, inside(out, Path(name).with_suffix(".png"))) for name, source, _ in images]
+    for chunk in in_batches("reconstruct", [row for row in todo if not row[2].exists()], args.batch_images):
+        if chunk := readable(chunk):
+            images, seeds = [row[1] for row in chunk], [args.seed] * len(chunk)
+            painted = model.reconstruct(images, seed=seeds, **sampler_options(args))
+            for (_, image, path), again in zip(chunk, painted):
+                write(path, again)
+                shown += [(image.resize((256, 256)), again)] if len(shown) < 16 else []
+            count += len(chunk)
+    if shown:
+        write(out / "reconstructions.png", grid(shown, titles=("input", "reconstruction")))
+    print(f"{count} images reconstructed in {out}")
 
 
-def reconstruct_files(model, args):
-    """--reconstruct DIR: out/<name>.png for each image: what the model paints when it is given only its own understanding of it."""
-    images, out = Images(args.reconstruct), Path(args.out)
-    paths = [inside(out, Path(images.name(i)).with_suffix(".png")) for i in range(len(images))]
-    todo = [i for i, path in enumerate(paths) if not path.exists()]
-    pairs = []
-    for start in tqdm(range(0, len(todo), args.batch_images), desc="reconstruct", unit="batch", dynamic_ncols=True):
-        chunk = [(try_image(images.name(i), images[i][1]), paths[i]) for i in todo[start:start + args.batch_images]]
-        chunk = [(image, path) for image, path in chunk if image is not None]
-        if chunk:
-            for (source, path), image in zip(chunk, model.reconstruct([c[0] for c in chunk], seed=[args.seed] * len(chunk),
-                                                                      **sampler_options(args))):
-                with atomic(path) as temporary:
-                    image.save(temporary)
-                pairs.append((source.resize((256, 256)), image))
-    if pairs:
-        with atomic(out / "reconstructions.png") as path:
-            grid(pairs[:16], titles=("input", "reconstruction")).save(path)
-    print(f"{len(pairs)} images reconstructed in {out}")
-
-
-def describe_files(model, args):
-    """--describe: a folder of images, or a question file (.jsonl: question_id, image, text; images beside it or in --i2t-images).
-
-    Writes out/answers.jsonl, one {"question_id", "image", "question", "answer"} a line; a rerun goes on where it stopped.
-    """
-    source, out = Path(args.describe), Path(args.out)
+def questions(args):
+    """--describe -> rows (question_id, source, question, image's name): --question for each image of a folder, or a
+    question file (.json, .jsonl: question_id, image, text; the images beside it or in --i2t-images)."""
+    source = Path(args.describe)
     if source.is_dir():
-        images = Images(source)
-        rows = [(images.name(i), Path(images.name(i)).name, args.question, lambda i=i: images[i][1]) for i in range(len(images))]
-    else:
-        folder = Path(args.i2t_images or source.parent)
-        table = read_json(source, lines=source.suffix == ".jsonl")
-        if any(not isinstance(row, dict) or "image" not in row or not ("text" in row or "question" in row) for row in table):
-            raise InputError(f"{source}: every row needs \"image\" and \"text\" (the question)")
-        rows = [(row.get("question_id", row.get("id", k)), Path(row["image"]).name, row.get("text", row.get("question")),
-                 lambda row=row: folder / row["image"]) for k, row in enumerate(table)]
-    path = out / "answers.jsonl"
-    out.mkdir(parents=True, exist_ok=True)
-    lines = [line for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
-    done = {json.dumps(json.loads(line)["question_id"]) for line in lines}
-    with atomic(path) as temporary:                                                 # a half-written last line is dropped
-        temporary.write_text("".join(line + "\n" for line in lines))
-    rows, answered = [row for row in rows if json.dumps(row[0]) not in done], 0
-    with open(path, "a", encoding="utf-8") as file:
-        rows.sort(key=lambda row: row[2])                                           # one batch has one question
-        start, bar = 0, tqdm(total=len(rows), desc="describe", unit="image", dynamic_ncols=True)
-        while start < len(rows):
-            chunk = [row for row in rows[start:start + args.batch_images] if row[2] == rows[start][2]]
-            start += len(chunk)
-            readable = [(name, image, picture) for name, image, _, read in chunk if (picture := try_image(image, read())) is not None]
-            if readable:
-                question = chunk[0][2]
-                answers = model.describe([r[2] for r in readable], question=question, max_new_tokens=args.max_new_tokens)
-                for (name, image, _), answer in zip(readable, answers):
-                    file.write(json.dumps({"question_id": name, "image": image, "question": question, "answer": answer}) + "\n")
-                    answered += 1
-                file.flush()
-            bar.update(len(chunk))
-    print(f"{answered} answers in {path}")
+        return [(name, image, args.question, Path(name).name) for name, image, _ in Images(source)]
+    if not source.exists():
+        raise InputError(f"no such folder or question file: {source}")
+    folder = Path(args.i2t_images or source.parent)
+
+    def read(i, row):
+        key, image = row.get("question_id", row.get("id", i)), row["image"]
+        return key, folder / image, text_in(row, "text", "question"), Path(image).name
+    return read_rows(source, "a question (image, text)", read)
 
 
-def describe_first(model, images, path, count, question, batch, max_new_tokens):
-    """L_i2t without I2T data: before any update the model describes `count` training images; these descriptions are its targets.
+def answers(model, args, rows, title):
+    """Yields (row, the model's answer) for rows (name, source, question, ...), in batches of one question each."""
+    for chunk in in_batches(title, rows, args.batch_images, same=lambda row: row[2]):
+        if chunk := readable(chunk):
+            images, question = [row[1] for row in chunk], chunk[0][2]
+            yield from zip(chunk, model.describe(images, question=question, max_new_tokens=args.max_new_tokens))
 
-    This is our addition, not the paper's (which uses LLaVA-1.5's 665K conversations): it holds the model to what it said before
-    RecA, as a distillation from itself, so understanding cannot drift away while generation learns. Kept in --out.
+
+def describe_files(model, args, rows):
+    """--describe: out/answers.jsonl, one {"question_id", "image", "question", "answer"} a line; a rerun goes on where
+    it stopped."""
+    path, count = Path(args.out) / "answers.jsonl", 0
+    done = {json.dumps(row["question_id"]) for row in mend_lines(path)}
+    todo = [row for row in rows if json.dumps(row[0]) not in done]
+    with open(path, "a", buffering=1) as file:
+        for (key, _, question, image), answer in answers(model, args, todo, "describe"):
+            file.write(json.dumps({"question_id": key, "image": image, "question": question, "answer": answer}) + "\n")
+            count += 1
+    print(f"{count} answers in {path}")
+
+
+def describe_first(model, args, rows, path):
+    """L_i2t without I2T data: before any update the model describes --self-captions training images; these are its
+    targets.
+
+    This is our addition, not the paper's (which uses LLaVA-1.5's 665K conversations): it holds the model to what it
+    said before RecA, as a distillation from itself, so understanding cannot drift away while generation learns. Kept in
+    --out.
     """
-    if not path.exists() and world()[0] == 0:                       # a resumed run must not ask the model that RecA has changed
-        order = np.random.default_rng(stable_seed("describe", len(images))).permutation(len(images))[:count].tolist()
-        bar = tqdm(total=len(order), desc="the model describes its images (targets of L_i2t)", unit="image", dynamic_ncols=True)
-        rows = []
-        for start in range(0, len(order), batch):
-            chunk = [(i, try_image(*images[i][:2])) for i in order[start:start + batch]]
-            chunk = [(i, image) for i, image in chunk if image is not None]
-            answers = model.describe([c[1] for c in chunk], question=question, max_new_tokens=max_new_tokens) if chunk else []
-            rows += [{"index": i, "question": question, "answer": a} for (i, _), a in zip(chunk, answers) if a.strip()]
-            bar.update(len(order[start:start + batch]))
-        bar.close()
-        if not rows:
+    if not path.exists() and world()[0] == 0:               # a resumed run must not ask the model that RecA has changed
+        order = np.random.default_rng(stable_seed("describe", len(rows))).permutation(len(rows)).tolist()
+        order = order[:args.self_captions]
+        print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training images first, and is held to "
+              f"that, kept in {path}. This is our addition; real data or --lambda-i2t 0 are the alternatives.")
+        asked = [(*rows[i][:2], args.question, i) for i in order]
+        said = [{"index": i, "question": question, "answer": answer}
+                for (_, _, question, i), answer in answers(model, args, asked, "targets of L_i2t") if answer.strip()]
+        if not said:
             raise InputError("the model describes none of the images: give --i2t-data, or --lambda-i2t 0")
-        with atomic(path) as temporary:
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write(path, said)
     if dist.is_initialized():
         dist.barrier()
-    return SelfDescriptions(images, path)
+    return [(*rows[said["index"]][:2], [(said["question"], said["answer"])]) for said in read_json(path, lines=True)]
 
 
 # ======================================================================================================
@@ -1137,132 +1113,148 @@ def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
 # ======================================================================================================
 
 
+def at_least(least):
+    """The type of a flag: a whole number from `least` on."""
+    def whole_number(text):
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+    return whole_number
+
+
+# A title, and below it its flags: name, type (bool: a switch; a tuple: the choices), default (None: the recipe's, or
+# none), help.
+FLAGS = (
+    "what",
+    ("--data", str, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K Midjourney-v6 images"),
+    ("--out", str, None, "folder of the run (default out/<script>-<model>)"),
+    ("--resume", bool, None, "go on from the newest checkpoint in --out, to the same numbers"),
+    ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
+    "training (defaults: the paper's Table 8, in our steps)",
+    ("--steps", at_least(0), None, "evaluations of equation (3); 0: inference only"),
+    ("--batch", at_least(1), None, "images of one loss in a step, per GPU"),
+    ("--accum", at_least(1), None, "steps per weight update"),
+    ("--lr", float, None, "peak learning rate"),
+    ("--warmup", at_least(0), None, "weight updates of linear warm-up"),
+    ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant"),
+    ("--weight-decay", float, None, "of AdamW"),
+    ("--clip", float, None, "limit of the gradient's norm; 0: none"),
+    ("--seed", int, 0, "of every random number"),
+    ("--precision", ("bf16", "fp32"), None, "bf16: autocast, float32 master weights (default on a GPU); fp32 (on a CPU)"),
+    ("--compile", bool, None, "torch.compile the repeated blocks"),
+    ("--checkpointing", bool, None, "recompute activations in the backward: less memory, about a third more time"),
+    ("--lambda-recon", float, None, "weight of L_recon in equation (3)"),
+    ("--lambda-i2t", float, None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
+    ("--lambda-t2i", float, None, "weight of L_t2i; 1 where --captions is given"),
+    ("--i2t-data", str, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
+    ("--i2t-images", str, None, "folder of its images (default: the folder of the file)"),
+    ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for L_i2t"),
+    ("--captions", str, None, ".jsonl of {image, caption} for L_t2i: SFT (with --lambda-recon 0); shapes: full, sparse"),
+    ("--cache", str, None, "folder: what the frozen parts compute for an image is kept there (crops get deterministic)"),
+    ("--workers", at_least(0), None, "processes that decode images (default: by the number of cores)"),
+    ("--save-every", at_least(1), 500, "steps between checkpoints"),
+    ("--sample-every", at_least(1), 250, "steps between preview pictures"),
+    ("--pretrain", float, 1.0, "tiny only: length of the toy pretraining, as a fraction (0.01 to try the mechanics)"),
+    "the paper's ablations",
+    ("--und-size", at_least(1), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
+    ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
+    ("--templates", ("all", "one"), "all", "all 360, or the one seed template"),
+    "inference (after training; alone with --steps 0)",
+    ("--generate", str, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
+    ("--images", at_least(1), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
+    ("--reconstruct", str, None, "folder of images to reconstruct from their understanding embeddings"),
+    ("--describe", str, None, "folder of images, or a question file (.jsonl)"),
+    ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
+    ("--max-new-tokens", at_least(1), 256, "of a description"),
+    ("--batch-images", at_least(1), 8, "images of one inference batch"),
+    ("--guidance-scale", float, None, "of the sampler (default: the paper's)"),
+    ("--sampling-steps", at_least(1), None, "of the sampler (default: the paper's)"),
+)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see --help)")
 
 
 def parse_args(description, recipes, default, argv=None, extend=None):
-    """The flags of DESIGN.md. recipes: {model name: the script's Recipe dataclass}; whatever is not given on the command line is taken
-    from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
-    paper = recipes[default]
+    """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
+    line is taken from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
+    paper, group = vars(recipes[default]), None
     parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def flag(group, name, kind, text, default=None, **more):
-        group.add_argument(name, type=kind, default=default, help=text, **more)
-
-    def count(text):
-        value = int(text)
-        if value < 0:
-            raise ValueError
-        return value
-
-    def positive(text):
-        value = int(text)
-        if value < 1:
-            raise ValueError
-        return value
-
-    g = parser.add_argument_group("what")
-    flag(g, "--model", str, f"a released model ({', '.join(recipes)}), a hub id, a folder, or tiny (default {default})", default)
-    flag(g, "--data", str, "folder of images, .tar (WebDataset), or shapes (the toy world). Paper: 120K Midjourney-v6 images, app. E")
-    flag(g, "--out", str, "folder of the run (default out/<script>-<model>)")
-    g.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in --out, to the same numbers")
-    g = parser.add_argument_group("training (defaults: the paper's Table 8, in our steps)")
-    flag(g, "--steps", count, f"evaluations of equation (3); 0: inference only (default {paper.steps})")
-    flag(g, "--batch", positive, f"images of one loss in a step, per GPU (default {paper.batch})")
-    flag(g, "--accum", positive, f"steps per weight update (default {paper.accum})")
-    flag(g, "--lr", float, f"peak learning rate (default {paper.lr})")
-    flag(g, "--warmup", count, f"weight updates of linear warm-up (default {paper.warmup})")
-    flag(g, "--horizon", count, f"weight update at which the cosine reaches 0; 0: constant (default {paper.horizon})")
-    flag(g, "--weight-decay", float, f"of AdamW (default {paper.weight_decay})")
-    flag(g, "--clip", float, f"limit of the gradient's norm; 0: none (default {paper.clip})")
-    flag(g, "--seed", int, "of every random number (default 0)", 0)
-    flag(g, "--precision", str, "bf16 (autocast, float32 master weights; default on a GPU) or fp32 (default on a CPU)", choices=("bf16", "fp32"))
-    g.add_argument("--compile", action="store_true", help="torch.compile the repeated blocks")
-    g.add_argument("--checkpointing", action="store_true", help="recompute activations in the backward: less memory, about a third more time")
-    flag(g, "--lambda-recon", float, f"weight of L_recon in equation (3) (default {paper.lambda_recon})")
-    flag(g, "--lambda-i2t", float, f"weight of L_i2t (default {paper.lambda_i2t}: 1 where understanding and generation share parameters)")
-    flag(g, "--lambda-t2i", float, f"weight of L_t2i (default {paper.lambda_t2i}; 1 where --captions is given)")
-    flag(g, "--i2t-data", str, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5 mix 665K); shapes: full captions of the toy world")
-    flag(g, "--i2t-images", str, "folder of its images (default: the folder of the file)")
-    flag(g, "--self-captions", positive, "without --i2t-data: how many training images the model describes for L_i2t, before any update. Our addition (default 1024)", 1024)
-    flag(g, "--captions", str, ".jsonl of {image, caption} for L_t2i: SFT (with --lambda-recon 0) or RecA beside SFT; shapes: full or sparse")
-    flag(g, "--cache", str, "folder: what the frozen parts compute for an image is kept there (crops become deterministic)")
-    flag(g, "--workers", count, "processes that decode images (default: by the number of cores)")
-    flag(g, "--save-every", positive, "steps between checkpoints (default 500)", 500)
-    flag(g, "--sample-every", positive, "steps between preview pictures (default 250)", 250)
-    flag(g, "--pretrain", float, "tiny only: length of the toy pretraining, as a fraction (default 1.0; 0.01 to try the mechanics)", 1.0)
-    g = parser.add_argument_group("the paper's ablations")
-    flag(g, "--und-size", positive, "side of the image given to the understanding encoder (paper section 3: the smallest it accepts)")
-    flag(g, "--blur", positive, "shrink that image by this factor and enlarge it again (app. F.2)")
-    flag(g, "--templates", str, "all 360, or the one seed template", "all", choices=("all", "one"))
-    g = parser.add_argument_group("inference (after training; alone with --steps 0)")
-    flag(g, "--generate", str, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt")
-    flag(g, "--images", positive, "images per prompt (default 1; GenEval 4, the paper's starred rows 12)", 1)
-    flag(g, "--reconstruct", str, "folder of images to reconstruct from their understanding embeddings")
-    flag(g, "--describe", str, "folder of images, or a question file (.jsonl)")
-    flag(g, "--question", str, "for a --describe folder", SEED_TEMPLATE)
-    flag(g, "--max-new-tokens", positive, "of a description (default 256)", 256)
-    flag(g, "--batch-images", positive, "images of one inference batch (default 8)", 8)
-    flag(g, "--guidance-scale", float, "of the sampler (default: the paper's)")
-    flag(g, "--sampling-steps", positive, "of the sampler (default: the paper's)")
-    parser.add_argument("--bench", action="store_true", help="time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing")
+    models = f"a released model ({', '.join(recipes)}), a hub id, a folder, or tiny (default {default})"
+    parser.add_argument("--model", default=default, help=models)
+    for flag in FLAGS:
+        if isinstance(flag, str):
+            group = parser.add_argument_group(flag)
+            continue
+        name, kind, value, text = flag
+        shown = paper.get(name[2:].replace("-", "_"), value)
+        text += "" if shown is None else f" (default {shown})"
+        if kind is bool:
+            group.add_argument(name, action="store_true", help=text)
+        else:
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            group.add_argument(name, default=value, help=text, **how)
     if extend:
         extend(parser)
     args = parser.parse_args(argv)
-    recipe = recipes.get(args.model, paper)
     if args.captions and args.lambda_t2i is None:
         args.lambda_t2i = 1.0
-    for name, value in vars(recipe).items():
+    for name, value in vars(recipes.get(args.model, recipes[default])).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    cuda, tiny = torch.cuda.is_available(), args.model.startswith("tiny")
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
-    args.data = args.data or ("shapes" if tiny else None)
+    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    args.data = args.data or ("shapes" if args.model.startswith("tiny") else None)
     args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
     if args.workers is None:
-        args.workers = 0 if args.data == "shapes" else min(8, max(1, (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1)) - 1))
+        cores = (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1))
+        args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
     if args.steps and not args.data and not args.bench:
-        raise InputError("--data is missing: give a folder of images (or --model tiny, which draws its own; or --steps 0 for inference only)")
+        raise InputError("--data is missing: give a folder of images (or --model tiny, which draws its own; or --steps 0)")
     return args
 
 
 def build_rows(args):
-    """The rows of each loss whose λ is not 0; those of L_i2t without data come later (they need the model). InputError for bad files."""
-    toy = args.data == "shapes"
-    rows = {}
+    """The rows of each loss whose λ is not 0, but for L_i2t without data (see describe_first). InputError for bad
+    files."""
+    rows, toy = {}, args.data == "shapes"
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
         rows["recon"] = Shapes(seed=args.seed) if toy else Images(args.data)
     if args.lambda_i2t and args.i2t_data:
-        rows["i2t"] = Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes" else Conversations(args.i2t_data, args.i2t_images)
+        rows["i2t"] = (Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes"
+                       else Conversations(args.i2t_data, args.i2t_images))
     if args.lambda_t2i:
         p = {"full": 1.0, "sparse": 0.1}.get(args.captions) if toy else None
-        rows["t2i"] = Captions(args.captions) if p is None else Shapes(seed=args.seed, captions=p)
+        rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else Captions(args.captions)
     return rows
 
 
 def start_process(args):
     """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
+    cuda = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # Rank 0 describes images, paints previews and writes checkpoints while the others wait: longer than the usual 10 minutes.
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=datetime.timedelta(hours=4))
-    if torch.cuda.is_available():
+        # Rank 0 describes images, paints previews and writes checkpoints while the others wait: longer than the usual
+        # 10 minutes.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
+    if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
-    return torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
 
 
 def toy_folder(model_class, args, pretrain):
-    """The pretrained tiny model, in the released layout: made once, kept in ~/.cache/reca (XDG_CACHE_HOME) under a hash of the code."""
+    """The pretrained tiny model, in the released layout: made once, kept in ~/.cache/reca (XDG_CACHE_HOME) under a hash
+    of the code."""
     code = Path(sys.modules[model_class.__module__].__file__).read_bytes() + Path(__file__).read_bytes()
     key = hashlib.sha256(code + repr((args.model, args.pretrain, args.seed)).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reca" / f"{args.model}-{model_class.__name__.lower()}-{key}"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = cache / "reca" / f"{args.model}-{model_class.__name__.lower()}-{key}"
     if not folder.exists() and world()[0] == 0:
         model = model_class.from_pretrained(args.model)
         model.train()
@@ -1275,143 +1267,139 @@ def toy_folder(model_class, args, pretrain):
     return folder
 
 
-def run(model_class, args, pretrain_toy, prepare=None, trainer=Trainer):
-    """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average), and `trainer` a subclass of Trainer,
-    for a script that needs them."""
-    device = start_process(args)
-    if args.bench:
-        return bench(model_class, args, device, prepare, trainer)
-    out, main_process = Path(args.out), world()[0] == 0
-    toy = args.model.startswith("tiny")
-    checkpoints = sorted(out.glob("checkpoint-*/trainer.pt"))
-    if args.resume and not checkpoints:
-        raise InputError(f"nothing to resume: no checkpoint in {out}")
-    if args.steps and not args.resume and checkpoints and not toy:
-        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
-    # Bad files fail before anything is downloaded, and not after days of training.
-    rows = build_rows(args) if args.steps else {}
-    if args.generate:
-        prompt_jobs(args.generate, out, args.images)
-    if args.reconstruct:
-        Images(args.reconstruct)
-    if args.describe and not Path(args.describe).exists():
-        raise InputError(f"no such folder or question file: {args.describe}")
-    source = str(checkpoints[-1].parent) if args.resume else str(toy_folder(model_class, args, pretrain_toy)) if toy else args.model
-    training = args.steps > 0
-    model = model_class.from_pretrained(source, device=device, dtype=torch.float32 if training or args.precision == "fp32" else torch.bfloat16)
-    if args.und_size or args.blur:
-        model.set_und(size=args.und_size, blur=args.blur)
-    if main_process:
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic(out / "run.json") as path:
-            import diffusers
-            import transformers
-            versions = {m.__name__: m.__version__ for m in (torch, transformers, diffusers, np)}
-            path.write_text(json.dumps({"arguments": vars(args), "versions": versions, "python": sys.version.split()[0], "device": str(device)}, indent=1))
-    if training:
-        post_train(model, args, rows, prepare, trainer, resume=checkpoints[-1].parent if args.resume else None)
-    if not main_process:
-        return
+@contextlib.contextmanager
+def inference(model, args):
+    """with inference(model, args): no dropout, no gradients, in --precision. Afterwards the model is in training
+    mode."""
     model.eval()
-    with torch.autocast(device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        for files, given in ((generate_files, args.generate), (reconstruct_files, args.reconstruct), (describe_files, args.describe)):
-            if given:
-                files(model, args)
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        yield
+    model.train()
 
 
-def post_train(model, args, rows, prepare, trainer, resume):
-    """RecA: streams, previews, the trainer, and for the toy world the scores before and after."""
-    out, toy, main_process, fresh = Path(args.out), args.data == "shapes", world()[0] == 0, resume is None
-    size = model.config.image_size
-    if fresh and main_process:
-        for old in (*out.glob("checkpoint-*"), out / "log.jsonl", out / "previews", out / "scores.json", out / "i2t_self.jsonl"):
-            shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-    if main_process:
-        for path in out.glob(".tmp-*"):                                               # what a kill left half-written
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    for r in rows.values():
-        if toy and isinstance(r, Shapes):
-            r.size = size
-    if args.lambda_i2t and not args.i2t_data:
-        if main_process:
-            print(f"L_i2t has no data (--i2t-data): the model describes {min(args.self_captions, len(rows['recon']))} of its training images first, and is held to "
-                  f"these descriptions, kept in {out / 'i2t_self.jsonl'}. This is our addition; real data or --lambda-i2t 0 are the alternatives.")
-        model.eval()
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            rows["i2t"] = describe_first(model, rows["recon"], out / "i2t_self.jsonl", args.self_captions, args.question, args.batch_images, args.max_new_tokens)
-    if not args.lambda_recon:
-        rows.pop("recon", None)
-    frozen = [p.detach().flatten()[:4].float().tolist() for p in model.parameters() if not p.requires_grad]     # a fingerprint of what is cached
-    settings = {"model": args.model, "frozen": hashlib.sha256(repr(frozen).encode()).hexdigest()[:16], "image_size": size,
-                "und_size": args.und_size, "blur": args.blur, "precision": args.precision}
-    texts = templates(args.templates)
-    streams = {name: Stream(name, r, model.preprocess, args.seed, texts if name == "recon" else None,
-                            Cache(args.cache, {**settings, "task": name}) if args.cache else None) for name, r in rows.items()}
-    samples = preview_images(rows.get("recon") or next(iter(rows.values())), size, toy)
-    options = {"seed": list(range(len(samples))), **sampler_options(args)}
-    folder, scores = out / "previews", out / "scores.json"
-
-    def picture():
-        """The preview images, reconstructed by the model as it is now."""
-        model.eval()
-        with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-            images = model.reconstruct(samples, **options)
-        model.train()
-        return images
-
-    def show(step):
-        if main_process:
-            before = [load_image(str(folder / f"before_{k}.png")) for k in range(len(samples))]
-            with atomic(folder / f"step_{step:06d}.png") as path:
-                grid(list(zip(samples, before, picture())), ("input", "before RecA", f"step {step}"), cell=max(128, min(256, size))).save(path)
-
-    def score():
-        model.eval()
-        scores = score_toy(model, size, 128, 7, sampler_options(args))
-        model.train()
-        return scores
-
-    if main_process and fresh:
-        for k, image in enumerate(picture()):
-            with atomic(folder / f"before_{k}.png") as path:
-                image.save(path)
-        if toy:
-            with atomic(scores) as path:
-                path.write_text(json.dumps({"before": score()}, indent=1))
-    trainer = trainer(model, streams, args, show, **(prepare(model, args) if prepare else {}))
-    if resume:
-        trainer.resume(resume)
+def speed_up(model, args):
+    """--checkpointing and --compile, block by block."""
     if args.checkpointing:
         checkpoint_blocks(model.blocks())
     if args.compile:
         for block in model.blocks():
             block.compile()
+
+
+def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer=Trainer):
+    """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
+    subclass of Trainer, for a script that needs one."""
+    device = start_process(args)
+    if args.bench:
+        return bench(model_class, args, device, prepare, trainer)
+    out, toy = Path(args.out), args.model.startswith("tiny")
+    checkpoints = sorted(path.parent for path in out.glob("checkpoint-*/trainer.pt"))
+    if args.resume and not checkpoints:
+        raise InputError(f"nothing to resume: no checkpoint in {out}")
+    if args.steps and not args.resume and checkpoints and not toy:
+        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+    # Bad files fail before anything is downloaded, and not after days of training.
+    rows, todo = build_rows(args) if args.steps else {}, {}
+    if args.generate:
+        todo[generate_files] = prompt_jobs(args.generate, out, args.images)
+    if args.reconstruct:
+        todo[reconstruct_files] = Images(args.reconstruct)
+    if args.describe:
+        todo[describe_files] = questions(args)
+    resume = checkpoints[-1] if args.resume else None
+    source = resume or (toy_folder(model_class, args, pretrain_toy) if toy else args.model)
+    dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
+    model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
+    if args.und_size or args.blur:
+        model.set_und(size=args.und_size, blur=args.blur)
+    if world()[0] == 0:
+        import diffusers
+        import transformers
+        versions = {module.__name__: module.__version__ for module in (torch, transformers, diffusers, np)}
+        write(out / "run.json", {"arguments": vars(args), "versions": {**versions, "python": sys.version.split()[0]},
+                                 "device": str(device)})
+    if args.steps:
+        post_train(model, args, rows, prepare, trainer, resume)
+    if world()[0] == 0:
+        with inference(model, args):
+            for make_files, jobs in todo.items():
+                make_files(model, args, jobs)
+
+
+def post_train(model, args, rows, prepare, trainer, resume):
+    """RecA: streams, previews, the trainer; for the toy world the scores before and after. resume: a checkpoint or
+    None."""
+    out, main_process, size = Path(args.out), world()[0] == 0, model.config.image_size
+    toy, previews, texts = args.data == "shapes", out / "previews", templates(args.templates)
+    if main_process:                                     # what a kill left half-written; a new run begins with nothing
+        old = () if resume else ("checkpoint-*", "log.jsonl", "previews", "scores.json", "i2t_self.jsonl")
+        for path in [path for pattern in (".tmp-*", *old) for path in out.glob(pattern)]:
+            remove(path)
+    for shapes in rows.values():
+        if isinstance(shapes, Shapes):
+            shapes.size = size
+    if args.lambda_i2t and not args.i2t_data:
+        with inference(model, args):
+            rows["i2t"] = describe_first(model, args, rows["recon"], out / "i2t_self.jsonl")
+    if not args.lambda_recon:
+        rows.pop("recon", None)
+    # What is cached depends on these; the frozen weights are told apart by their first numbers.
+    frozen = [p.detach().flatten()[:4].float().tolist() for p in model.parameters() if not p.requires_grad]
+    settings = {"model": args.model, "frozen": stable_seed(frozen), "image_size": size, "und_size": args.und_size,
+                "blur": args.blur, "precision": args.precision}
+    streams = {}
+    for name, data in rows.items():
+        cache = Cache(args.cache, {**settings, "task": name}) if args.cache else None
+        streams[name] = Stream(name, data, model.preprocess, args.seed, texts if name == "recon" else None, cache)
+    samples = preview_images(next(iter(rows.values())), size)
+
+    def paint():
+        """The preview images, reconstructed by the model as it is now."""
+        with inference(model, args):
+            return model.reconstruct(samples, seed=list(range(len(samples))), **sampler_options(args))
+
+    def show(step):
+        if main_process:
+            before = [load_image(previews / f"before_{k}.png") for k in range(len(samples))]
+            titles = ("input", "before RecA", f"step {step}")
+            picture = grid(list(zip(samples, before, paint())), titles, cell=max(128, min(256, size)))
+            write(previews / f"step_{step:06d}.png", picture)
+
+    def score(known):
+        """out/scores.json: `known` and the toy world's scores now."""
+        with inference(model, args):
+            scores = {**known, "after" if known else "before": score_toy(model, size, 128, 7, sampler_options(args))}
+        write(out / "scores.json", scores)
+        return scores
+
+    if main_process and not resume:
+        for k, image in enumerate(paint()):
+            write(previews / f"before_{k}.png", image)
+        if toy:
+            score({})
+    trainer = trainer(model, streams, args, show, **prepare(model, args))
+    if resume:
+        trainer.resume(resume)
+    speed_up(model, args)
     model.train()
     trainer.train()
     show(trainer.step)
-    if toy and main_process:
-        table = {**read_json(scores), "after": score()}
-        with atomic(scores) as path:
-            path.write_text(json.dumps(table, indent=1))
+    if main_process and toy:
+        scores = score(read_json(out / "scores.json"))
         print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
-        for name in table["after"]:
-            print(f"{name:<22}{table['before'][name]:>8.2f}{table['after'][name]:>8.2f}")
+        for name, after in scores["after"].items():
+            print(f"{name:<22}{scores['before'][name]:>8.2f}{after:>8.2f}")
     if main_process:
-        print(f"done: {out}/ holds checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl" + (", scores.json" if toy else ""))
+        print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
 
 
-def preview_images(rows, size, toy, count=6):
+def preview_images(rows, size, count=6):
     """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
-    if toy:
+    if isinstance(rows, Shapes):
         rng = np.random.default_rng(12345)
         return [draw_scene(random_scene(rng), size) for _ in range(count)]
-    images = []
-    for index in range(min(len(rows), 100)):
-        name, image, _ = rows[index]
-        image = image and try_image(name, image)                                    # None: a conversation without an image
-        images += [image] if image else []
-        if len(images) == count:
-            break
+    found = (try_image(name, source) for name, source, _ in rows[:100] if source is not None)
+    images = list(itertools.islice((image for image in found if image is not None), count))
     if not images:
         raise InputError("none of the first images could be read")
     return images
@@ -1422,56 +1410,51 @@ PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000":
 
 
 def bench(model_class, args, device, prepare, trainer, warmup=2, timed=8):
-    """--bench: full-size steps with random weights and random images; prints one line of figures and returns them as a dict.
+    """--bench: full-size steps with random weights on a random image; prints and returns {figure: value}.
 
-    MFU = the FLOPs that the step needs (counted by torch on a step with one image, without recomputation, times the batch) per
-    second, over the GPU's dense bf16 peak.
+    MFU = the FLOPs that the step needs (counted by torch on a step with one image, without recomputation, times the
+    batch) per second, over the GPU's dense bf16 peak.
     """
+    import resource
     from torch.utils.flop_counter import FlopCounterMode
     model = model_class.random(args.model, device)
     model.train()
-    names = [n for n in ("recon", "i2t", "t2i") if getattr(args, f"lambda_{n}")]
-    rng = np.random.default_rng(0)
-    words = " ".join(rng.choice([*SHAPES, *COLORS, *PLACES], 80).tolist())           # an answer of the length that LLaVA's have
+    rng, cuda, seconds = np.random.default_rng(0), device.type == "cuda", []
+    picture = Image.fromarray(rng.integers(0, 255, (640, 512, 3), dtype=np.uint8))
+    words = " ".join(rng.choice([*SHAPES, *COLORS, *PLACES], 80).tolist())   # an answer of the length that LLaVA's have
     texts = {"recon": SEED_TEMPLATE, "i2t": [(SEED_TEMPLATE, words)], "t2i": words}
+    streams = {name: Stream(name, [("random", picture, texts[name])], model.preprocess, args.seed)
+               for name in LOSSES if getattr(args, f"lambda_{name}")}
+    trainer = trainer(model, streams, args, **prepare(model, args))
 
-    def items(name, batch):
-        picture = Image.fromarray(rng.integers(0, 255, (640, 512, 3), dtype=np.uint8))
-        return [{"name": "random", "text": texts[name], "skipped": [], "position": k, "sample": model.preprocess(picture, name)} for k in range(batch)]
+    def step(items):
+        """One step on the items of each loss (their copies: a step keeps its features in them)."""
+        began = time.perf_counter()
+        trainer.take_step({name: iter([[{**item} for item in batch]]) for name, batch in items.items()})
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter() - began
 
-    class Fixed:
-        cache = None
-
-    trainer = trainer(model, dict.fromkeys(names, Fixed), args, **(prepare(model, args) if prepare else {}))
-    accum, args.accum = args.accum, 10 ** 9
+    args.accum = 10 ** 9                                                              # the counted step moves no weight
     with FlopCounterMode(display=False) as counter:
-        trainer.take_step({name: iter([items(name, 1)]) for name in names})
-    flops = counter.get_total_flops() * args.batch
-    args.accum = 1                                                                 # timed steps each move the weights: the slowest case
-    if args.checkpointing:
-        checkpoint_blocks(model.blocks())
-    if args.compile:
-        for block in model.blocks():
-            block.compile()
+        step({name: [stream[0]] for name, stream in streams.items()})
+    args.accum = 1                                                                    # the others do: the slowest case
     model.zero_grad(set_to_none=True)
-    data = {name: items(name, args.batch) for name in names}
-    cuda, seconds = device.type == "cuda", []
+    speed_up(model, args)
+    items = {name: [stream[k] for k in range(args.batch)] for name, stream in streams.items()}
     for k in tqdm(range(warmup + timed), desc="bench", unit="step", dynamic_ncols=True):
         if k == warmup and cuda:
             torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        trainer.take_step({name: iter([[{**item} for item in batch]]) for name, batch in data.items()})
-        if cuda:
-            torch.cuda.synchronize()
-        seconds += [time.perf_counter() - began] if k >= warmup else []
-    args.accum, step = accum, float(np.median(seconds))
-    import resource
-    peak = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        seconds.append(step(items))
+    duration, flops = float(np.median(seconds[warmup:])), counter.get_total_flops() * args.batch
+    used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     card = torch.cuda.get_device_name() if cuda else "CPU"
-    known = next((value for name, value in PEAK.items() if name in card), None)
-    figures = {"model": args.model, "device": card, "batch": args.batch, "losses": names, "compile": args.compile, "checkpointing": args.checkpointing,
-               "step_s": round(step, 4), "images_per_s": round(args.batch / step, 3), "tflops_per_step": round(flops / 1e12, 3),
-               "mfu": round(flops / step / known, 4) if known else None, "peak_memory_gb": round(peak / 2 ** 30, 3),
-               "trainable_parameters": sum(p.numel() for p in trainer.parameters), "parameters": sum(p.numel() for p in model.parameters())}
+    peak = next((value for name, value in PEAK.items() if name in card), None)
+    figures = {"model": args.model, "device": card, "batch": args.batch, "losses": list(streams),
+               "compile": args.compile, "checkpointing": args.checkpointing, "step_s": round(duration, 4),
+               "images_per_s": round(args.batch / duration, 3), "tflops_per_step": round(flops / 1e12, 3),
+               "mfu": round(flops / duration / peak, 4) if peak else None, "peak_memory_gb": round(used / 2 ** 30, 3),
+               "trainable_parameters": sum(p.numel() for p in trainer.parameters),
+               "parameters": sum(p.numel() for p in model.parameters())}
     print(json.dumps(figures))
     return figures

@@ -98,12 +98,11 @@ def test_pixels_round_trip_and_geometry():
     assert np.array_equal(np.asarray(common.to_pil(common.to_tensor(image))), np.asarray(image))
     wide = Image.new("RGB", (60, 20), "white")
     wide.paste("black", (20, 0, 40, 20))
-    assert np.asarray(common.center_square(wide, 20)).max() == 0
     assert common.stretch_square(wide, 24).size == (24, 24)
     padded = np.asarray(common.pad_square(Image.new("RGB", (60, 20), "white"), 60))
     assert (padded[0] == 127).all() and (padded[30] == 255).all()
     crops = {common.random_square(wide, 20, np.random.default_rng(k)).tobytes() for k in range(20)}
-    assert len(crops) > 5 and common.random_square(wide, 20).tobytes() == common.center_square(wide, 20).tobytes()
+    assert len(crops) > 5 and np.asarray(common.random_square(wide, 20)).max() == 0    # the centre
     pixels = torch.rand(2, 3, 32, 32)
     assert common.resize(pixels, 16).shape == (2, 3, 16, 16)
     soft = common.blur(pixels, 8)
@@ -370,7 +369,7 @@ def test_prompt_files_of_the_benchmarks(tmp_path):
     assert [str(q) for q in jobs[0][1]] == [f"o/00000/samples/0000{k}.png" for k in range(4)] and jobs[0][2]["tag"] == "colors"
     (tmp_path / "dpg").mkdir()
     (tmp_path / "dpg" / "COCOval1.txt").write_text("a long prompt")
-    assert common.prompt_jobs(tmp_path / "dpg", "o", 1)[0] == ("a long prompt", [Path("o/COCOval1.png")], "grid")
+    assert common.prompt_jobs(tmp_path / "dpg", "o", 1)[0] == ("a long prompt", [Path("o/COCOval1.png")] * 4, None)
     (tmp_path / "wise.json").write_text('[{"Prompt": "x", "prompt_id": 7}]')
     assert common.prompt_jobs(tmp_path / "wise.json", "o", 1)[0][1] == [Path("o/7.png")]
     (tmp_path / "comp.json").write_text('[{"Question": "x", "Category": "color", "Question_id": 3}]')
@@ -379,7 +378,7 @@ def test_prompt_files_of_the_benchmarks(tmp_path):
     with pytest.raises(common.InputError, match="leads out of"):
         common.prompt_jobs(tmp_path / "evil.json", tmp_path / "o", 1)
     (tmp_path / "odd.json").write_text('{"Question": "x"}')
-    with pytest.raises(common.InputError, match="not a list of prompts"):
+    with pytest.raises(common.InputError, match="is not a list"):
         common.prompt_jobs(tmp_path / "odd.json", "o", 1)
     (tmp_path / "bad.jsonl").write_text('{"prompt": "ok"}\n{"tag": "x"}\n')
     with pytest.raises(common.InputError, match="row 2"):
