@@ -36,6 +36,7 @@ import os
 import re
 import statistics
 import sys
+import textwrap
 import threading
 import time
 import urllib.request
@@ -78,12 +79,12 @@ def need(row, names, where):
                 f"{where}: no field \"{name}\"; is this the benchmark's own file?")
     return [row[name] for name in names]
 
-def read_rows(path, fields=(), kind=list, lines=False):
-    """A released file: a JSON list or object (kind), or an object a line; each row has `fields`."""
-    data = common.read_json(path, lines or str(path).endswith(".jsonl"))
+def read_rows(path, *fields, kind=list):
+    """A released file: a JSON list or object (kind), or for .jsonl an object a line; each row has `fields`."""
+    data = common.read_json(path, lines=str(path).endswith(".jsonl"))
     require(isinstance(data, kind), f"{path} does not hold a JSON {'list' if kind is list else 'object'}")
     for row in data.values() if isinstance(data, dict) else data:
-        need(row, fields, path) if fields else None
+        need(row, fields, path)
     return data
 
 def read_text(path):
@@ -99,45 +100,46 @@ def read_source(path):
     except (SyntaxError, ValueError) as error:
         raise InputError(f"{path} is not Python source: {error}") from None
 
-class Journal:
-    """items.jsonl, a line per judged item, appended at once. A kill can tear only the last; that one is cut off."""
-    def __init__(self, path):
-        self.path, self.records = Path(path), {}
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self.file = open(self.path, "a+b")
-            with contextlib.suppress(ImportError):             # two runs would tear each other's lines
+@contextlib.contextmanager
+def open_journal(path):
+    """items.jsonl, a line per judged item -> ({id: record}, add(record), which appends at once). A kill can tear only
+    the last line; that one is cut off. A second run on the same file is refused."""
+    records = {}                                               # of several lines about an item the last one counts
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a+b", buffering=0) as file:
+            with contextlib.suppress(ImportError):             # no locks on Windows
                 import fcntl
-                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            what = "another eval.py is writing" if isinstance(error, BlockingIOError) else "cannot write"
-            raise InputError(f"{what} {path} ({error.strerror})") from None
-        self.file.seek(0)
-        *lines, torn = self.file.read().split(b"\n")
-        if torn:
-            print(f"{path}: the last line was half-written and is repaired: its item is judged again", file=sys.stderr)
-            self.file.truncate(self.file.tell() - len(torn))
-        for number, line in enumerate(lines, 1):
-            try:
-                record = json.loads(line)
-                self.records[record["id"]] = record            # of several the last one counts
-            except (ValueError, KeyError, TypeError):
-                raise InputError(f"{path}: line {number} is damaged; delete that line and run again") from None
-
-    def add(self, record):
-        try:
-            self.file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
-            self.file.flush()                                  # survives a kill of this process
-        except OSError as error:
-            raise InputError(f"cannot write {self.path}: {error.strerror}") from None
-
-    def close(self):
-        self.file.close()
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.seek(0)
+            *lines, torn = file.read().split(b"\n")
+            if torn:
+                print(f"{path}: the last line was half-written: its item is judged again", file=sys.stderr)
+                file.truncate(file.tell() - len(torn))
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = json.loads(line)
+                    records[record["id"]] = record
+                except (ValueError, KeyError, TypeError):
+                    raise InputError(f"{path}: line {number} is damaged; delete that line and run again") from None
+            yield records, lambda record: file.write(json.dumps(record).encode() + b"\n")
+    except BlockingIOError:
+        raise InputError(f"another eval.py is writing {path}") from None
+    except OSError as error:
+        raise InputError(f"cannot go on with {path}: {error}") from None
 
 def find_image(folder, stem):
     """folder/stem with whichever suffix exists; else the .png that should be there, and will be named as missing."""
     paths = [Path(folder) / f"{stem}{suffix}" for suffix in (".png", *IMAGE_SUFFIXES)]
     return next((path for path in paths if path.is_file()), paths[0])
+
+def images_in(folder, pattern="*"):
+    return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
+
+def size_of(path):
+    """(width, height); None where the file cannot be read, which is named later."""
+    with contextlib.suppress(*UNREADABLE):
+        return load_image(path).size
 
 @dataclass
 class Picture:
@@ -174,15 +176,16 @@ class Item:
     image_first: bool = False
     prompt: str = ""                                           # for the contact sheet, as is mark: value -> 0 .. 1
     mark: callable = None
+    failure: str = "malformed reply"                           # what it means when parse says None
 
     def chat(self, picture):
         """The messages of a chat; picture(p) is the part that stands for a picture."""
-        pictures, text = [picture(p) for p in self.pictures], [{"type": "text", "text": self.text}]
-        user = {"role": "user", "content": pictures + text if self.image_first else text + pictures}
-        return [{"role": "system", "content": self.system}, user] if self.system else [user]
+        parts, text = [picture(p) for p in self.pictures], [{"type": "text", "text": self.text}]
+        user = {"role": "user", "content": parts + text if self.image_first else text + parts}
+        return [{"role": "system", "content": [{"type": "text", "text": self.system}]}] * bool(self.system) + [user]
 
 # ======================================================================================================
-# 2. Judges: answers(items) yields (item, reply or None, value or None, error or None)
+# 2. Judges: a function from items to (item, reply or None, value or None, error or None) of each
 # ======================================================================================================
 
 class Endpoint:
@@ -190,21 +193,18 @@ class Endpoint:
 
     Time-outs, broken connections, 408, 409, 429, 5xx and odd bodies are asked again with growing pauses; another 4xx (a
     refused picture) fails its item. A wrong key or address, an empty account or a redirect stops the run."""
-    def __init__(self, name, args):
-        parts = urllib.parse.urlsplit(args.judge_url)
-        require(parts.scheme in ("http", "https") and parts.hostname and not parts.username and not parts.query,
+    def __init__(self, args):
+        url = urllib.parse.urlsplit(args.judge_url)
+        require(url.scheme in ("http", "https") and url.hostname and not url.username and not url.query,
                 "--judge-url must look like https://host/v1, without a key (it goes into OPENAI_API_KEY)")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
         require(re.fullmatch(r"[\x21-\x7e]*", self.key),       # http.client would quote the key in its error
                 "OPENAI_API_KEY holds a character that no key has (a blank or a line end?)")
-        self.name, self.args, self.host = name, args, parts.hostname
-        self.pause, self.next_turn = 60 / args.rate if args.rate else 0, 0.0
+        self.args, self.host, self.next_turn = args, url.hostname, 0.0
         self.lock, self.stopped = threading.Lock(), threading.Event()
-
-        class Stay(urllib.request.HTTPRedirectHandler):        # a redirect would carry the key elsewhere
-            def redirect_request(self, *args):
-                return None                                    # surfaces as HTTPError 3xx
-        self.opener = urllib.request.build_opener(Stay)
+        self.opener = urllib.request.OpenerDirector()          # follows no redirect: it would carry the key elsewhere
+        for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
+            self.opener.add_handler(handler())
 
     def clean(self, text):
         """A server may quote the key back ("incorrect key sk-..."): it never reaches the screen or a file."""
@@ -217,56 +217,52 @@ class Endpoint:
             data += chunk
             if time.monotonic() > deadline or len(data) > 10_000_000:
                 raise TimeoutError("the reply took too long")
-        return json.loads(data)["choices"][0]["message"]["content"]
+        return data.decode(errors="replace")
 
     def post(self, payload):
-        """-> the reply's text. Raises OSError after the last attempt, InputError where asking again cannot help."""
+        """-> (reply, None) or, after the last attempt, (None, why). InputError where asking again cannot help."""
         headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
         url, body = self.args.judge_url.rstrip("/") + "/chat/completions", json.dumps(payload).encode()
         for attempt in range(self.args.retries + 1):
             with self.lock:                                    # each request takes the next free turn
                 turn = max(time.monotonic(), self.next_turn)
-                self.next_turn = turn + self.pause
+                self.next_turn = turn + (60 / self.args.rate if self.args.rate else 0)
             if self.stopped.wait(max(0, turn - time.monotonic())):
-                raise OSError("stopped")
+                return None, "stopped"
             wait = min(60, 2 ** attempt)
             try:
                 request = urllib.request.Request(url, body, headers)
                 with self.opener.open(request, timeout=self.args.timeout) as response:
-                    return self.clean(self.read(response) or "")                 # null: the judge refused
-            except urllib.error.HTTPError as error:
-                detail = f"{self.host} answers {error.code}: "
-                with contextlib.suppress(OSError, http.client.HTTPException):
-                    detail += self.clean(" ".join(error.read(100_000).decode(errors="replace").split()))[:200]
-                hopeless = error.code in (401, 402, 403, 404, 405) or error.code < 400 or "insufficient_quota" in detail
+                    text, status, after = self.read(response), response.status, response.headers.get("Retry-After", "")
+                if status < 300:                               # content null: the judge refused
+                    return self.clean(json.loads(text)["choices"][0]["message"]["content"] or ""), None
+                detail = self.clean(f"{self.host} answers {status}: {' '.join(text.split())}")[:240]
+                hopeless = status < 400 or status in (401, 402, 403, 404, 405) or "insufficient_quota" in text
                 require(not hopeless, detail)
-                if error.code not in (408, 409, 429) and error.code < 500:
-                    raise OSError(detail) from None
-                with contextlib.suppress(TypeError, ValueError):
-                    wait = min(60, max(0, float(error.headers.get("Retry-After"))))
-            except (OSError, http.client.HTTPException) as error:                # includes URLError and time-outs
-                detail = self.clean(f"{self.host}: {type(error).__name__}: {getattr(error, 'reason', error)}")
-            except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+                if status < 500 and status not in (408, 409, 429):
+                    return None, detail
+                wait = min(60, float(after)) if re.fullmatch(r"[\d.]+", after) else wait
+            except (OSError, http.client.HTTPException) as error:
+                detail = f"{self.host}: {type(error).__name__}: {error}"
+            except (ValueError, LookupError, TypeError, AttributeError):
                 detail = f"{self.host}: the body is not a chat completion; does the URL end in /v1?"
             self.stopped.wait(wait if attempt < self.args.retries else 0)
-        raise OSError(f"{detail} (after {self.args.retries + 1} attempts)")
+        return None, f"{detail} (after {self.args.retries + 1} attempts)"
 
     def ask(self, item):
         """A reply that does not parse is asked for again, `reask` times: endpoints are not deterministic."""
-        try:
-            messages = item.chat(lambda p: {"type": "image_url", "image_url": {"url": p.data_url()}})
-            payload = {"model": self.name, "messages": messages, "max_tokens": item.max_tokens}
-            if item.temperature is not None:
-                payload["temperature"] = item.temperature
-            for _ in range(self.args.reask + 1):
-                reply = self.post(payload)
-                if (value := item.parse(reply)) is not None:
-                    return reply, value, None
-            return reply, None, "malformed reply"
-        except OSError as error:
-            return None, None, f"no reply ({error})"
+        messages = item.chat(lambda p: {"type": "image_url", "image_url": {"url": p.data_url()}})
+        payload = {"model": judge_name(self.args), "messages": messages, "max_tokens": item.max_tokens}
+        payload |= {} if item.temperature is None else {"temperature": item.temperature}
+        for _ in range(self.args.reask + 1):
+            reply, error = self.post(payload)
+            if error:
+                return None, None, f"no reply ({error})"
+            if (value := item.parse(reply)) is not None:
+                return reply, value, None
+        return reply, None, item.failure
 
-    def answers(self, items):
+    def __call__(self, items):
         """As they come. After ten failures in a row the judge is taken to be down, and the run stops."""
         pool, in_a_row = concurrent.futures.ThreadPoolExecutor(self.args.workers), 0
         try:
@@ -279,7 +275,17 @@ class Endpoint:
         finally:
             self.stopped.set()                                 # wakes sleeping workers
             pool.shutdown(wait=True, cancel_futures=True)
-            self.stopped = threading.Event()
+            self.stopped.clear()
+
+def local(replies, batch):
+    """A judge in this process: replies(items of one batch) -> texts. Asked twice it says the same: no second try."""
+    def judge(items):
+        for start in range(0, len(items), batch):
+            part = items[start:start + batch]
+            for item, reply in zip(part, replies(part)):
+                value = item.parse(reply)
+                yield item, reply, value, item.failure if value is None else None
+    return judge
 
 @contextlib.contextmanager
 def loading(name):
@@ -300,77 +306,41 @@ def load_model(cls, name, device, **options):
     require(not missing, f"{name} lacks {len(missing)} weights ({', '.join(missing[:1])}): not its checkpoint")
     return model.eval().to(device)
 
-class Local:
-    """A judge in this process: replies(items of one batch) -> texts. Asked twice it says the same: no second try."""
-    batch, failure = 1, "malformed reply"
-
-    def answers(self, items):
-        for start in range(0, len(items), self.batch):
-            batch = items[start:start + self.batch]
-            for item, reply in zip(batch, self.replies(batch)):
-                value = item.parse(reply)
-                yield item, reply, value, self.failure if value is None else None
-
-class LocalJudge(Local):
-    """A vision-language model, greedy.
-
-    The prompts of Qwen2(.5)-VL are put together here: the library's AutoProcessor wants a video processor for them, and
-    with it torchvision. Other models (LLaVA ...) go through AutoProcessor and their own chat template."""
-    def __init__(self, name, device, batch):
-        self.device, self.batch = device, batch
+class LocalJudge:
+    """A vision-language model, greedy, through its own processor and chat template."""
+    def __init__(self, name, device):
         with loading(name) as transformers:
-            self.qwen = transformers.AutoConfig.from_pretrained(name).model_type in ("qwen2_vl", "qwen2_5_vl")
-            if self.qwen:
+            if transformers.AutoConfig.from_pretrained(name).model_type in ("qwen2_vl", "qwen2_5_vl"):
                 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-                self.processor = Qwen2VLImageProcessorPil.from_pretrained(name)
-                self.tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+
+                class WithoutVideo(transformers.Qwen2_5_VLProcessor):            # whose video processor wants torchvision
+                    def check_argument_for_proper_class(self, *_):
+                        pass
+                tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+                self.processor = WithoutVideo(Qwen2VLImageProcessorPil.from_pretrained(name), tokenizer, None,
+                                              chat_template=tokenizer.chat_template)
             else:
                 self.processor = transformers.AutoProcessor.from_pretrained(name)
-                self.tokenizer = self.processor.tokenizer
             self.model = load_model(transformers.AutoModelForImageTextToText, name, device,
                                     dtype=torch.float32 if device == "cpu" else torch.bfloat16)
+        self.tokenizer = self.processor.tokenizer
         self.tokenizer.padding_side = "left"                   # generation starts at the right edge
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 
-    def qwen_inputs(self, items):
-        """-> input_ids [B, T], with <|image_pad|> once per visual token; the patches of all images in one row."""
-        images = self.processor([p.load() for item in items for p in item.pictures], return_tensors="pt")
-        # grid (t, h, w) in patches; the model merges 2 x 2 patches into one token
-        counts, texts = iter((images["image_grid_thw"].prod(1) // self.processor.merge_size ** 2).tolist()), []
-        for item in items:
-            pictures = "".join(f"<|vision_start|>{'<|image_pad|>' * next(counts)}<|vision_end|>" for _ in item.pictures)
-            user = pictures + item.text if item.image_first else item.text + pictures
-            texts.append(f"<|im_start|>system\n{item.system or 'You are a helpful assistant.'}<|im_end|>\n"
-                         f"<|im_start|>user\n{user}<|im_end|>\n<|im_start|>assistant\n")
-        inputs = self.tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-        on_image = inputs["input_ids"] == self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
-        # Without the token types the model runs, but image tokens get the positions of text: worse answers, no error.
-        return {**inputs, **images, "mm_token_type_ids": on_image.int()}
-
-    def other_inputs(self, items):
-        chats = [[{**message, "content": [{"type": "text", "text": message["content"]}]}
-                  if message["role"] == "system" else message for message in item.chat(lambda p: {"type": "image"})]
-                 for item in items]
+    def inputs(self, items):
+        chats = [item.chat(lambda p: {"type": "image"}) for item in items]
         texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
         pictures = [[p.load() for p in item.pictures] for item in items]
         return self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
 
     @torch.inference_mode()
     def replies(self, items):
-        inputs = (self.qwen_inputs if self.qwen else self.other_inputs)(items)
-        inputs = {k: v.to(self.device, self.model.dtype if v.is_floating_point() else None) for k, v in inputs.items()}
+        inputs = {name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
+                  for name, value in self.inputs(items).items()}
         out = self.model.generate(**inputs, max_new_tokens=max(item.max_tokens for item in items), do_sample=False,
                                   pad_token_id=self.tokenizer.pad_token_id)
         texts = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
         return [text.strip() for text in texts]
-
-class Measure(Local):
-    """A judge that computes: measure(pictures) -> what its "reply" shall hold, as JSON; None where it cannot."""
-    def __init__(self, measure, failure):
-        self.measure, self.failure = measure, failure
-
-    def replies(self, items):
-        return [json.dumps(self.measure([p.load() for p in item.pictures])) for item in items]
 
 def judge_name(args):
     """Stands in the table, and in the journal: a reply counts for the judge that gave it."""
@@ -384,13 +354,14 @@ def make_judge(args):
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     batch = args.batch or (1 if device == "cpu" else 8)
     if args.benchmark == "geneval":
-        return GenevalJudge(args, device, batch)
+        models = {"detector": Detector(args.detector, device), "clip": Clip(args.clip, device)}
+        return local(functools.partial(geneval_replies, **models), batch)
     if args.benchmark == "recon":
         clip = None if args.clip == "none" else Clip(args.clip, device)
-        return Measure(lambda pair: likeness(*pair, clip), "picture smaller than SSIM's window")
+        return local(lambda items: [json.dumps(likeness(*[p.load() for p in i.pictures], clip)) for i in items], batch)
     if args.benchmark == "shapes":
-        return Measure(lambda pictures: [common.read_scene(picture) for picture in pictures], "unreadable scene")
-    return Endpoint(judge_name(args), args) if args.judge_url else LocalJudge(judge_name(args), device, batch)
+        return local(lambda items: [json.dumps([common.read_scene(p.load()) for p in i.pictures]) for i in items], 1)
+    return Endpoint(args) if args.judge_url else local(LocalJudge(judge_name(args), device).replies, batch)
 
 def judge_prompt(path, *fields):
     """The benchmark's judge text, as downloaded -> (text with {field} marks, system text or None): a text file, or of
@@ -440,8 +411,18 @@ def percent(value):
         return {name: percent(part) for name, part in value.items()}
     return None if value is None else 100 * value
 
-def check_pictures(items, problems):
-    """-> [(item, marks of its pictures)] of the items whose files are all there and decode; others are named."""
+def result_folder(out, args):
+    return (out if out.is_dir() else out.parent) / "eval" / args.benchmark
+
+def judge_all(out, items, problems, args, judge):
+    """Ask about every item that has no valid line in OUT's journal -> {item id: value}. Files that are missing or do not
+    decode are named first.
+
+    A line counts while pictures, text and judge are the same and its reply still parses: changed pictures are judged
+    anew, a better parser needs no new replies. Failures are written down too, and tried again in the next run."""
+    twice = [name for name, n in Counter(item.id for item in items).items() if n > 1]
+    require(not twice, f"the prompt file has {', '.join(twice[:1])} twice")
+
     @functools.cache
     def digest(path):
         try:
@@ -449,47 +430,33 @@ def check_pictures(items, problems):
             return hashlib.sha1(data).hexdigest()
         except UNREADABLE as error:
             problems.add("missing image" if isinstance(error, FileNotFoundError) else "unreadable image", path)
-    good = []
+    keys, values, errors = {}, {}, {}
     for item in tqdm(items, desc="check", unit="item", dynamic_ncols=True, disable=len(items) < 50):
         marks = [(digest(p.path), p.crop, p.size, p.jpeg) for p in item.pictures]
-        good += [(item, marks)] if all(mark[0] for mark in marks) else []
-    return good
-
-def result_folder(out, args):
-    return (out if out.is_dir() else out.parent) / "eval" / args.benchmark
-
-def judge_all(out, items, problems, args, judge):
-    """Ask about every item that has no valid line in OUT's journal -> {item id: value}.
-
-    A line counts while pictures, text and judge are the same and its reply still parses: changed pictures are judged
-    anew, a better parser needs no new replies. Failures are written down too, and tried again in the next run."""
-    twice = [name for name, n in Counter(item.id for item in items).items() if n > 1]
-    require(not twice, f"the prompt file has {', '.join(twice[:1])} twice")
-    good = check_pictures(items, problems)
-    problems.stop(args.strict)
-    require(good, f"{out}: nothing to score; {'; '.join(problems.lines()) or 'no image of a known prompt'}")
-    values, keys, failed, todo = {}, {}, {}, []
-    with contextlib.closing(Journal(result_folder(out, args) / "items.jsonl")) as journal:
-        for item, marks in good:
+        if all(mark[0] for mark in marks):
             question = (item.text, item.system, item.max_tokens, item.temperature, item.image_first, judge_name(args))
             keys[item.id] = hashlib.sha1(repr((marks, question)).encode()).hexdigest()
-            old = journal.records.get(item.id, {})
-            reply = old["reply"] if old.get("key") == keys[item.id] else None
-            values[item.id] = None if reply is None else item.parse(reply)
-            todo += [item] if values[item.id] is None else []
-        with tqdm(total=len(good), initial=len(good) - len(todo), desc=f"{args.benchmark} {out.name}", unit="item",
+    problems.stop(args.strict)
+    require(keys, f"{out}: nothing to score; {'; '.join(problems.lines()) or 'no image of a known prompt'}")
+    items = [item for item in items if item.id in keys]
+    with open_journal(result_folder(out, args) / "items.jsonl") as (records, add):
+        for item in items:
+            old = records.get(item.id, {})
+            known = old.get("key") == keys[item.id] and old["reply"] is not None
+            values[item.id] = item.parse(old["reply"]) if known else None
+        todo = [item for item in items if values[item.id] is None]
+        with tqdm(total=len(items), initial=len(items) - len(todo), desc=f"{args.benchmark} {out.name}", unit="item",
                   dynamic_ncols=True) as bar:
-            for item, reply, value, error in judge().answers(todo) if todo else ():
-                failed[item.id], values[item.id] = error, value
-                journal.add({"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
-                             "prompt": item.prompt, "reply": reply, "error": error,
-                             "mark": item.mark(value) if item.mark and not error else None})
+            for item, reply, value, error in judge()(todo) if todo else ():
+                errors[item.id], values[item.id] = error, value
+                add({"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
+                     "prompt": item.prompt, "reply": reply, "error": error,
+                     "mark": item.mark(value) if item.mark and not error else None})
                 bar.update()
     for item in items:                                         # in the order of the work, whichever thread was first
-        if failed.get(item.id):
-            problems.add(failed[item.id].split(" (")[0], item.id)
-    problems.stop(args.strict)
-    return {item.id: values[item.id] for item in items if values.get(item.id) is not None}
+        if errors.get(item.id):
+            problems.add(errors[item.id].split(" (")[0], item.id)
+    return {name: value for name, value in values.items() if value is not None}
 
 # A judged benchmark is a function (out, args, problems) -> its items, how many things should be scored, and
 # add_up({item id: value}) -> ({column: value in the table's unit, or None}, number scored, more for scores.json).
@@ -499,18 +466,18 @@ def judge_all(out, items, problems, args, judge):
 # ======================================================================================================
 
 # the 80 classes in COCO's order, of which GenEval renames 64, 65 and 66
-COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
-        "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,"
-        "suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
-        "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
-        "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,"
-        "tv remote,computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,"
-        "teddy bear,hair drier,toothbrush").split(",")
+COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
+        "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+        "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,"
+        "wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,"
+        "chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
+        "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
+        "toothbrush").split(",")
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 GENEVAL_TASKS = {"single_object": "Single", "two_object": "Two", "counting": "Count", "colors": "Color",
                  "position": "Position", "color_attr": "Attri."}
 
-def keep_detections(detections, tag, threshold=0.3, counting_threshold=0.9, max_objects=16, max_overlap=1.0, **_):
+def keep_detections(detections, tag, max_overlap=1.0):
     """Indices of the detections (of one class; dicts with box, score) that count, best first: strictly above the
     threshold, then the 16 best, then suppression by overlap, which is off by default."""
     def area(x1, y1, x2, y2):                                  # the official +1 per side
@@ -520,23 +487,23 @@ def keep_detections(detections, tag, threshold=0.3, counting_threshold=0.9, max_
         both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
         return both / (area(*a) + area(*b) - both or 1)
     scores, kept = np.array([d["score"] for d in detections]), []
-    limit = counting_threshold if tag == "counting" else threshold
-    for i in [int(i) for i in np.argsort(scores, kind="stable")[::-1] if scores[i] > limit][:max_objects]:
+    best = [int(i) for i in np.argsort(scores, kind="stable")[::-1] if scores[i] > (0.9 if tag == "counting" else 0.3)]
+    for i in best[:16]:
         if max_overlap == 1 or all(overlap(detections[i]["box"], detections[k]["box"]) < max_overlap for k in kept):
             kept.append(i)
     return kept
 
-def relations(a, b, threshold=0.1):
+def relations(a, b):
     """How box a lies to box b, a subset of {left of, right of, above, below}. Per axis: the distance of the centres,
     less a tenth of the summed sizes, over the length of the *unshrunk* distance; beyond 0.5 it is a relation."""
     a, b = np.asarray(a, float)[:4].reshape(2, 2), np.asarray(b, float)[:4].reshape(2, 2)      # rows: corners; x, y
     offset, sizes = a.mean(0) - b.mean(0), np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
-    shrunk = np.maximum(np.abs(offset) - threshold * sizes, 0) * np.sign(offset)
+    shrunk = np.maximum(np.abs(offset) - 0.1 * sizes, 0) * np.sign(offset)
     x, y = shrunk / np.linalg.norm(offset) if np.any(np.abs(shrunk) >= 1e-3) else (0, 0)
     tests = {"left of": x < -0.5, "right of": x > 0.5, "above": y < -0.5, "below": y > 0.5}
     return {name for name, holds in tests.items() if holds}
 
-def geneval_decide(metadata, objects, colors_of, position_threshold=0.1, **_):
+def geneval_decide(metadata, objects, colors_of):
     """objects {class: kept detections, best first}, colors_of(detections, class) -> a color each. -> correct, reasons
     Only the best `count` of a class are looked at. A failed clause is "no target" for positions that refer to it."""
     reasons, groups = [], []
@@ -552,12 +519,12 @@ def geneval_decide(metadata, objects, colors_of, position_threshold=0.1, **_):
                 failed = f"expected {wanted} {name}>={count}, found {n} {wanted}; and {others}"
         if not failed and "position" in clause:
             wanted, target = clause["position"]
-            if groups[target] is None:
+            seen = [relations(a["box"], b["box"]) for a in found for b in groups[target] or ()]
+            wrong = [relation for relation in seen if wanted not in relation]    # every pair must satisfy it
+            if wrong:
+                failed = f"expected {name} {wanted} target, found {' and '.join(sorted(wrong[0]))} target"
+            elif not seen:
                 failed = f"no target for {name} to be {wanted}"
-            else:                                              # every pair must satisfy the relation
-                seen = (relations(a["box"], b["box"], position_threshold) for a in found for b in groups[target])
-                if (miss := next((r for r in seen if wanted not in r), None)) is not None:
-                    failed = f"expected {name} {wanted} target, found {' and '.join(sorted(miss))} target"
         groups.append(None if failed else found)
         reasons += [failed] if failed else []
     for clause in metadata.get("exclude", []):                 # all kept ones count here: counting means exactly n
@@ -590,14 +557,9 @@ class Detector:
         with loading(name):
             from transformers.models.mask2former import modeling_mask2former as library
             library.requires_backends = lambda *_: None        # its training loss wants scipy; nothing is trained here
-            self.net, self.device = load_model(library.Mask2FormerForUniversalSegmentation, name, device), device
-        classes = self.net.config.num_labels
+            self.model = load_model(library.Mask2FormerForUniversalSegmentation, name, device)
+        classes = self.model.config.num_labels
         require(classes == 80, f"{name} knows {classes} classes; GenEval needs COCO's 80")
-
-    def model(self, pixels):
-        """[B, 3, H, W] -> class logits [B, Q, 80 + 1], mask logits [B, Q, H / 4, W / 4]"""
-        out = self.net(pixel_values=pixels)
-        return out.class_queries_logits.float(), out.masks_queries_logits.float()
 
     @torch.inference_mode()
     def __call__(self, images, threshold=0.3):
@@ -605,15 +567,15 @@ class Detector:
         width, height = images[0].size
         scale = min(800 / min(width, height), 1333 / max(width, height))         # never 384: small objects would vanish
         h, w = int(height * scale + 0.5), int(width * scale + 0.5)
-        pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).to(self.device).permute(0, 3, 1, 2).float()
+        pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).to(self.model.device)
         # bilinear, not antialiased, rounded to grey levels, as OpenCV does it; padded, not stretched, to 32 k
-        pixels = F.interpolate(pixels, (h, w), mode="bilinear").round()
+        pixels = F.interpolate(pixels.permute(0, 3, 1, 2).float(), (h, w), mode="bilinear").round()
         center, std = pixels.new_tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
         pixels = F.pad((pixels - center) / std, (0, -w % 32, 0, -h % 32))
-        logits, masks = self.model(pixels)
+        out = self.model(pixel_values=pixels)                  # logits [B, Q, 80 + 1], [B, Q, H / 4, W / 4]
+        chances = out.class_queries_logits.float().softmax(-1)[..., :-1]         # the last class is "no object"
         sizes = tuple(pixels.shape[-2:]), (h, w), (height, width)
-        return [self.instances(chances[..., :-1], m, *sizes, threshold)          # the last class is "no object"
-                for chances, m in zip(logits.softmax(-1), masks)]
+        return [self.instances(c, m, *sizes, threshold) for c, m in zip(chances, out.masks_queries_logits.float())]
 
     def instances(self, chances, masks, padded, inner, original, threshold):
         """The 100 best (query, class) pairs over all; score = class probability x mean sigmoid inside the mask; masks
@@ -624,8 +586,7 @@ class Detector:
         if not len(best):
             return found
         masks = F.interpolate(masks[None, index // chances.shape[1]], padded, mode="bilinear")
-        masks = masks[..., :inner[0], :inner[1]]
-        masks = F.interpolate(masks, original, mode="bilinear")[0]                             # [K, H, W]
+        masks = F.interpolate(masks[..., :inner[0], :inner[1]], original, mode="bilinear")[0]  # [K, H, W]
         inside = masks > 0
         best = best * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
         for s, c, m in zip(best.tolist(), (index % chances.shape[1]).tolist(), inside.cpu().numpy()):
@@ -638,7 +599,7 @@ class Detector:
 class Clip:
     """CLIP ViT-L/14: names the color of an object (GenEval), and how alike two pictures are (recon)."""
     def __init__(self, name, device):
-        self.device, self.classifiers = device, {}
+        self.classifiers = {}
         with loading(name) as transformers:
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
             self.model = load_model(transformers.CLIPModel, name, device)
@@ -648,37 +609,33 @@ class Clip:
     @torch.inference_mode()
     def images(self, images):
         """PIL -> [N, D]. Shorter side to 224, centre cut out: long objects lose their ends, as officially."""
-        pixels = self.processor(images, return_tensors="pt")["pixel_values"].to(self.device)
-        return self.model.get_image_features(pixel_values=pixels).pooler_output.float().cpu().numpy()
+        inputs = self.processor(images, return_tensors="pt").to(self.model.device)
+        return self.model.get_image_features(**inputs).pooler_output.float().cpu().numpy()
 
     @torch.inference_mode()
     def colors(self, image, objects, name):
         if name not in self.classifiers:
             templates = ("a photo of a {} {name}", "a photo of a {}-colored {name}", "a photo of a {} object")
             texts = [t.format(c, name=name) for c in GENEVAL_COLORS for t in templates]
-            tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.device)
+            tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
             features = self.model.get_text_features(**tokens).pooler_output.float().cpu().numpy()
             self.classifiers[name] = features.reshape(len(GENEVAL_COLORS), 3, -1)
         features = self.images([object_crop(image, o["mask"], o["box"]) for o in objects])
         return [GENEVAL_COLORS[i] for i in color_logits(self.classifiers[name], features).argmax(1)]
 
-class GenevalJudge(Local):
+def geneval_replies(items, detector, clip):
     """Detector and CLIP in the role of a judge: the "reply" about an image is what was found in it, as JSON."""
-    def __init__(self, args, device, batch):
-        self.detector, self.clip, self.batch = Detector(args.detector, device), Clip(args.clip, device), batch
-
-    def replies(self, items):
-        images, found, replies = [item.pictures[0].load() for item in items], {}, []
-        for size in {image.size for image in images}:          # pictures of one size go through the detector together
-            same = [k for k, image in enumerate(images) if image.size == size]
-            found.update(zip(same, self.detector([images[k] for k in same])))
-        for k, item in enumerate(items):
-            metadata = json.loads(item.text)
-            kept = {c: [f[i] for i in keep_detections(f, metadata["tag"])] for c, f in found[k].items()}
-            correct, reason = geneval_decide(metadata, kept, lambda objects, c: self.clip.colors(images[k], objects, c))
-            boxes = {c: [[*o["box"], round(o["score"], 4)] for o in objects] for c, objects in kept.items() if objects}
-            replies.append(json.dumps({"correct": correct, "reason": reason, "details": boxes}))
-        return replies
+    images, found, replies = [item.pictures[0].load() for item in items], {}, []
+    for size in {image.size for image in images}:              # pictures of one size go through the detector together
+        same = [k for k, image in enumerate(images) if image.size == size]
+        found.update(zip(same, detector([images[k] for k in same])))
+    for k, item in enumerate(items):
+        metadata = json.loads(item.text)
+        kept = {c: [f[i] for i in keep_detections(f, metadata["tag"])] for c, f in found[k].items()}
+        correct, reason = geneval_decide(metadata, kept, lambda objects, name: clip.colors(images[k], objects, name))
+        boxes = {c: [[*o["box"], round(o["score"], 4)] for o in objects] for c, objects in kept.items() if objects}
+        replies.append(json.dumps({"correct": correct, "reason": reason, "details": boxes}))
+    return replies
 
 def geneval(out, args, problems):
     """GenEval (Ghosh et al. 2023, github.com/djghosh13/geneval): 553 prompts about objects, counts, colors, places.
@@ -687,12 +644,12 @@ def geneval(out, args, problems):
     Swin-S, open_clip's ViT-L/14. Here: the same architectures in transformers, float32; Meta's detector weights."""
     folders = {int(path.name): path for path in sorted(out.iterdir()) if path.is_dir() and path.name.isdigit()}
     require(folders, f"{out}: no GenEval folder (00000/samples/*.png) in it")
-    rows = read_rows(args.prompts, lines=True) if args.prompts else []         # without: what is missing goes unnoticed
-    prompts = dict(enumerate(rows)) or {i: common.read_json(f / "metadata.jsonl") for i, f in folders.items()}
+    # without --prompts: the folders' own metadata, and a folder that is missing goes unnoticed
+    prompts = dict(enumerate(read_rows(args.prompts))) if args.prompts else {
+        i: common.read_json(folder / "metadata.jsonl") for i, folder in folders.items()}
     for index in sorted(folders.keys() - prompts.keys()):
         problems.add("folder beyond the prompt file", folders[index].name)
-    items, work = [], {}
-    prompts = dict(list(prompts.items())[:args.limit])
+    items, work, prompts = [], {}, dict(list(prompts.items())[:args.limit])
     for index, metadata in prompts.items():
         folder = folders.get(index, out / f"{index:05d}")
         tag, clauses, prompt = need(metadata, ("tag", "include", "prompt"), args.prompts or folder)
@@ -702,10 +659,11 @@ def geneval(out, args, problems):
         if (own := folder / "metadata.jsonl").is_file() and common.read_json(own) != metadata:
             problems.add("metadata that is not the prompt file's", folder.name)
             continue
-        found = sorted((folder / "samples").glob("*"))
-        images = [path for path in found if re.match(r"\d+\.png", path.name)]
-        for path in found:
-            if path not in images and path.suffix.lower() in IMAGE_SUFFIXES:
+        images = []
+        for path in images_in(folder / "samples"):
+            if re.match(r"\d+\.png", path.name):
+                images.append(path)
+            else:
                 problems.add("image that is not <digits>.png (ignored officially too)", f"{folder.name}/{path.name}")
         if len(images) != args.samples:
             problems.add(f"prompt without its {args.samples} images", f"{folder.name} ({len(images)})")
@@ -716,24 +674,23 @@ def geneval(out, args, problems):
 
     def add_up(values):
         summary = geneval_summary([(*work[name], found["correct"]) for name, found in values.items()])
-        tasks = {column: summary["tasks"].get(tag) for tag, column in GENEVAL_TASKS.items()}
-        more = percent({k: summary[k] for k in ("image_accuracy", "prompt_accuracy_any")})
-        return percent({**tasks, "Overall": summary["overall"]}), len(values), {"stack": judge_name(args), **more}
+        columns = {column: summary["tasks"].get(tag) for tag, column in GENEVAL_TASKS.items()}
+        more = {name: percent(summary[name]) for name in ("image_accuracy", "prompt_accuracy_any")}
+        return percent({**columns, "Overall": summary["overall"]}), len(values), {"stack": judge_name(args), **more}
     return items, len(prompts) * args.samples, add_up
 
 # ======================================================================================================
 # 5. Text to image, judged
 # ======================================================================================================
 
-def dpg_questions(rows, drop_first=False):
-    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}} in file order.
-
-    drop_first: the official reader loses the first row, and with it a prompt that depends on it. We keep all rows."""
+def dpg_questions(rows):
+    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}} in file order. The official reader
+    loses the first row, and with it a prompt that depends on it; we keep all."""
     items = defaultdict(dict)
-    for row in rows[drop_first:]:
-        parents = [int(p) for p in str(row["dependency"]).split(",")]
-        items[row["item_id"]][int(row["proposition_id"])] = (
-            [p for p in parents if p], row["tuple"].split("(")[0].strip(), row["question_natural_language"])
+    for row in rows:
+        parents = [int(p) for p in str(row["dependency"]).split(",") if int(p)]
+        category, question = row["tuple"].split("(")[0].strip(), row["question_natural_language"]
+        items[row["item_id"]][int(row["proposition_id"])] = parents, category, question
     return items
 
 def dpg_pass(questions, answers):
@@ -746,7 +703,7 @@ def dpg_pass(questions, answers):
             final[q] = 0.0
     return mean(final.values()), raw
 
-def dpg_summary(items, answers, last_pass_only=False):
+def dpg_summary(items, answers):
     """answers: file -> one {question id: reply} per pass. Score = 100 x mean over files of the mean over passes.
     Categories use the answers before zeroing, so they do not average to it; officially those of the last pass only."""
     files, failed, fine = {}, [], []
@@ -754,12 +711,11 @@ def dpg_summary(items, answers, last_pass_only=False):
         questions = items.get(name.split(".")[0].split("_")[0])
         try:
             results = [dpg_pass(questions, p) for p in passes]
-        except (KeyError, TypeError):
+        except (KeyError, AttributeError, TypeError):          # a dependency that does not exist, an unknown prompt
             failed.append(name)
             continue
         files[name] = {"passes": [r[0] for r in results], "score": mean(r[0] for r in results)}
-        counted = results[-1:] if last_pass_only else results
-        fine += [(questions[q][1], value) for _, raw in counted for q, value in raw.items()]
+        fine += [(questions[q][1], value) for _, raw in results for q, value in raw.items()]
     broad = [(category.split("-")[0].strip(), value) for category, value in fine]
     return {"files": files, "failed": failed, "score": percent(mean(f["score"] for f in files.values())),
             "category_l1": percent(means(sorted(broad))), "category_l2": percent(means(sorted(fine)))}
@@ -781,20 +737,17 @@ def dpg(out, args, problems):
         questions = dict(list(dpg_questions(rows).items())[:args.limit])
     except (ValueError, csv.Error) as error:
         raise InputError(f"{args.questions}: {error}") from None
-    work, side = [], args.grid or 0                            # work: (path, prompt's name, number of the crop, crop)
-    corners = ((0, 0), (side, 0), (0, side), (side, side))
-    for path in sorted(p for p in out.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES):
+    side, work = args.grid or 0, []                            # work: (path, prompt's name, number of the crop, crop)
+    for path in images_in(out):
         name, _, part = path.stem.partition("_")
         require(part or side or args.samples == 1 or name not in questions,
                 f"{path.name}: a grid of four samples? Give --grid SIDE; or --samples 1 if it is one sample")
-        size = None
-        with contextlib.suppress(*UNREADABLE):                     # unreadable ones are named later
-            size = Image.open(path).size
         if name not in questions:
             problems.add("image of no known prompt", path.name) if not args.limit else None
         elif part or not side:
             work.append((path, name, 0, None))
-        elif size in (None, (2 * side, 2 * side)):
+        elif size_of(path) in (None, (2 * side, 2 * side)):
+            corners = (0, 0), (side, 0), (0, side), (side, side)
             work += [(path, name, k, (x, y, x + side, y + side)) for k, (x, y) in enumerate(corners)]
         else:
             problems.add(f"image that is not a {2 * side} x {2 * side} grid", path.name)
@@ -815,8 +768,8 @@ def dpg(out, args, problems):
         summary = dpg_summary(questions, answers)
         for name in summary["failed"]:
             problems.add("prompt with a dependency that does not exist", name)
-        return ({"Score": summary["score"]}, sum(len(f["passes"]) for f in summary["files"].values()),
-                {"categories": summary["category_l1"], "fine": summary["category_l2"]})
+        scored = sum(len(file["passes"]) for file in summary["files"].values())
+        return {"Score": summary["score"]}, scored, {k: summary[k] for k in ("category_l1", "category_l2")}
     return items, len(questions) * args.samples, add_up
 
 WISE_GROUPS = ("Cultural", "Time", "Space", "Biology", "Physics", "Chemistry")
@@ -841,16 +794,14 @@ def wise_score(consistency, realism, aesthetic_quality):
 def wise_summary(rows):
     """(prompt id, subcategory, consistency, realism, aesthetic quality) per image -> 0..1. Two overalls are in use: the
     plain mean of the six (RecA, BAGEL; it fits the paper's table) and the authors' weights."""
-    def group(number, subcategory):
-        if number <= 700:
-            time = "Time" if subcategory in ("Longitudinal time", "Horizontal time") else "Space"
-            return "Cultural" if number <= 400 else time
-        return WISE_GROUPS[3 + min((number - 701) // 100, 2)]
-    categories = means(((group(*row[:2]), wise_score(*row[2:])) for row in rows), WISE_GROUPS)
-    overall = over(categories, WISE_GROUPS)
-    weighted = None if overall is None else sum(
-        w * categories[c] for c, w in zip(WISE_GROUPS, (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)))
-    return {"categories": categories, "overall": overall, "overall_weighted": weighted}
+    def group(number, subcategory):                            # ids 1-400, 401-700, then hundreds
+        if 400 < number <= 700:
+            return "Time" if subcategory in ("Longitudinal time", "Horizontal time") else "Space"
+        return "Cultural" if number <= 400 else WISE_GROUPS[3 + min((number - 701) // 100, 2)]
+    parts = means(((group(*row[:2]), wise_score(*row[2:])) for row in rows), WISE_GROUPS)
+    overall, weights = over(parts, WISE_GROUPS), (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)
+    weighted = None if overall is None else sum(w * parts[name] for w, name in zip(weights, WISE_GROUPS))
+    return {"categories": parts, "overall": overall, "overall_weighted": weighted}
 
 def wise(out, args, problems):
     """WISE (Niu et al. 2025, github.com/PKU-YuanGroup/WISE): 1000 prompts that need knowledge, OUT/<prompt_id>.png.
@@ -859,7 +810,7 @@ def wise(out, args, problems):
     {prompt} and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens."""
     source = Path(args.prompts)
     files = [f for f in source.glob("*.json") if not f.stem.endswith("_rewrite")] if source.is_dir() else [source]
-    rows = [row for f in files for row in read_rows(f, ("Prompt", "Explanation", "Subcategory", "prompt_id"))]
+    rows = [row for f in files for row in read_rows(f, "Prompt", "Explanation", "Subcategory", "prompt_id")]
     rows = {str(row["prompt_id"]): row for row in sorted(rows, key=lambda row: row["prompt_id"])[:args.limit]}
     text, system = judge_prompt(args.judge_prompt, "explanation", "prompt")
     items = [Item(k, [Picture(find_image(out, k))], fill(text, prompt=row["Prompt"], explanation=row["Explanation"]),
@@ -868,13 +819,13 @@ def wise(out, args, problems):
 
     def add_up(values):
         summary = wise_summary([(rows[k]["prompt_id"], rows[k]["Subcategory"], *v.values()) for k, v in values.items()])
-        more = {"overall_weighted": summary["overall_weighted"]}
-        return {**summary["categories"], "Overall": summary["overall"]}, len(values), more
+        columns = {**summary["categories"], "Overall": summary["overall"]}
+        return columns, len(values), {"overall_weighted": summary["overall_weighted"]}
     return items, len(rows), add_up
 
 COMPBENCH = {"color": "Color", "shape": "Shape", "texture": "Texture", "spatial": "Spatial",
-             "non_spatial": "Non-Spatial", "numeracy": "Numeracy", "3d_spatial": "3D Spatial",
-             "complex": None, "complex_action": None, "complex_spatial": None}
+             "non_spatial": "Non-Spatial", "numeracy": "Numeracy", "3d_spatial": "3D Spatial"}
+COMPLEX = ("complex", "complex_action", "complex_spatial")     # together the column Complex
 
 def parse_compbench(reply):
     """-> the integer after "score": in a JSON object, else the first such digits anywhere (12.5 -> 12), else -1."""
@@ -896,21 +847,21 @@ def compbench(out, args, problems):
     OUT/<category>/<Question_id>.png, or in <category>/samples/. The judge rates 0-100 how well the image fits; paper:
     Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Complex: the mean of three; Overall: of all ten (fits Table 12)."""
     text, _ = judge_prompt(args.judge_prompt, "prompt")
-    rows, items, category = read_rows(args.prompts, ("Question", "Category", "Question_id"))[:args.limit], [], {}
+    rows, items, category = read_rows(args.prompts, "Question", "Category", "Question_id")[:args.limit], [], {}
     for row in rows:                                           # ids repeat between categories
         folder, key = out / row["Category"], f"{row['Category']}/{row['Question_id']}"
         category[key] = re.sub(r"[\s-]+", "_", row["Category"].strip().lower())
-        require(category[key] in COMPBENCH, f"{args.prompts}: unknown category {row['Category']!r}")
+        require(category[key] in (*COMPBENCH, *COMPLEX), f"{args.prompts}: unknown category {row['Category']!r}")
         path = find_image(folder / "samples", row["Question_id"])
         path = path if path.is_file() else find_image(folder, row["Question_id"])
         items.append(Item(key, [Picture(path)], fill(text, prompt=row["Question"]), strict_compbench, image_first=True,
-                          prompt=row["Question"], mark=lambda v: v / 100))
+                          prompt=row["Question"], mark=lambda value: value / 100))
 
     def add_up(values):
-        ten = means(((category[k], v) for k, v in values.items()), COMPBENCH)
-        three = {c: ten[c] for c in ten if c.startswith("complex")}
-        table = {column: ten[c] for c, column in COMPBENCH.items() if column}
-        return {**table, "Complex": over(ten, three), "Overall": over(ten, COMPBENCH)}, len(values), {"complex": three}
+        ten = means(((category[k], v) for k, v in values.items()), (*COMPBENCH, *COMPLEX))
+        columns = {column: ten[name] for name, column in COMPBENCH.items()}
+        return ({**columns, "Complex": over(ten, COMPLEX), "Overall": over(ten, ten)}, len(values),
+                {name: ten[name] for name in COMPLEX})
     return items, len(rows), add_up
 
 # ======================================================================================================
@@ -944,10 +895,10 @@ def imgedit(out, args, problems):
 
     The judge sees the text for the edit's type, source and result, and gives three ratings 1..5. Official judge:
     gpt-4.1-2025-04-14, default temperature. The paper's rows fit neither overall, by key or by type, exactly."""
-    edits = dict(list(read_rows(args.prompts, ("id", "prompt", "edit_type"), dict).items())[:args.limit])
-    texts, types = read_rows(args.judge_prompt, kind=dict), {key: edit["edit_type"] for key, edit in edits.items()}
+    edits = dict(list(read_rows(args.prompts, "id", "prompt", "edit_type", kind=dict).items())[:args.limit])
+    types = {key: edit["edit_type"] for key, edit in edits.items()}
     require(not (unknown := set(types.values()) - set(IMGEDIT)), f"{args.prompts}: unknown edit_type {unknown}")
-    need(texts, set(types.values()), args.judge_prompt)
+    need(texts := read_rows(args.judge_prompt, kind=dict), set(types.values()), args.judge_prompt)
     items = [Item(key, [Picture(Path(args.sources) / edit["id"]), Picture(find_image(out, key))],
                   texts[types[key]].replace("<edit_prompt>", edit["prompt"]), strict_imgedit, max_tokens=1024,
                   temperature=None, prompt=edit["prompt"], mark=lambda v: (v - 1) / 4) for key, edit in edits.items()]
@@ -1013,14 +964,12 @@ def strict_gedit(reply):
 
 def gedit_summary(rows, language="en"):
     """rows: (group, language, intersection, SC, PQ). O = sqrt(SC x PQ) per edit; table = mean of the 11 groups."""
-    def column(rows, value, name):
-        groups = means(((row[0], value(*row[3:])) for row in rows), GEDIT_GROUPS)
-        return {**groups, name: over(groups, GEDIT_GROUPS)}
     rows, tables = [row for row in rows if row[1] == language], {}
     for suffix, part in (("", rows), ("_intersection", [row for row in rows if row[2]])):
-        tables["SC" + suffix] = column(part, lambda sc, pq: sc, "avg_semantics")
-        tables["PQ" + suffix] = column(part, lambda sc, pq: pq, "avg_quality")
-        tables["overall" + suffix] = column(part, lambda sc, pq: math.sqrt(sc * pq), "avg_overall")
+        for name, average, value in (("SC", "avg_semantics", lambda sc, pq: sc), ("PQ", "avg_quality", lambda sc, pq: pq),
+                                     ("overall", "avg_overall", lambda sc, pq: math.sqrt(sc * pq))):
+            groups = means(((row[0], value(*row[3:])) for row in part), GEDIT_GROUPS)
+            tables[name + suffix] = {**groups, average: over(groups, GEDIT_GROUPS)}
     return tables
 
 def gedit_texts(path):
@@ -1037,20 +986,19 @@ def gedit(out, args, problems):
     OUT[/gen_image]/fullset/<task_type>/en/<key>.png, the source as <key>_SRCIMG.png. --prompts: the data set as JSON
     lines. VIEScore, the lower of two ratings 0..10: SC sees source and result (resized to the source), PQ the result
     alone; as JPEG. Official judge: gpt-4.1-2025-04-14, 1400 tokens."""
-    rows = read_rows(args.prompts, ("key", "task_type", "instruction", "instruction_language"), lines=True)
+    rows = read_rows(args.prompts, "key", "task_type", "instruction", "instruction_language")
     rows = [row for row in rows if row["instruction_language"] == "en"][:args.limit]
-    (sc, pq), items = gedit_texts(args.judge_prompt), []
+    (sc, pq), items, root = gedit_texts(args.judge_prompt), [], out / "gen_image"
     for row in rows:
-        require(row["task_type"] in GEDIT_GROUPS, f"{args.prompts}: unknown task_type {row['task_type']!r}")
-        folder = (out / "gen_image" if (out / "gen_image").is_dir() else out) / "fullset" / row["task_type"] / "en"
-        source, result, size = find_image(folder, f"{row['key']}_SRCIMG"), find_image(folder, row["key"]), None
-        with contextlib.suppress(*UNREADABLE):
-            size = ImageOps.exif_transpose(Image.open(source)).size
+        key, task, edit = row["key"], row["task_type"], row["instruction"]
+        require(task in GEDIT_GROUPS, f"{args.prompts}: unknown task_type {task!r}")
+        folder = (root if root.is_dir() else out) / "fullset" / task / "en"
+        source, result = find_image(folder, f"{key}_SRCIMG"), find_image(folder, key)
+        pictures = [Picture(source, jpeg=True), Picture(result, size=size_of(source), jpeg=True)]
         shared = dict(parse=strict_gedit, temperature=None, max_tokens=1400 if args.judge_url else 512,
-                      image_first=not args.judge_url, prompt=row["instruction"], mark=lambda v: v / 10)
-        pictures = [Picture(source, jpeg=True), Picture(result, size=size, jpeg=True)]
-        items.append(Item(f"{row['key']}|SC", pictures, sc.replace("<instruction>", row["instruction"]), **shared))
-        items.append(Item(f"{row['key']}|PQ", pictures[1:], pq, **shared))
+                      image_first=not args.judge_url, prompt=edit, mark=lambda value: value / 10)
+        items.append(Item(f"{key}|SC", pictures, sc.replace("<instruction>", edit), **shared))
+        items.append(Item(f"{key}|PQ", pictures[1:], pq, **shared))
 
     def add_up(values):
         both = [(row["task_type"], "en", bool(row.get("Intersection_exist")), *pair) for row in rows
@@ -1082,26 +1030,27 @@ def pope_metrics(labels, predictions):
 
 def pope_questions(args):
     """llava_pope_test.jsonl; --labels: the three coco_pope_<category>.json, which belong to it by position."""
-    rows = read_rows(args.questions, ("question_id", "image", "text", "category"), lines=True)
+    rows = read_rows(args.questions, "question_id", "image", "text", "category")
     require(args.prepare or args.labels, "pope needs --labels DIR with coco_pope_random.json, _popular, _adversarial")
     for category, mine in grouped((row["category"], row) for row in rows).items() if args.labels else ():
-        labels = read_rows(path := Path(args.labels) / f"coco_pope_{category}.json", ("label",), lines=True)
+        labels = common.read_json(path := Path(args.labels) / f"coco_pope_{category}.json", lines=True)
         fits = len(mine) == len(labels) and all(a["image"] == b.get("image", a["image"]) for a, b in zip(mine, labels))
         require(fits, f"{path}: its rows are not those of {args.questions} (number or images differ)")
         for row, label in zip(mine, labels):
-            row["label"] = label["label"]
+            row["label"], = need(label, ("label",), path)
     return rows
 
 def pope_grade(pairs):
     """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): accuracy and F1 are means over the three categories."""
     groups = grouped((row["category"], (row["label"], pope_prediction(reply))) for row, reply in pairs)
     parts = {category: pope_metrics(*zip(*group)) for category, group in groups.items()}
-    return {f"POPE ({name})": percent(mean(p[key] for p in parts.values()))
-            for name, key in (("Acc", "accuracy"), ("F1", "f1"))}, parts
+    accuracy, f1 = (percent(mean(part[key] for part in parts.values())) for key in ("accuracy", "f1"))
+    return {"POPE (Acc)": accuracy, "POPE (F1)": f1}, parts
 
-MME_PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork",
-                  "OCR")
-MME_COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
+MME_GROUPS = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
+                             "artwork", "OCR"),
+              "cognition": ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")}
+MME_TASKS = [task for group in MME_GROUPS.values() for task in group]
 
 def mme_prediction(reply):
     """Clean, then yes, else no, within the first four characters; else "other", which is wrong."""
@@ -1112,12 +1061,12 @@ def mme_prediction(reply):
 def mme_task(rows):
     """(label, prediction), two per image in turn -> 100 x accuracy + 100 x share of images with both right."""
     right = [label.lower() == prediction for label, prediction in rows]
-    return 100 * mean(right) + 100 * mean(a and b for a, b in zip(right[::2], right[1::2]))
+    return 100 * mean(right) + 100 * mean(a and b for a, b in zip(right[::2], right[1::2])) if rows else None
 
 def mme_questions(args):
     """A folder of 14 <task>.txt: image, question, Yes/No, separated by tabs. --images: to find the images' folders."""
     rows = []
-    for task in MME_PERCEPTION + MME_COGNITION:
+    for task in MME_TASKS:
         for number, line in enumerate(read_text(file := Path(args.questions) / f"{task}.txt").splitlines()):
             image, question, label = (*line.strip().split("\t"), None, None)[:3]
             require(label in ("Yes", "No"), f"{file}: line {number + 1} is not image, question, Yes/No")
@@ -1129,10 +1078,10 @@ def mme_questions(args):
 def mme_grade(pairs):
     """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000)."""
     images = grouped((row["pair"], (row["label"], mme_prediction(reply))) for row, reply in pairs)
-    tasks = grouped((task, answer) for (task, _), both in images.items() if len(both) == 2 for answer in both)
-    tasks = {task: mme_task(tasks[task]) if tasks[task] else None for task in MME_PERCEPTION + MME_COGNITION}
+    answers = grouped((task, answer) for (task, _), both in images.items() if len(both) == 2 for answer in both)
+    tasks = {task: mme_task(answers[task]) for task in MME_TASKS}
     sums = {name: None if None in (values := [tasks[t] for t in group]) else sum(values)
-            for name, group in (("perception", MME_PERCEPTION), ("cognition", MME_COGNITION))}
+            for name, group in MME_GROUPS.items()}
     return {"MME": sums["perception"]}, {**sums, "tasks": tasks}
 
 def gqa_correct(reply, gold):
@@ -1141,11 +1090,11 @@ def gqa_correct(reply, gold):
 
 def gqa_questions(args):
     """testdev_balanced_questions.json: id -> question, imageId, answer; or rows of question_id, image, text, answer."""
-    source = read_rows(args.questions, kind=(dict, list))
-    if isinstance(source, dict):
-        source = [{"question_id": k, "image": f"{v.get('imageId')}.jpg", **v} for k, v in source.items()]
-    return [{"text": None if "text" in row else f"{need(row, ('question',), args.questions)[0]} {SHORT}", **row}
-            for row in source]
+    rows = read_rows(args.questions, kind=(dict, list))
+    if isinstance(rows, dict):
+        rows = [{"question_id": key, "image": f"{row.get('imageId')}.jpg",
+                 "text": f"{need(row, ('question',), args.questions)[0]} {SHORT}", **row} for key, row in rows.items()]
+    return rows
 
 def gqa_grade(pairs):
     """GQA, testdev balanced (Hudson & Manning 2019): exact match."""
@@ -1201,7 +1150,7 @@ def with_options(question, options):
 
 def mmmu_questions(args):
     """The data set's rows: id, question, options (a list, or its text as released), answer, image or image_1."""
-    rows = read_rows(args.questions, ("id", "question", "options", "answer"))
+    rows = read_rows(args.questions, "id", "question", "options", "answer")
     for row in rows:
         options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
         row["options"] = {chr(65 + i): str(option).strip() for i, option in enumerate(options)}
@@ -1234,32 +1183,28 @@ def seed_grade(pairs):
 def understanding(out, args, problems):
     """--prepare writes the question file for --describe; otherwise an answer file is compared with the answers."""
     benchmark, replies = BENCHMARKS[args.benchmark], {}
-    rows = benchmark.work(args)[:args.limit]
-    for row in rows:
-        row["question_id"] = str(need(row, ("question_id", "image", "text"), args.questions)[0])
+    listed = benchmark.work(args)[:args.limit]
+    rows = {str(need(row, ("question_id", "image", "text"), args.questions)[0]): row for row in listed}
     if args.prepare:
         keep = ("question_id", "image", "text", "category", "task", "options")
         with common.atomic(args.prepare) as path:
-            path.write_text("".join(json.dumps({k: row[k] for k in keep if k in row}) + "\n" for row in rows))
+            path.write_text("".join(json.dumps({k: row[k] for k in keep if k in row}) + "\n" for row in listed))
         return print(f"{len(rows)} questions in {args.prepare}, for a script's --describe")
-    known = {row["question_id"] for row in rows}
-    require(len(known) == len(rows) and all("answer" in row or "label" in row for row in rows),
+    require(len(rows) == len(listed) and all("answer" in row or "label" in row for row in listed),
             f"{args.questions}: question ids that repeat, or questions without their answer")
     for number, row in enumerate(common.read_json(out, lines=True), 1):
         require(isinstance(row, dict) and isinstance(row.get("answer"), str), f"{out}: line {number} has no \"answer\"")
         key = str(row.get("question_id", row.get("id")))
-        if key not in known:
+        if key not in rows:
             problems.add("answer to no known question", key)
         elif key in replies:
             problems.add("question answered twice (the first counts)", key)
         replies.setdefault(key, row["answer"])
-    for row in rows:
-        if row["question_id"] not in replies:
-            problems.add("question without an answer", row["question_id"])
-    problems.stop(args.strict)
-    pairs = [(row, replies[row["question_id"]]) for row in rows if row["question_id"] in replies]
-    values, more = benchmark.grade(pairs)
-    return values, len(pairs), len(rows), more
+    for key in rows:
+        if key not in replies:
+            problems.add("question without an answer", key)
+    pairs = [(row, replies[key]) for key, row in rows.items() if key in replies]
+    return *benchmark.grade(pairs), len(pairs), len(rows)
 
 # ======================================================================================================
 # 8. Reconstruction, the toy world
@@ -1293,20 +1238,19 @@ def likeness(source, result, clip):
     cosine = {"CLIP": float(fa @ fb / np.linalg.norm(fa) / np.linalg.norm(fb))} if clip else {}
     return {"PSNR": psnr(a, b), "SSIM": ssim(a, b), **cosine}
 
-def with_sources(out, args, **options):
+def with_sources(out, args, prefix="", **options):
     """An item per image of --sources and its namesake in OUT (of whatever suffix)."""
-    paths = sorted(path for path in args.sources.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)[:args.limit]
-    require(paths, f"{args.sources}: no image in it")
-    names = [path.relative_to(args.sources) for path in paths]
-    return [Item(str(name), [Picture(path), Picture(find_image(out, name.with_suffix("")))], "", **options)
-            for path, name in zip(paths, names)]
+    names = [path.relative_to(args.sources) for path in images_in(args.sources, "**/*")][:args.limit]
+    require(names, f"{args.sources}: no image in it")
+    return [Item(f"{prefix}{name}", [Picture(args.sources / name), Picture(find_image(out, name.with_suffix("")))], "",
+                 json.loads, prompt=str(name), **options) for name in names]
 
 def recon(out, args, problems):
     """Reconstructions OUT/<name>.png against --sources/<name>.*: PSNR, SSIM, CLIP similarity (unless --clip none).
 
     The paper shows pictures only (figures 16, 17). Pixel measures are *expected* to be low: RecA reconstructs what the
     understanding encoder says, not pixels."""
-    items = with_sources(out, args, parse=json.loads)
+    items = with_sources(out, args, failure="picture smaller than SSIM's window")
 
     def add_up(values):
         columns = means((name, value) for row in values.values() for name, value in row.items())
@@ -1314,45 +1258,41 @@ def recon(out, args, problems):
     return items, len(items), add_up
 
 SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Color", "position": "Position",
-                 "color_attribution": "Attri."}
+                 "color_attribution": "Attri.", "overall": "Overall"}
 
 def shapes(out, args, problems):
     """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector and no error.
 
     --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All: everything said is there; GenEval-like
-    columns need captions of one or two objects that say everything. --sources: all must come back as it was."""
+    columns need captions of one and of two objects that say everything. --sources: all must come back as it was."""
     require(args.prompts or args.sources, "shapes needs --prompts captions.txt or --sources DIR")
-    items, scenes = [], {}
-    words = (common.PLACES, common.SHAPES, tuple(common.COLORS))
+    words = common.PLACES, common.SHAPES, tuple(common.COLORS)
     lines = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
-    for i, line in enumerate(lines[:args.limit]):
+    items, scenes = [], {}
+    for i, line in enumerate(lines[:args.limit]):              # a caption -> [(place, shape, color)], None: not said
         scene = [tuple(next((k for k, word in enumerate(kind) if word in part.split()), None) for kind in words)
                  for part in line.split(" and ")]
-        require(all(s[1] is not None for s in scene), f"{args.prompts}: {line!r} is not a caption of the toy world")
-
-        def there(reply, scene=scene):                         # each object, as far as it was said, is there
-            return all(any(all(want in (None, have) for want, have in zip(said, seen)) for seen in json.loads(reply)[0])
-                       for said in scene)
+        require(all(said[1] is not None for said in scene), f"{args.prompts}: {line!r} is not a toy world's caption")
         for path in sorted(out.glob(f"{i:05d}_*.png")) or [find_image(out, f"{i:05d}")]:
-            items.append(Item(path.name, [Picture(path)], line, there, prompt=line, mark=float))
             scenes[path.name] = scene, path
-    def equal(reply):
-        source, result = json.loads(reply)
-        return source == result
-    drawn = with_sources(out, args, parse=equal, mark=float) if args.sources else []
-    for item in drawn:
-        item.id, item.prompt = f"source {item.id}", item.id
+            items.append(Item(path.name, [Picture(path)], line, json.loads, prompt=line,
+                              mark=lambda seen, scene=scene: float(shows(seen[0], scene))))
+    sources = with_sources(out, args, "source ", mark=lambda s: float(s[0] == s[1])) if args.sources else []
 
     def add_up(values):
-        columns = {"Recon.": percent(mean(v for k, v in values.items() if k not in scenes))}
-        seen = [scenes[k] for k in values if k in scenes]
-        whole = [(scene, load_image(path)) for scene, path in seen if not any(None in said for said in scene)]
-        for task, value in common.score_generations(*zip(*whole) if whole else ([], [])).items():
-            asked = any(len(scene) == (1 if task in ("single_object", "colors") else 2) for scene, _ in whole)
-            columns |= {SHAPE_COLUMNS[task]: percent(value)} if task in SHAPE_COLUMNS and asked else {}
-        columns["Overall"] = over(columns, SHAPE_COLUMNS.values())
-        return {**columns, "All": percent(mean(v for k, v in values.items() if k in scenes))}, len(values), {}
-    return items + drawn, len(items) + len(drawn), add_up
+        made = [(*scenes[k], seen[0]) for k, seen in values.items() if k in scenes]
+        whole = [(scene, load_image(path)) for scene, path, _ in made if not any(None in said for said in scene)]
+        both = {1, 2} <= {len(scene) for scene, _ in whole}
+        tasks = common.score_generations(*zip(*whole)) if both else {}
+        columns = {column: tasks.get(task) for task, column in SHAPE_COLUMNS.items()}
+        columns["All"] = mean(shows(seen, scene) for scene, _, seen in made)
+        columns["Recon."] = mean(seen[0] == seen[1] for k, seen in values.items() if k not in scenes)
+        return percent(columns), len(values), {}
+    return items + sources, len(items) + len(sources), add_up
+
+def shows(seen, scene):
+    """Each object of the scene, as far as it was said, is there."""
+    return all(any(all(want in (None, have) for want, have in zip(a, b)) for b in seen) for a in scene)
 
 # ======================================================================================================
 # 9. Tables
@@ -1360,29 +1300,27 @@ def shapes(out, args, problems):
 
 @dataclass
 class Benchmark:
-    """work: as above; grade: of the string benchmarks; columns and style as in the paper; judge: the official one."""
+    """work: as above; columns as in the paper; judge: the official one; grade: of the string benchmarks."""
     work: callable
     columns: tuple
-    decimals: object = 1                                       # or {column: decimals}
-    style: str = "brackets"                                    # 98.2 (+1.0); row: as Table 3; columns: Table 12
+    decimals: int = 1
     judge: str = None
     grade: callable = None
 
 BENCHMARKS = {
     "geneval": Benchmark(geneval, (*GENEVAL_TASKS.values(), "Overall")),
-    "dpg": Benchmark(dpg, ("Score",), 2, judge="mPLUG-large VQA"),
-    "wise": Benchmark(wise, (*WISE_GROUPS, "Overall"), 2, judge="gpt-4o-2024-05-13"),
-    "compbench": Benchmark(compbench, (*filter(None, COMPBENCH.values()), "Complex", "Overall"), 2, "columns",
-                           "Qwen/Qwen2.5-VL-32B-Instruct"),
-    "imgedit": Benchmark(imgedit, (*IMGEDIT.values(), "Ovr."), 2, "row", "gpt-4.1-2025-04-14"),
-    "gedit": Benchmark(gedit, ("SC", "PQ", "Overall"), 2, "row", "gpt-4.1-2025-04-14"),
+    "dpg": Benchmark(dpg, ("Score",), 2, "mPLUG-large VQA"),
+    "wise": Benchmark(wise, (*WISE_GROUPS, "Overall"), 2, "gpt-4o-2024-05-13"),
+    "compbench": Benchmark(compbench, (*COMPBENCH.values(), "Complex", "Overall"), 2, "Qwen/Qwen2.5-VL-32B-Instruct"),
+    "imgedit": Benchmark(imgedit, (*IMGEDIT.values(), "Ovr."), 2, "gpt-4.1-2025-04-14"),
+    "gedit": Benchmark(gedit, ("SC", "PQ", "Overall"), 2, "gpt-4.1-2025-04-14"),
     "pope": Benchmark(pope_questions, ("POPE (Acc)", "POPE (F1)"), grade=pope_grade),
     "mme": Benchmark(mme_questions, ("MME",), 0, grade=mme_grade),
     "gqa": Benchmark(gqa_questions, ("GQA",), grade=gqa_grade),
     "mmmu": Benchmark(mmmu_questions, ("MMMU",), grade=mmmu_grade),
     "seed": Benchmark(seed_questions, ("SEED",), grade=seed_grade),
-    "recon": Benchmark(recon, ("PSNR", "SSIM", "CLIP"), {"PSNR": 2, "SSIM": 4, "CLIP": 4}),
-    "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "Overall", "All", "Recon.")),
+    "recon": Benchmark(recon, ("PSNR", "SSIM", "CLIP"), 4),
+    "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "All", "Recon.")),
 }
 
 def summarize(label, seeds, columns):
@@ -1395,31 +1333,17 @@ def summarize(label, seeds, columns):
     row["partial"] = row["n"] < row["expected"] or any(s["problems"] for s in seeds)
     return row
 
-def markdown(benchmark, rows):
-    """The table as the paper prints it; the first row is the baseline. Differences are those of the printed numbers."""
-    columns, decimals = benchmark.columns, benchmark.decimals
-    decimals = decimals if isinstance(decimals, dict) else dict.fromkeys(columns, decimals)
-
-    def delta(row, c):
-        a, b = row["mean"][c], rows[0]["mean"][c]
-        text = None if None in (a, b) else f"{round(a, decimals[c]) - round(b, decimals[c]):+.{decimals[c]}f}"
-        return text[1:] if text and float(text) == 0 else text
-
+def markdown(rows, columns, d):
+    """The paper's columns, d decimals; the first row is the baseline, in brackets the differences of the printed numbers."""
     def cell(row, c):
-        if row["mean"][c] is None:
+        value, base = row["mean"][c], rows[0]["mean"][c]
+        if value is None:
             return "–"
-        text = f"{row['mean'][c]:.{decimals[c]}f}" + (f" ± {row['std'][c]:.{decimals[c]}f}" if row.get("std") else "")
-        change = None if row is rows[0] or benchmark.style == "row" else delta(row, c)
-        return f"{text} ({change})" if change else text
-    table = [["Category" if benchmark.style == "columns" else "Model", *columns]]
-    for row in rows:
-        table.append([row["label"] + (" (partial)" if row["partial"] else ""), *(cell(row, c) for c in columns)])
-        if benchmark.style == "row" and row is not rows[0]:
-            table.append([f"vs. {rows[0]['label']}", *(delta(row, c) or "–" for c in columns)])
-    if benchmark.style == "columns":
-        table = list(zip(*table))
-    lines = ["| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in table]
-    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+        text = f"{value:.{d}f}" + (f" ± {row['std'][c]:.{d}f}" if "std" in row else "")
+        return text if row is rows[0] or base is None else f"{text} ({round(value, d) - round(base, d):+.{d}f})"
+    table = [["Model", *columns], ["---"] * (len(columns) + 1)]
+    table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, c) for c in columns)] for row in rows]
+    return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in table)
 
 def parse_outputs(arguments):
     """[LABEL=]PATH[,PATH ...] -> [(label, [paths])]. A folder with seed<n> folders in it stands for these."""
@@ -1442,7 +1366,7 @@ def score(path, args, judge):
     wanted = ("a folder of pictures", "an answer file")[bool(benchmark.grade)]
     require(path.is_dir() != bool(benchmark.grade), f"{path}: {args.benchmark} wants {wanted}")
     if benchmark.grade:
-        values, n, expected, more = understanding(path, args, problems)
+        values, more, n, expected = understanding(path, args, problems)
     else:
         items, expected, add_up = benchmark.work(path, args, problems)
         values, n, more = add_up(judge_all(path, items, problems, args, judge))
@@ -1454,10 +1378,9 @@ def run(args):
     benchmark, judge = BENCHMARKS[args.benchmark], functools.cache(lambda: make_judge(args))     # when first needed
     if benchmark.grade and args.prepare:
         return understanding(None, args, Problems())
-    require(args.outputs, "nothing to score: give OUTPUTS")
     outputs = parse_outputs(args.outputs)
     rows = [summarize(label, [score(p, args, judge) for p in paths], benchmark.columns) for label, paths in outputs]
-    text = [f"# {args.benchmark}", "", markdown(benchmark, rows), ""]
+    text = [f"# {args.benchmark}", "", markdown(rows, benchmark.columns, benchmark.decimals), ""]
     name = f"{judge_name(args)} ({'endpoint' if args.judge_url else 'local'})" if benchmark.judge else None
     if name:
         other = f" The paper's is {benchmark.judge}: do not compare with its numbers."
@@ -1485,7 +1408,7 @@ def contact_sheet(args):
     """One picture of the pictures in OUTPUTS with their prompts, framed green (right), red (failed, missing) or grey.
 
     Marks and prompts come from OUT/eval/*/items.jsonl (mean mark below 0.5: failed), else GenEval's metadata.jsonl."""
-    tiles = []                                                 # (label, path, prompt, mark or None)
+    tiles = []                                                 # (path, prompt, mark or None)
     for label, out in [(label, path) for label, paths in parse_outputs(args.outputs) for path in paths]:
         marks, prompts = defaultdict(list), {}
         for line in [line for file in sorted(out.glob("eval/*/items.jsonl")) for line in read_text(file).split("\n")]:
@@ -1493,34 +1416,31 @@ def contact_sheet(args):
                 record = json.loads(line)
                 marks[record["file"]] += [record["mark"]] if record.get("mark") is not None else []
                 prompts[record["file"]] = record.get("prompt")
-        files = {os.path.relpath(p, out) for p in out.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES
-                 and "eval" not in p.relative_to(out).parts}
-        for file in sorted(files | {f for f in prompts if not f.startswith("..")}):
+        files = {os.path.relpath(path, out) for path in images_in(out, "**/*")}
+        files = {file for file in files if Path(file).parts[0] != "eval"} | prompts.keys()
+        for file in sorted(file for file in files if not file.startswith("..")):
             meta = (out / file).parent.parent / "metadata.jsonl"
             if file not in prompts and meta.is_file():
                 prompts[file] = common.read_json(meta).get("prompt")
-            tiles.append((label, out / file, prompts.get(file) or file, mean(marks[file])))
+            prompt = f"[{label}] " * (len(args.outputs) > 1) + (prompts.get(file) or file)
+            tiles.append((out / file, prompt, mean(marks[file])))
     require(tiles, "no image in " + ", ".join(args.outputs))
-    failures = [tile for tile in tiles if tile[3] is not None and tile[3] < 0.5]
+    failures = [tile for tile in tiles if tile[2] is not None and tile[2] < 0.5]
     tiles = failures if args.failed else tiles
-    shown = tiles[:args.limit or 60]
-    cell, high, columns = args.cell + 12, args.cell + 56, max(1, min(args.columns, len(shown)))
-    sheet = Image.new("RGB", (columns * cell, max(1, -(-len(shown) // columns)) * high), "white")
+    shown, side = tiles[:args.limit or 60], args.cell
+    columns = max(1, min(args.columns, len(shown)))
+    sheet = Image.new("RGB", (columns * (side + 12), max(1, -(-len(shown) // columns)) * (side + 56)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for k, (label, path, prompt, mark) in enumerate(shown):
-        x, y, side = k % columns * cell + 6, k // columns * high + 6, args.cell
+    for k, (path, prompt, mark) in enumerate(shown):
+        x, y = k % columns * (side + 12) + 3, k // columns * (side + 56) + 3
         try:
-            sheet.paste(ImageOps.pad(load_image(path), (side, side), color="white"), (x, y))
+            image = ImageOps.pad(load_image(path), (side, side), color="white")
         except UNREADABLE:
-            mark = 0.0
-            draw.text((x + 8, y + side // 2), "missing or unreadable", "#aa0000", font)
+            image, mark, prompt = Image.new("RGB", (side, side), "white"), 0.0, f"missing or unreadable: {prompt}"
         color = "#999999" if mark is None else "#c62828" if mark < 0.5 else "#2e7d32"
-        draw.rectangle((x - 3, y - 3, x + side + 2, y + side + 2), outline=color, width=3)
-        lines = [""]
-        for word in (f"[{label}] " * (len(args.outputs) > 1) + prompt).split():  # three lines at most
-            fits = draw.textlength(f"{lines[-1]} {word}", font) <= side
-            lines = [*lines[:-1], f"{lines[-1]} {word}".strip()] if fits or not lines[-1] else [*lines, word]
-        draw.text((x, y + side + 4), "\n".join(lines[:3]), color if color == "#c62828" else "black", font, spacing=2)
+        sheet.paste(ImageOps.expand(image, 3, color), (x, y))
+        words = textwrap.wrap(prompt, max(1, side // 6), max_lines=3)
+        draw.text((x + 3, y + side + 7), "\n".join(words), "black", font, spacing=2)
     target = Path(args.out or out / "eval" / "contact_sheet.png")
     with common.atomic(target) as path:
         sheet.save(path)
@@ -1534,16 +1454,16 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see python {self.prog} --help)")
 
-def number(kind, low=None):
-    """A type for argparse: above 0, or at least `low`."""
+def number(kind, low=1):
+    """A type for argparse."""
     def read(text):
-        if (value := kind(text)) <= 0 if low is None else (value := kind(text)) < low:
-            raise argparse.ArgumentTypeError(f"{text} is not {'above 0' if low is None else f'at least {low}'}")
-        return value
+        if kind(text) < low:
+            raise argparse.ArgumentTypeError(f"{text} is below {low}")
+        return kind(text)
     return read
 
-JUDGED, STRINGS = "dpg wise compbench imgedit gedit", "pope mme gqa mmmu seed"
-OPTIONS = (                                                    # flag, benchmarks (!: required; "": all), words
+JUDGED, STRINGS, OWN = "dpg wise compbench imgedit gedit", "pope mme gqa mmmu seed", "geneval recon shapes"
+OPTIONS = (                                                    # flag, sub-commands (!: required), words
     ("--prompts", "geneval wise! compbench! imgedit! gedit! shapes", dict(help="prompts or metadata, as released")),
     ("--judge-prompt", "wise! compbench! imgedit! gedit!", dict(help="the judge's text: a file, or the official .py")),
     ("--sources", "imgedit! recon! shapes", dict(type=Path, help="folder of the source images")),
@@ -1558,45 +1478,35 @@ OPTIONS = (                                                    # flag, benchmark
     ("--judge", JUDGED, dict(help="model: hub id or folder; with --judge-url its name there")),
     ("--judge-url", JUDGED, dict(help="OpenAI-compatible endpoint, https://host/v1; the key from OPENAI_API_KEY")),
     ("--workers", JUDGED, dict(type=number(int), default=8, help="requests at a time (8)")),
-    ("--rate", JUDGED, dict(type=number(float), help="requests a minute, at most")),
+    ("--rate", JUDGED, dict(type=number(float, 0.01), help="requests a minute, at most")),
     ("--retries", JUDGED, dict(type=number(int, 0), default=5, help="after 429, 5xx, time-outs (5)")),
-    ("--timeout", JUDGED, dict(type=number(float), default=120, help="seconds for one reply (120)")),
+    ("--timeout", JUDGED, dict(type=number(float, 0.01), default=120, help="seconds for one reply (120)")),
     ("--reask", JUDGED, dict(type=number(int, 0), default=2, help="more tries where a reply cannot be read (2)")),
-    ("--out", "", dict(help="where scores.json and scores.md go (default: eval/ in the last OUTPUTS)")),
-    ("--strict", "", dict(action="store_true", help="whatever would be left out is an error")),
-    ("--limit", "", dict(type=number(int), help="only the first N prompts")),
-    ("--device", "", dict(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")),
-    ("--batch", "", dict(type=number(int), help="batch of a local model (default: 8 on a GPU, 1 on a CPU)")),
+    ("--device", f"{JUDGED} {OWN}", dict(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")),
+    ("--batch", f"{JUDGED} {OWN}", dict(type=number(int), help="of a local model (default: 8 on a GPU, 1 on a CPU)")),
+    ("--strict", f"{JUDGED} {OWN} {STRINGS}", dict(action="store_true", help="what would be left out is an error")),
+    ("--columns", "contact-sheet", dict(type=number(int), default=6)),
+    ("--cell", "contact-sheet", dict(type=number(int), default=192, help="width of a picture")),
+    ("--failed", "contact-sheet", dict(action="store_true", help="only the failed ones")),
+    ("--limit", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(type=number(int), help="only the first N")),
+    ("--out", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(help="where the result goes (default: eval/ in OUTPUTS)")),
 )
-
-def parser():
-    top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = top.add_subparsers(dest="benchmark", required=True, parser_class=Parser, metavar="BENCHMARK")
-
-    def command(name, function):
-        return commands.add_parser(name, description=function.__doc__, formatter_class=top.formatter_class)
-    for name, benchmark in BENCHMARKS.items():
-        sub = command(name, benchmark.grade or benchmark.work)
-        sub.add_argument("outputs", nargs="*", help="[LABEL=]PATH[,PATH ...]: rows of the table, seeds of a row")
-        for flag, where, words in OPTIONS:
-            if not where or name in where.replace("!", "").split():
-                sub.add_argument(flag, required=f"{name}!" in where.split(), **words)
-    sub = command("contact-sheet", contact_sheet)
-    sub.add_argument("outputs", nargs="+")
-    sub.add_argument("--out", help="the picture (default: eval/contact_sheet.png in the last OUTPUTS)")
-    sub.add_argument("--columns", type=number(int), default=6)
-    sub.add_argument("--cell", type=number(int), default=192, help="width of a picture")
-    sub.add_argument("--limit", type=number(int), help="at most N images (60)")
-    sub.add_argument("--failed", action="store_true", help="only the failed ones")
-    return top
 
 def main(argv=None):
     def command():
-        args = parser().parse_args(argv)
+        top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        commands = top.add_subparsers(dest="benchmark", required=True, parser_class=Parser, metavar="BENCHMARK")
+        functions = {name: benchmark.grade or benchmark.work for name, benchmark in BENCHMARKS.items()}
+        for name, function in {**functions, "contact-sheet": contact_sheet}.items():
+            sub = commands.add_parser(name, description=function.__doc__, formatter_class=top.formatter_class)
+            sub.add_argument("outputs", nargs="*", help="[LABEL=]PATH[,PATH ...]: rows of the table, seeds of a row")
+            for flag, where, words in OPTIONS:
+                if name in where.replace("!", "").split():
+                    sub.add_argument(flag, required=f"{name}!" in where.split(), **words)
+        args = top.parse_args(argv)
+        require(args.outputs or getattr(args, "prepare", None), "nothing to score: give OUTPUTS")
         try:
             contact_sheet(args) if args.benchmark == "contact-sheet" else run(args)
-        except torch.OutOfMemoryError:
-            raise InputError("the batch does not fit into the GPU's memory: lower --batch") from None
         except KeyboardInterrupt:
             print("interrupted; what was judged is kept: the same command goes on from there", file=sys.stderr)
             sys.exit(130)
