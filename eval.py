@@ -87,18 +87,12 @@ def read_rows(path, *fields, kind=list):
         need(row, fields, path)
     return data
 
-def read_text(path):
+def read_text(path, parse=str):
+    """A text file; with parse=ast.parse the syntax tree of an official script, which is never run."""
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        return parse(Path(path).read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
-
-def read_source(path):
-    """The syntax tree of an official script, which is never run."""
-    try:
-        return ast.parse(read_text(path))
-    except (SyntaxError, ValueError) as error:
-        raise InputError(f"{path} is not Python source: {error}") from None
 
 @contextlib.contextmanager
 def open_journal(path):
@@ -128,9 +122,9 @@ def open_journal(path):
     except OSError as error:
         raise InputError(f"cannot go on with {path}: {error}") from None
 
-def find_image(folder, stem):
-    """folder/stem with whichever suffix exists; else the .png that should be there, and will be named as missing."""
-    paths = [Path(folder) / f"{stem}{suffix}" for suffix in (".png", *IMAGE_SUFFIXES)]
+def find_image(stem, *folders):
+    """Whichever file stem.* exists; else the .png that should be there, and will be named as missing."""
+    paths = [folder / f"{stem}{suffix}" for folder in folders for suffix in (".png", *IMAGE_SUFFIXES)]
     return next((path for path in paths if path.is_file()), paths[0])
 
 def images_in(folder, pattern="*"):
@@ -176,7 +170,7 @@ class Item:
     image_first: bool = False
     prompt: str = ""                                           # for the contact sheet, as is mark: value -> 0 .. 1
     mark: callable = None
-    failure: str = "malformed reply"                           # what it means when parse says None
+    failure: str = "malformed reply"                           # what None of parse means
 
     def chat(self, picture):
         """The messages of a chat; picture(p) is the part that stands for a picture."""
@@ -185,7 +179,7 @@ class Item:
         return [{"role": "system", "content": [{"type": "text", "text": self.system}]}] * bool(self.system) + [user]
 
 # ======================================================================================================
-# 2. Judges: a function from items to (item, reply or None, value or None, error or None) of each
+# 2. Judges: a function from items to (item, reply or None, error or None) of each
 # ======================================================================================================
 
 class Endpoint:
@@ -256,11 +250,9 @@ class Endpoint:
         payload |= {} if item.temperature is None else {"temperature": item.temperature}
         for _ in range(self.args.reask + 1):
             reply, error = self.post(payload)
-            if error:
-                return None, None, f"no reply ({error})"
-            if (value := item.parse(reply)) is not None:
-                return reply, value, None
-        return reply, None, item.failure
+            if error or item.parse(reply) is not None:
+                break
+        return reply, error and f"no reply ({error})"
 
     def __call__(self, items):
         """As they come. After ten failures in a row the judge is taken to be down, and the run stops."""
@@ -268,8 +260,8 @@ class Endpoint:
         try:
             futures = {pool.submit(self.ask, item): item for item in items}
             for future in concurrent.futures.as_completed(futures):
-                reply, value, error = future.result()
-                yield futures[future], reply, value, error
+                reply, error = future.result()
+                yield futures[future], reply, error
                 in_a_row = in_a_row + 1 if reply is None else 0
                 require(in_a_row < 10, f"ten items in a row without a reply, last: {error}; run again to go on")
         finally:
@@ -282,9 +274,7 @@ def local(replies, batch):
     def judge(items):
         for start in range(0, len(items), batch):
             part = items[start:start + batch]
-            for item, reply in zip(part, replies(part)):
-                value = item.parse(reply)
-                yield item, reply, value, item.failure if value is None else None
+            yield from ((item, reply, None) for item, reply in zip(part, replies(part)))
     return judge
 
 @contextlib.contextmanager
@@ -313,7 +303,7 @@ class LocalJudge:
             if transformers.AutoConfig.from_pretrained(name).model_type in ("qwen2_vl", "qwen2_5_vl"):
                 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-                class WithoutVideo(transformers.Qwen2_5_VLProcessor):            # whose video processor wants torchvision
+                class WithoutVideo(transformers.Qwen2_5_VLProcessor):            # its video processor wants torchvision
                     def check_argument_for_proper_class(self, *_):
                         pass
                 tokenizer = transformers.AutoTokenizer.from_pretrained(name)
@@ -344,9 +334,8 @@ class LocalJudge:
 
 def judge_name(args):
     """Stands in the table, and in the journal: a reply counts for the judge that gave it."""
-    own = {"geneval": "{0.detector} + {0.clip}, 800/1333", "recon": "pixels + {0.clip}", "shapes": "common.read_scene"}
-    if args.benchmark in own:
-        return own[args.benchmark].format(args)
+    if args.benchmark in ("geneval", "recon", "shapes"):
+        return " + ".join(getattr(args, name) for name in ("detector", "clip") if hasattr(args, name))
     require(not args.judge_url or args.judge or args.benchmark != "dpg", "--judge-url needs --judge, the model's name")
     return args.judge or (BENCHMARKS[args.benchmark].judge if args.judge_url else "Qwen/Qwen2.5-VL-7B-Instruct")
 
@@ -367,7 +356,7 @@ def judge_prompt(path, *fields):
     """The benchmark's judge text, as downloaded -> (text with {field} marks, system text or None): a text file, or of
     an official script the longest f-string with all `fields` (looked for in that order in an expression)."""
     texts, system = [read_text(path)] if Path(path).suffix != ".py" else [], None
-    for node in ast.walk(read_source(path)) if not texts else ():
+    for node in ast.walk(read_text(path, ast.parse)) if not texts else ():
         if isinstance(node, ast.JoinedStr):                    # {prompt_data['Prompt']} or {prompt_name} -> {prompt}
             code = [None if isinstance(part, ast.Constant) else ast.unparse(part.value).lower() for part in node.values]
             names = [next((f for f in fields if f in c), c) if c else None for c in code]
@@ -415,8 +404,7 @@ def result_folder(out, args):
     return (out if out.is_dir() else out.parent) / "eval" / args.benchmark
 
 def judge_all(out, items, problems, args, judge):
-    """Ask about every item that has no valid line in OUT's journal -> {item id: value}. Files that are missing or do not
-    decode are named first.
+    """Ask about every item that has no valid line in OUT's journal -> {item id: value}. Bad files are named first.
 
     A line counts while pictures, text and judge are the same and its reply still parses: changed pictures are judged
     anew, a better parser needs no new replies. Failures are written down too, and tried again in the next run."""
@@ -447,8 +435,9 @@ def judge_all(out, items, problems, args, judge):
         todo = [item for item in items if values[item.id] is None]
         with tqdm(total=len(items), initial=len(items) - len(todo), desc=f"{args.benchmark} {out.name}", unit="item",
                   dynamic_ncols=True) as bar:
-            for item, reply, value, error in judge()(todo) if todo else ():
-                errors[item.id], values[item.id] = error, value
+            for item, reply, error in judge()(todo) if todo else ():
+                values[item.id] = value = None if error else item.parse(reply)
+                errors[item.id] = error = error or (item.failure if value is None else None)
                 add({"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
                      "prompt": item.prompt, "reply": reply, "error": error,
                      "mark": item.mark(value) if item.mark and not error else None})
@@ -459,15 +448,15 @@ def judge_all(out, items, problems, args, judge):
     return {name: value for name, value in values.items() if value is not None}
 
 # A judged benchmark is a function (out, args, problems) -> its items, how many things should be scored, and
-# add_up({item id: value}) -> ({column: value in the table's unit, or None}, number scored, more for scores.json).
+# add_up({item id: value}) -> {column: value in the table's unit, or None}, with whatever else scores.json shall hold.
 
 # ======================================================================================================
 # 4. GenEval
 # ======================================================================================================
 
 # the 80 classes in COCO's order, of which GenEval renames 64, 65 and 66
-COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,"
-        "bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
+COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
+        "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
         "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,"
         "wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,"
         "chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
@@ -675,8 +664,8 @@ def geneval(out, args, problems):
     def add_up(values):
         summary = geneval_summary([(*work[name], found["correct"]) for name, found in values.items()])
         columns = {column: summary["tasks"].get(tag) for tag, column in GENEVAL_TASKS.items()}
-        more = {name: percent(summary[name]) for name in ("image_accuracy", "prompt_accuracy_any")}
-        return percent({**columns, "Overall": summary["overall"]}), len(values), {"stack": judge_name(args), **more}
+        more = {name: summary[name] for name in ("image_accuracy", "prompt_accuracy_any")}
+        return percent({**columns, "Overall": summary["overall"], **more})
     return items, len(prompts) * args.samples, add_up
 
 # ======================================================================================================
@@ -730,13 +719,12 @@ def dpg(out, args, problems):
 
     OUT/<name>.png, a 2 x 2 grid of samples of side --grid (what --generate writes), or OUT/<name>_<k>.png (RecA's; its
     scorer asks four times the same). Official judge: mPLUG-large VQA (ModelScope); a stand-in is stricter."""
-    try:
-        rows = list(csv.DictReader(io.StringIO(read_text(args.questions))))
+    def parse(text):
+        rows = list(csv.DictReader(io.StringIO(text)))
         for row in rows or [{}]:
             need(row, ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language"), args.questions)
-        questions = dict(list(dpg_questions(rows).items())[:args.limit])
-    except (ValueError, csv.Error) as error:
-        raise InputError(f"{args.questions}: {error}") from None
+        return dpg_questions(rows)
+    questions = dict(list(read_text(args.questions, parse).items())[:args.limit])
     side, work = args.grid or 0, []                            # work: (path, prompt's name, number of the crop, crop)
     for path in images_in(out):
         name, _, part = path.stem.partition("_")
@@ -768,9 +756,8 @@ def dpg(out, args, problems):
         summary = dpg_summary(questions, answers)
         for name in summary["failed"]:
             problems.add("prompt with a dependency that does not exist", name)
-        scored = sum(len(file["passes"]) for file in summary["files"].values())
-        return {"Score": summary["score"]}, scored, {k: summary[k] for k in ("category_l1", "category_l2")}
-    return items, len(questions) * args.samples, add_up
+        return {"Score": summary["score"], **{k: summary[k] for k in ("category_l1", "category_l2")}}
+    return items, args.samples * sum(map(len, questions.values())), add_up
 
 WISE_GROUPS = ("Cultural", "Time", "Space", "Biology", "Physics", "Chemistry")
 
@@ -813,14 +800,13 @@ def wise(out, args, problems):
     rows = [row for f in files for row in read_rows(f, "Prompt", "Explanation", "Subcategory", "prompt_id")]
     rows = {str(row["prompt_id"]): row for row in sorted(rows, key=lambda row: row["prompt_id"])[:args.limit]}
     text, system = judge_prompt(args.judge_prompt, "explanation", "prompt")
-    items = [Item(k, [Picture(find_image(out, k))], fill(text, prompt=row["Prompt"], explanation=row["Explanation"]),
+    items = [Item(k, [Picture(find_image(k, out))], fill(text, prompt=row["Prompt"], explanation=row["Explanation"]),
                   strict_wise, system, 2000, prompt=row["Prompt"], mark=lambda found: wise_score(**found))
              for k, row in rows.items()]
 
     def add_up(values):
         summary = wise_summary([(rows[k]["prompt_id"], rows[k]["Subcategory"], *v.values()) for k, v in values.items()])
-        columns = {**summary["categories"], "Overall": summary["overall"]}
-        return columns, len(values), {"overall_weighted": summary["overall_weighted"]}
+        return {**summary["categories"], "Overall": summary["overall"], "weighted": summary["overall_weighted"]}
     return items, len(rows), add_up
 
 COMPBENCH = {"color": "Color", "shape": "Shape", "texture": "Texture", "spatial": "Spatial",
@@ -852,16 +838,14 @@ def compbench(out, args, problems):
         folder, key = out / row["Category"], f"{row['Category']}/{row['Question_id']}"
         category[key] = re.sub(r"[\s-]+", "_", row["Category"].strip().lower())
         require(category[key] in (*COMPBENCH, *COMPLEX), f"{args.prompts}: unknown category {row['Category']!r}")
-        path = find_image(folder / "samples", row["Question_id"])
-        path = path if path.is_file() else find_image(folder, row["Question_id"])
-        items.append(Item(key, [Picture(path)], fill(text, prompt=row["Question"]), strict_compbench, image_first=True,
+        picture = Picture(find_image(row["Question_id"], folder, folder / "samples"))
+        items.append(Item(key, [picture], fill(text, prompt=row["Question"]), strict_compbench, image_first=True,
                           prompt=row["Question"], mark=lambda value: value / 100))
 
     def add_up(values):
         ten = means(((category[k], v) for k, v in values.items()), (*COMPBENCH, *COMPLEX))
-        columns = {column: ten[name] for name, column in COMPBENCH.items()}
-        return ({**columns, "Complex": over(ten, COMPLEX), "Overall": over(ten, ten)}, len(values),
-                {name: ten[name] for name in COMPLEX})
+        return {**{COMPBENCH.get(name, name): value for name, value in ten.items()},
+                "Complex": over(ten, COMPLEX), "Overall": over(ten, ten)}
     return items, len(rows), add_up
 
 # ======================================================================================================
@@ -899,14 +883,14 @@ def imgedit(out, args, problems):
     types = {key: edit["edit_type"] for key, edit in edits.items()}
     require(not (unknown := set(types.values()) - set(IMGEDIT)), f"{args.prompts}: unknown edit_type {unknown}")
     need(texts := read_rows(args.judge_prompt, kind=dict), set(types.values()), args.judge_prompt)
-    items = [Item(key, [Picture(Path(args.sources) / edit["id"]), Picture(find_image(out, key))],
+    items = [Item(key, [Picture(Path(args.sources) / edit["id"]), Picture(find_image(key, out))],
                   texts[types[key]].replace("<edit_prompt>", edit["prompt"]), strict_imgedit, max_tokens=1024,
                   temperature=None, prompt=edit["prompt"], mark=lambda v: (v - 1) / 4) for key, edit in edits.items()]
 
     def add_up(values):
         table = imgedit_summary(types, values)
-        columns = {**{column: table.get(t) for t, column in IMGEDIT.items()}, "Ovr.": table.get("overall")}
-        return columns, len(values), {"overall_by_type": over(table, IMGEDIT)}
+        columns = {column: table.get(t) for t, column in IMGEDIT.items()}
+        return {**columns, "Ovr.": table.get("overall"), "by_type": over(table, IMGEDIT)}
     return items, len(edits), add_up
 
 GEDIT_GROUPS = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change",
@@ -966,15 +950,16 @@ def gedit_summary(rows, language="en"):
     """rows: (group, language, intersection, SC, PQ). O = sqrt(SC x PQ) per edit; table = mean of the 11 groups."""
     rows, tables = [row for row in rows if row[1] == language], {}
     for suffix, part in (("", rows), ("_intersection", [row for row in rows if row[2]])):
-        for name, average, value in (("SC", "avg_semantics", lambda sc, pq: sc), ("PQ", "avg_quality", lambda sc, pq: pq),
-                                     ("overall", "avg_overall", lambda sc, pq: math.sqrt(sc * pq))):
+        columns = (("SC", "avg_semantics", lambda sc, pq: sc), ("PQ", "avg_quality", lambda sc, pq: pq),
+                   ("overall", "avg_overall", lambda sc, pq: math.sqrt(sc * pq)))
+        for name, average, value in columns:
             groups = means(((row[0], value(*row[3:])) for row in part), GEDIT_GROUPS)
             tables[name + suffix] = {**groups, average: over(groups, GEDIT_GROUPS)}
     return tables
 
 def gedit_texts(path):
     """VIEScore's two judge texts from vie_prompts.py, put together as the official class does."""
-    texts = {node.targets[0].id: node.value.value for node in read_source(path).body if isinstance(node, ast.Assign)
+    texts = {node.targets[0].id: node.value.value for node in read_text(path, ast.parse).body if isinstance(node, ast.Assign)
              and isinstance(node.value, ast.Constant) and isinstance(node.targets[0], ast.Name)}
     context, rule, sc, pq = need(texts, ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ"), path)
@@ -988,12 +973,12 @@ def gedit(out, args, problems):
     alone; as JPEG. Official judge: gpt-4.1-2025-04-14, 1400 tokens."""
     rows = read_rows(args.prompts, "key", "task_type", "instruction", "instruction_language")
     rows = [row for row in rows if row["instruction_language"] == "en"][:args.limit]
-    (sc, pq), items, root = gedit_texts(args.judge_prompt), [], out / "gen_image"
+    (sc, pq), items = gedit_texts(args.judge_prompt), []
     for row in rows:
         key, task, edit = row["key"], row["task_type"], row["instruction"]
         require(task in GEDIT_GROUPS, f"{args.prompts}: unknown task_type {task!r}")
-        folder = (root if root.is_dir() else out) / "fullset" / task / "en"
-        source, result = find_image(folder, f"{key}_SRCIMG"), find_image(folder, key)
+        folders = [root / "fullset" / task / "en" for root in (out, out / "gen_image")]
+        source, result = find_image(f"{key}_SRCIMG", *folders), find_image(key, *folders)
         pictures = [Picture(source, jpeg=True), Picture(result, size=size_of(source), jpeg=True)]
         shared = dict(parse=strict_gedit, temperature=None, max_tokens=1400 if args.judge_url else 512,
                       image_first=not args.judge_url, prompt=edit, mark=lambda value: value / 10)
@@ -1004,15 +989,15 @@ def gedit(out, args, problems):
         both = [(row["task_type"], "en", bool(row.get("Intersection_exist")), *pair) for row in rows
                 if None not in (pair := [values.get(f"{row['key']}|{side}") for side in ("SC", "PQ")])]
         table = gedit_summary(both)
-        columns = {"SC": table["SC"]["avg_semantics"], "PQ": table["PQ"]["avg_quality"]}
-        return {**columns, "Overall": table["overall"]["avg_overall"]}, len(both), {"groups": table}
-    return items, len(rows), add_up
+        return {"SC": table["SC"]["avg_semantics"], "PQ": table["PQ"]["avg_quality"],
+                "Overall": table["overall"]["avg_overall"], "groups": table}
+    return items, len(items), add_up
 
 # ======================================================================================================
 # 7. Understanding: strings against strings
 # ======================================================================================================
 # A benchmark: read its released questions -> rows {question_id, image, text, answer or label ...}; grade [(row, reply)]
-# -> the columns, more for scores.json.
+# -> {column: value}, with whatever else scores.json shall hold.
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -1045,7 +1030,7 @@ def pope_grade(pairs):
     groups = grouped((row["category"], (row["label"], pope_prediction(reply))) for row, reply in pairs)
     parts = {category: pope_metrics(*zip(*group)) for category, group in groups.items()}
     accuracy, f1 = (percent(mean(part[key] for part in parts.values())) for key in ("accuracy", "f1"))
-    return {"POPE (Acc)": accuracy, "POPE (F1)": f1}, parts
+    return {"POPE (Acc)": accuracy, "POPE (F1)": f1, **parts}
 
 MME_GROUPS = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
                              "artwork", "OCR"),
@@ -1082,7 +1067,7 @@ def mme_grade(pairs):
     tasks = {task: mme_task(answers[task]) for task in MME_TASKS}
     sums = {name: None if None in (values := [tasks[t] for t in group]) else sum(values)
             for name, group in MME_GROUPS.items()}
-    return {"MME": sums["perception"]}, {**sums, "tasks": tasks}
+    return {"MME": sums["perception"], **sums, "tasks": tasks}
 
 def gqa_correct(reply, gold):
     """Equal after lower-casing and stripping; "white." is wrong. gold: a string or several."""
@@ -1098,7 +1083,7 @@ def gqa_questions(args):
 
 def gqa_grade(pairs):
     """GQA, testdev balanced (Hudson & Manning 2019): exact match."""
-    return {"GQA": percent(mean(gqa_correct(reply, row["answer"]) for row, reply in pairs))}, {}
+    return {"GQA": percent(mean(gqa_correct(reply, row["answer"]) for row, reply in pairs))}
 
 def mmmu_choice(reply, options):
     """MMMU's own rule: letters in brackets, else between blanks, else an option's text where the reply has more than
@@ -1160,9 +1145,8 @@ def mmmu_questions(args):
 
 def mmmu_grade(pairs):
     """MMMU validation (Yue et al. 2024): accuracy over questions, by MMMU's own parser; `short` by BAGEL's."""
-    own, short = (percent(mean(choose(a, r["options"]) == r["answer"] if r["options"] else mmmu_open(a, r["answer"])
-                               for r, a in pairs)) for choose in (mmmu_choice, mmmu_short))
-    return {"MMMU": own}, {"short": short}
+    return {name: percent(mean(choose(a, r["options"]) == r["answer"] if r["options"] else mmmu_open(a, r["answer"])
+                               for r, a in pairs)) for name, choose in (("MMMU", mmmu_choice), ("short", mmmu_short))}
 
 def seed_questions(args):
     """SEED-Bench.json, its image part."""
@@ -1178,7 +1162,7 @@ def seed_questions(args):
 def seed_grade(pairs):
     """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no letter is wrong."""
     right = [(str(r.get("question_type_id")), mmmu_choice(a, r["options"]) == r["answer"]) for r, a in pairs]
-    return {"SEED": percent(mean(value for _, value in right))}, percent(means(sorted(right)))
+    return percent({"SEED": mean(value for _, value in right), **means(sorted(right))})
 
 def understanding(out, args, problems):
     """--prepare writes the question file for --describe; otherwise an answer file is compared with the answers."""
@@ -1204,7 +1188,7 @@ def understanding(out, args, problems):
         if key not in replies:
             problems.add("question without an answer", key)
     pairs = [(row, replies[key]) for key, row in rows.items() if key in replies]
-    return *benchmark.grade(pairs), len(pairs), len(rows)
+    return benchmark.grade(pairs), len(pairs), len(rows)
 
 # ======================================================================================================
 # 8. Reconstruction, the toy world
@@ -1242,7 +1226,7 @@ def with_sources(out, args, prefix="", **options):
     """An item per image of --sources and its namesake in OUT (of whatever suffix)."""
     names = [path.relative_to(args.sources) for path in images_in(args.sources, "**/*")][:args.limit]
     require(names, f"{args.sources}: no image in it")
-    return [Item(f"{prefix}{name}", [Picture(args.sources / name), Picture(find_image(out, name.with_suffix("")))], "",
+    return [Item(f"{prefix}{name}", [Picture(args.sources / name), Picture(find_image(name.with_suffix(""), out))], "",
                  json.loads, prompt=str(name), **options) for name in names]
 
 def recon(out, args, problems):
@@ -1253,8 +1237,7 @@ def recon(out, args, problems):
     items = with_sources(out, args, failure="picture smaller than SSIM's window")
 
     def add_up(values):
-        columns = means((name, value) for row in values.values() for name, value in row.items())
-        return columns, len(values), {"images": values}
+        return {**means(pair for row in values.values() for pair in row.items()), "images": values}
     return items, len(items), add_up
 
 SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Color", "position": "Position",
@@ -1273,7 +1256,7 @@ def shapes(out, args, problems):
         scene = [tuple(next((k for k, word in enumerate(kind) if word in part.split()), None) for kind in words)
                  for part in line.split(" and ")]
         require(all(said[1] is not None for said in scene), f"{args.prompts}: {line!r} is not a toy world's caption")
-        for path in sorted(out.glob(f"{i:05d}_*.png")) or [find_image(out, f"{i:05d}")]:
+        for path in sorted(out.glob(f"{i:05d}_*.png")) or [find_image(f"{i:05d}", out)]:
             scenes[path.name] = scene, path
             items.append(Item(path.name, [Picture(path)], line, json.loads, prompt=line,
                               mark=lambda seen, scene=scene: float(shows(seen[0], scene))))
@@ -1287,7 +1270,7 @@ def shapes(out, args, problems):
         columns = {column: tasks.get(task) for task, column in SHAPE_COLUMNS.items()}
         columns["All"] = mean(shows(seen, scene) for scene, _, seen in made)
         columns["Recon."] = mean(seen[0] == seen[1] for k, seen in values.items() if k not in scenes)
-        return percent(columns), len(values), {}
+        return percent(columns)
     return items + sources, len(items) + len(sources), add_up
 
 def shows(seen, scene):
@@ -1334,7 +1317,7 @@ def summarize(label, seeds, columns):
     return row
 
 def markdown(rows, columns, d):
-    """The paper's columns, d decimals; the first row is the baseline, in brackets the differences of the printed numbers."""
+    """d decimals; the first row is the baseline; in brackets the differences of the printed numbers."""
     def cell(row, c):
         value, base = row["mean"][c], rows[0]["mean"][c]
         if value is None:
@@ -1366,12 +1349,13 @@ def score(path, args, judge):
     wanted = ("a folder of pictures", "an answer file")[bool(benchmark.grade)]
     require(path.is_dir() != bool(benchmark.grade), f"{path}: {args.benchmark} wants {wanted}")
     if benchmark.grade:
-        values, more, n, expected = understanding(path, args, problems)
+        values, n, expected = understanding(path, args, problems)
     else:
         items, expected, add_up = benchmark.work(path, args, problems)
-        values, n, more = add_up(judge_all(path, items, problems, args, judge))
+        judged = judge_all(path, items, problems, args, judge)
+        values, n = add_up(judged), len(judged)
     problems.stop(args.strict)
-    return {"folder": str(path), "values": values, "n": n, "expected": expected, "problems": problems, "extra": more}
+    return {"folder": str(path), "values": values, "n": n, "expected": expected, "problems": problems}
 
 def run(args):
     """Score every folder, print the table, write scores.json and scores.md."""
@@ -1489,7 +1473,7 @@ OPTIONS = (                                                    # flag, sub-comma
     ("--cell", "contact-sheet", dict(type=number(int), default=192, help="width of a picture")),
     ("--failed", "contact-sheet", dict(action="store_true", help="only the failed ones")),
     ("--limit", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(type=number(int), help="only the first N")),
-    ("--out", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(help="where the result goes (default: eval/ in OUTPUTS)")),
+    ("--out", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(help="where results go (default: eval/ in OUTPUTS)")),
 )
 
 def main(argv=None):

@@ -521,7 +521,7 @@ def test_wise_protocol_and_table(tmp_path, capsys):
     by_hand = {k: (0.7 * (k % 3) + 0.2 * (k // 2 % 3) + 0.1 * (k % 2)) / 2 for i in SUBCATEGORIES for k in (i, i + 1)}
     groups = [(by_hand[i] + by_hand[i + 1]) / 2 for i in SUBCATEGORIES]
     assert list(result["mean"].values()) == pytest.approx([*groups, sum(groups) / 6])
-    assert result["seeds"][0]["extra"]["overall_weighted"] == pytest.approx(sum(g * w for g, w in zip(groups, (.4, .167, .133, .1, .1, .1))))
+    assert result["seeds"][0]["values"]["weighted"] == pytest.approx(sum(g * w for g, w in zip(groups, (.4, .167, .133, .1, .1, .1))))
     request = judge.requests[0]
     assert request["model"] == "gpt-4o-2024-05-13" and request["temperature"] == 0 and request["max_tokens"] == 2000
     system, user = request["messages"]
@@ -736,7 +736,7 @@ def test_dpg_grid_is_cut_into_four(tmp_path, capsys):
     assert "Judge: stand-in (endpoint). The paper's is mPLUG-large VQA: do not compare" in text
     assert "| 87.50 |" in text                                                                # a: (0 + 1 + 1 + 1) / 4, b: 1
     assert len(judge.requests) == 4 * 2 + 4
-    assert scores(out / "eval/dpg")["rows"][0]["seeds"][0]["extra"]["category_l1"] == {"attribute": 100.0, "entity": 75.0, "global": 100.0}
+    assert scores(out / "eval/dpg")["rows"][0]["seeds"][0]["values"]["category_l1"] == {"attribute": 100.0, "entity": 75.0, "global": 100.0}
 
 
 def test_dpg_separate_files_and_a_local_judge(tmp_path, tiny, capsys):
@@ -747,7 +747,7 @@ def test_dpg_separate_files_and_a_local_judge(tmp_path, tiny, capsys):
     common = ["--questions", tmp_path / "dpg.csv", "--judge", tiny / "qwen", "--device", "cpu", "--samples", "2"]
     assert run("dpg", out, *common)
     text = capsys.readouterr().out
-    assert "| out" not in text and "–" in text and "0 of 4 scored" in text
+    assert "| out" not in text and "–" in text and "0 of 6 scored" in text
     assert "1 x image of no known prompt: zzz_0.png" in text and "prompt without its 2 images: b (1)" in text and "5 x malformed reply" in text
     assert not run("dpg", out, *common, "--strict", ok=False)
 
@@ -860,7 +860,7 @@ def test_mme_prepared_answered_and_scored(tmp_path, capsys):
     answers = [{"question_id": r["question_id"], "answer": "Yes." if "A?" in r["text"] else "yes"} for r in rows]          # one of two right
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
     assert run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q") and "| 500 |" in capsys.readouterr().out
-    assert scores(tmp_path / "eval/mme")["rows"][0]["seeds"][0]["extra"]["cognition"] == 200
+    assert scores(tmp_path / "eval/mme")["rows"][0]["seeds"][0]["values"]["cognition"] == 200
 
 
 def test_gqa_mmmu_seed(tmp_path, capsys):
@@ -897,7 +897,7 @@ def test_recon(tmp_path, tiny, capsys):
         picture(i, (96, 64)).crop((16, 0, 80, 64)).save((tmp_path / "out").mkdir(exist_ok=True) or tmp_path / "out" / f"{i}.png")
     save(tmp_path / "out/2.png", 77)
     assert run("recon", tmp_path / "out", "--sources", tmp_path / "src", "--clip", tiny / "clip", "--device", "cpu")
-    images = scores(tmp_path / "out/eval/recon")["rows"][0]["seeds"][0]["extra"]["images"]
+    images = scores(tmp_path / "out/eval/recon")["rows"][0]["seeds"][0]["values"]["images"]
     assert images["0.jpg"]["PSNR"] > 30 > 20 > images["2.jpg"]["PSNR"] and images["0.jpg"]["SSIM"] > 0.9 > images["2.jpg"]["SSIM"]
     assert images["0.jpg"]["CLIP"] > 0.99
     assert run("recon", tmp_path / "out", "--sources", tmp_path / "src", "--clip", "none") and capsys.readouterr().out.splitlines()[-1].endswith("| – |")
@@ -980,7 +980,7 @@ def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, cap
     (["wise", "folder", "--prompts", "other.json", "--judge-prompt", "q.json", "--judge-url", "ftp://x"], "is this the benchmark's own file"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--judge-url", "http://127.0.0.1:9/v1"], "no judge text"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "ftp://x"], "must look like"),
-    (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "not Python source"),
+    (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "cannot read broken.py"),
     (["geneval", "folder", "--limit", "0"], "0 is below 1"),
     (["geneval", "folder"], "no GenEval folder"),
     (["gqa", "answers.jsonl", "--questions", "llava.jsonl"], "questions without their answer"),
