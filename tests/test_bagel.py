@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import common
 import reca_bagel
@@ -51,11 +51,11 @@ def fixture_model():
     hand."""
     model = Bagel(fixture_config())
     model.timestep_shift = SETTINGS["timestep_shift"]
-    names = reca_bagel.vae_names(model.vae)
+    names = common.original_autoencoder_names(model.vae)
     state = load_file(FIXTURE / "weights.safetensors")
     vae = load_file(FIXTURE / "ae_weights.safetensors")
     state |= {
-        name: vae[key].squeeze((2, 3)) if "attn" in key and vae[key].dim() == 4 else vae[key]
+        f"vae.{name}": reca_bagel.as_linear(name, vae[key])
         for name, key in names.items()
     }
     tables = {name: state[name].float() for name in reca_bagel.TABLES}
@@ -106,12 +106,10 @@ def case_inputs(model, golden, case):
             h, w = f["mean"].shape[1:]
             f["full_mean"], f["mean"], f["logvar"] = p["mean"], p["mean"][:, :h, :w], p["logvar"][:, :h, :w]
         noises = [n[:, : f["mean"].shape[1], : f["mean"].shape[2]] for n, f in zip(noises, features)]
-    sizes = [f["mean"][0].numel() // s["latent_patch_size"] ** 2 for f in features]
-    draws = {
-        "timestep_normal": golden[f"{case}.draw_timestep_normal"],
-        "vae_noise": noises,
-        "flow_noise": golden[f"{case}.draw_flow_noise"].split(sizes),
-    }
+    grids = [model._tokens(f["mean"]).shape for f in features]                                              # (h, w, C)
+    flow = golden[f"{case}.draw_flow_noise"].split([h * w for h, w, _ in grids])
+    draws = {"timestep_normal": golden[f"{case}.draw_timestep_normal"], "vae_noise": noises,
+             "flow_noise": [noise.view(grid) for noise, grid in zip(flow, grids)]}
     c = model.config
     ids = [
         [c.bos_token_id, *p, c.eos_token_id] for p in s["t2i_prompts" if case == "t2i" else "prompts"][: len(features)]
@@ -146,10 +144,9 @@ def test_parity_bagel_loss(model, golden, case):
     if case != "recon_unfrozen":
         with torch.no_grad():
             velocities, targets, t = model._flow_terms(features, ids, draws, condition)
-        close(torch.cat(velocities), golden[f"{case}.velocity"])
-        close(
-            torch.cat([(v - y).square().mean(1) for v, y in zip(velocities, targets)]), golden[f"{case}.loss_per_token"]
-        )
+        close(torch.cat([v.flatten(0, 1) for v in velocities]), golden[f"{case}.velocity"])
+        errors = [(v - y).square().mean(-1).flatten() for v, y in zip(velocities, targets)]
+        close(torch.cat(errors), golden[f"{case}.loss_per_token"])
         close(t, golden[f"{case}.timesteps"])
 
 
@@ -164,10 +161,10 @@ class Recorder:
         self.blocks, self.seen, self.model = [], [], model
         block, attend = Bagel._block, reca_bagel.attend
 
-        def record_block(this, contexts, und, gen=None, causal=False, rotate=True, keep=True, read=None):
+        def record_block(this, contexts, und, gen=None, causal=False, read=None):
             before = [c.position for c in contexts]
             self.seen.append([])
-            rows = block(this, contexts, und, gen, causal, rotate, keep, read)
+            rows = block(this, contexts, und, gen, causal, read)
             self.blocks.append(
                 {
                     "images": [c.images for c in contexts],
@@ -178,7 +175,6 @@ class Recorder:
                     "after": [c.position for c in contexts],
                     "rows": rows,
                     "seen": self.seen[-1],
-                    "rotate": rotate,
                 }
             )
             return rows
@@ -225,10 +221,9 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     pattern, hidden = torch.zeros(total, total, dtype=torch.bool), torch.full((total, width), float("nan"))
     used = [0] * len(rows)  # context rows that were written so far
     for b in record.blocks:
-        calls = iter(b["seen"])
         for g, images in enumerate(b["images"]):
             length = b["und"][g].shape[1]
-            visible = [next(calls) for _ in range(1 + (b["gen"] is not None))]
+            visible = b["seen"][g :: len(b["images"])][: 1 + (b["gen"] is not None)]      # of the first layer: und, gen
             for j, i in enumerate(images):
                 if b["gen"] is None:
                     own = rows[i]["context"][used[i] : used[i] + length]
@@ -246,7 +241,7 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
                         [a["after"][k] for a in record.blocks[:-1] for k, im in enumerate(a["images"]) if i in im],
                         default=0,
                     )
-                    assert not b["rotate"] and b["before"][g] == 0
+                    assert b["before"][g] == b["after"][g] == 0
                     pattern[torch.tensor(own)[:, None], torch.tensor(keys)] = torch.cat(visible)
                     hidden[rows[i]["latents"]] = b["rows"][g][j]
     assert torch.equal(positions, golden[f"{case}.packed_position_ids"])
@@ -257,7 +252,7 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     if f"{case}.last_hidden" in golden:
         close(hidden[latents], golden[f"{case}.last_hidden"][latents])  # the other rows are never computed here
     side = model.config.max_latent_size
-    table = torch.cat([model.latent_pos_embed(*model._grid(f["mean"])) for f in features])
+    table = torch.cat([model.latent_pos_embed(*model._tokens(f["mean"]).shape[:2]) for f in features])
     assert torch.equal(
         table, model.latent_pos_embed.pos_embed[golden[f"{case}.packed_latent_position_ids"]]
     ) and side**2 == len(model.latent_pos_embed.pos_embed)
@@ -278,16 +273,16 @@ def test_parity_bagel_encoders(model, golden, case):
             close(torch.stack([f["mean"] for f in features]), golden[f"{case}.vae_mean"])
             close(torch.stack([f["logvar"] for f in features]), golden[f"{case}.vae_logvar"])
         for f, noise, full in zip(features, draws["vae_noise"], golden[f"{case}.latents"]):
-            latent = model._latent(f["mean"], f["logvar"], noise)
+            latent = model._untokens(model._latents([f], [noise])[0])
             close(latent, full[:, : latent.shape[1], : latent.shape[2]])
-            assert torch.equal(model._untokens(model._tokens(latent), model._grid(latent)), latent)
+            assert torch.equal(model._untokens(model._tokens(latent)), latent)
         if condition:
             embeds = [model._embed_vit(f["vit"][None])[0] - model.vit_pos_embed(*f["vit"].shape[:2]) for f in features]
             close(torch.cat(embeds), golden[f"{case}.vit_embeds"])
         if f"{case}.timestep_embeds" in golden:
             ours = model._embed_time(golden[f"{case}.timesteps"])
             close(
-                torch.cat([e.expand(len(n), -1) for e, n in zip(ours, draws["flow_noise"])]),
+                torch.cat([e.expand(n[..., 0].numel(), -1) for e, n in zip(ours, draws["flow_noise"])]),
                 golden[f"{case}.timestep_embeds"],
             )
 
@@ -324,33 +319,32 @@ def source(golden):
 def sample_case(model, golden, case, monkeypatch, copies=1):
     """Run a sampling case with the fixture's draws -> (images, trace, latents, contexts); copies: the same request
     several times."""
-    s, c, caught = SETTINGS["results"][case], model.config, {}
-    grid = model._target_grid(tuple(s["image_shapes"]))
-    draws = {"noise": [golden[f"{case}.init_noise"]] * copies}
-    decode, paint = Bagel._decode, Bagel._paint
-    monkeypatch.setattr(
-        Bagel,
-        "_decode",
-        lambda self, latents: caught.setdefault("pixels", decode(self, caught.setdefault("latents", latents))),
-    )
-    monkeypatch.setattr(
-        Bagel,
-        "_paint",
-        lambda self, contexts, *rest, **more: paint(self, caught.setdefault("contexts", contexts), *rest, **more),
-    )
-    options = {**sampler(case), "trace": []}
+    size, c, caught = SETTINGS["results"][case]["image_shapes"], model.config, {}
+    draws = {"noise": [golden[f"{case}.init_noise"].view(size[0] // c.stride, size[1] // c.stride, -1)] * copies}
+    decode, sample = Bagel._decode, Bagel._sample
+
+    def record_decode(self, latents):
+        caught["latents"], caught["pixels"] = [self._untokens(z) for z in latents], decode(self, latents)
+        return caught["pixels"]
+
+    def record_sample(self, sets, noise, **more):
+        caught["contexts"] = sets[0]
+        return sample(self, sets, noise, **more)
+
+    monkeypatch.setattr(Bagel, "_decode", record_decode)
+    monkeypatch.setattr(Bagel, "_sample", record_sample)
     prompt = SETTINGS[{"gen": "gen_prompt", "reconstruct": "recon_prompt"}.get(case, "edit_prompt")]
     ids = [[c.bos_token_id, *prompt, c.eos_token_id]] * copies
+    seen = {"vae": pixels(golden["edit.source_resized_u8"]), "vit": golden["edit.source_vit"]}
+    if case == "gen":
+        seen = {}
+    elif case == "reconstruct":
+        del seen["vae"]
+    else:
+        draws["vae_noise"] = [golden[f"{case}.draw_vae_noise_0"][0]] * copies
+    options = {**sampler(case), "trace": []}
     with torch.no_grad():
-        if case == "gen":
-            images = model._generate(ids, grid, 0, draws, **options)
-        else:
-            samples = {"vae": pixels(golden["edit.source_resized_u8"]), "vit": golden["edit.source_vit"]}
-            with_vae = case != "reconstruct"
-            if with_vae:
-                draws["vae_noise"] = [golden[f"{case}.draw_vae_noise_0"][0]] * copies
-            features = model.encode([samples if with_vae else {"vit": samples["vit"]}] * copies, "edit")
-            images = model._from_images(features, ids, [grid] * copies, 0, draws, **options)
+        images = model._paint(model.encode([seen] * copies, "edit"), ids, [size] * copies, 0, draws, **options)
     return images, options["trace"], caught
 
 
@@ -369,8 +363,8 @@ def test_parity_bagel_sampling(model, golden, case, monkeypatch):
     s = SETTINGS["results"][case]
     close(torch.tensor([t for t, *_ in trace]), golden[f"{case}.timesteps"], 1e-6)
     close(torch.tensor([scales for *_, scales in trace]), golden[f"{case}.scales"], 1e-6)
-    close(torch.stack([x[0] for _, x, _, _ in trace]), golden[f"{case}.x"])
-    close(torch.stack([v[0] for _, _, v, _ in trace]), golden[f"{case}.velocity"])
+    close(torch.stack([x[0].flatten(0, 1) for _, x, _, _ in trace]), golden[f"{case}.x"])
+    close(torch.stack([v[0].flatten(0, 1) for _, _, v, _ in trace]), golden[f"{case}.velocity"])
     close(caught["latents"][0][None], golden[f"{case}.latent"])
     close(caught["pixels"][0][None], golden[f"{case}.image_float"])
     expected = ((golden[f"{case}.image_float"][0] * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8)
@@ -410,7 +404,7 @@ def test_bagel_key_lists():
     with torch.device("meta"):
         model = Bagel()
     shapes = {name: list(t.shape) for name, t in model.state_dict().items()}
-    names = reca_bagel.vae_names(model.vae)
+    names = {f"vae.{k}": v for k, v in common.original_autoencoder_names(model.vae).items()}
     manifest = json.loads((HERE / "fixtures/manifests/bagel.json").read_text())
     assert {n: s for n, s in shapes.items() if not n.startswith("vae.")} == manifest
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6_539_861_056
@@ -450,7 +444,7 @@ def test_parity_bagel_files(model, golden, tmp_path):
     for table in reca_bagel.TABLES:
         del state[table]
     (tmp_path / "a/ema.safetensors").unlink()
-    reca_bagel.save_file(state, tmp_path / "a/model_bf16.safetensors")
+    save_file(state, tmp_path / "a/model_bf16.safetensors")
     mixed = Bagel.from_pretrained(str(tmp_path / "a"), frozen_dtype=torch.bfloat16)
     for name, p in mixed.named_parameters():
         assert p.dtype == (torch.float32 if p.requires_grad or name.startswith("vae.") else torch.bfloat16), name
@@ -466,7 +460,7 @@ def test_parity_bagel_files(model, golden, tmp_path):
         ({"vae2llm.bias": torch.zeros(3)}, "other shapes"),
     ):
         broken = {k: v for k, v in {**state, **change}.items() if v is not None}
-        reca_bagel.save_file(broken, tmp_path / "a/model_bf16.safetensors")
+        save_file(broken, tmp_path / "a/model_bf16.safetensors")
         with pytest.raises(common.InputError, match=f"{word}.*{next(iter(change))}"):
             Bagel.from_pretrained(str(tmp_path / "a"))
     (tmp_path / "a/model_bf16.safetensors").write_bytes(b"not a checkpoint")
@@ -555,10 +549,9 @@ def test_bagel_condition_on_the_vae(model, golden):
         total, count = 0, 0
         for i, (f, text) in enumerate(zip(features, ids)):
             t = draws["timestep_normal"][i].sigmoid()
-            z = model._tokens(model._latent(f["mean"], f["logvar"], draws["vae_noise"][i]))
-            clean = model._tokens(model._latent(f["mean"], f["logvar"], draws["condition_noise"][i]))
-            noise, grid = draws["flow_noise"][i], model._grid(f["mean"])
-            embed = lambda x, t: model._embed_latents(x[None], grid, t[None])[0]  # noqa: E731
+            z, clean = (model._latents([f], [draws[name][i]])[0] for name in ("vae_noise", "condition_noise"))
+            noise = draws["flow_noise"][i]
+            embed = lambda x, t: model._embed_latents(x[None], t[None])[0]  # noqa: E731
             hidden, gen = plain_sequence(
                 model,
                 [
@@ -567,8 +560,9 @@ def test_bagel_condition_on_the_vae(model, golden):
                     ("noise", model._markers(1)[0], embed((1 - t) * z + t * noise, t)),
                 ],
             )
-            velocity = model.llm2vae(hidden[gen])[len(clean) :]
-            total, count = total + (velocity - (noise - z)).square().mean(-1).sum(), count + len(z)
+            velocity = model.llm2vae(hidden[gen])[z[..., 0].numel() :]
+            error = (velocity - (noise - z).flatten(0, 1)).square().mean(-1)
+            total, count = total + error.sum(), count + len(error)
         assert (total / count).item() == pytest.approx(loss.item(), rel=1e-5)
         (total / count).backward()
         if not freeze:
