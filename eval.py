@@ -15,7 +15,6 @@ OUT is a folder of pictures in the benchmark's layout, as the scripts' --generat
 differences to the first. LABEL=DIR names a row; DIR,DIR (or a folder with seed0, seed1 ... in it) are seeds of one row.
 A judge is a vision-language model run here (--judge) or an OpenAI-compatible endpoint (--judge-url, OPENAI_API_KEY).
 `--prepare FILE` turns a benchmark's questions into lines for --describe, which writes {"question_id", "answer"} lines.
-
 Every judged item is a line of OUT/eval/BENCHMARK/items.jsonl, written at once with the raw reply: an interrupted run
 goes on. scores.json and scores.md go beside it, or into --out. What is missing, unreadable or malformed is named and
 counted, never scored; --strict makes it an error. Rules follow the official scorers (values in tests/fixtures/eval).
@@ -31,7 +30,6 @@ import hashlib
 import http.client
 import io
 import json
-import math
 import os
 import re
 import statistics
@@ -40,7 +38,7 @@ import textwrap
 import threading
 import time
 import urllib.request
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,11 +92,14 @@ def read_text(path, parse=str):
     except (OSError, SyntaxError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
+def strict(parse, valid):
+    """An official parser made strict: None, so that the judge is asked again, for what must not enter a mean."""
+    return lambda reply: value if valid(value := parse(reply)) else None
+
 @contextlib.contextmanager
 def open_journal(path):
     """items.jsonl, a line per judged item -> ({id: record}, add(record), which appends at once). A kill can tear only
     the last line; that one is cut off. A second run on the same file is refused."""
-    records = {}                                               # of several lines about an item the last one counts
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
@@ -106,16 +107,11 @@ def open_journal(path):
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.seek(0)
-            *lines, torn = file.read().split(b"\n")
-            if torn:
+            whole = (data := file.read()).rfind(b"\n") + 1
+            if whole < len(data):
                 print(f"{path}: the last line was half-written: its item is judged again", file=sys.stderr)
-                file.truncate(file.tell() - len(torn))
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = json.loads(line)
-                    records[record["id"]] = record
-                except (ValueError, KeyError, TypeError):
-                    raise InputError(f"{path}: line {number} is damaged; delete that line and run again") from None
+                file.truncate(whole)
+            records = {record["id"]: record for record in common.read_json(path, lines=True)}    # the last line counts
             yield records, lambda record: file.write(json.dumps(record).encode() + b"\n")
     except BlockingIOError:
         raise InputError(f"another eval.py is writing {path}") from None
@@ -123,7 +119,7 @@ def open_journal(path):
         raise InputError(f"cannot go on with {path}: {error}") from None
 
 def find_image(stem, *folders):
-    """Whichever file stem.* exists; else the .png that should be there, and will be named as missing."""
+    """The file stem.* that exists; else the .png that should be there, and will be named as missing."""
     paths = [folder / f"{stem}{suffix}" for folder in folders for suffix in (".png", *IMAGE_SUFFIXES)]
     return next((path for path in paths if path.is_file()), paths[0])
 
@@ -633,11 +629,10 @@ def geneval(out, args, problems):
     Swin-S, open_clip's ViT-L/14. Here: the same architectures in transformers, float32; Meta's detector weights."""
     folders = {int(path.name): path for path in sorted(out.iterdir()) if path.is_dir() and path.name.isdigit()}
     require(folders, f"{out}: no GenEval folder (00000/samples/*.png) in it")
-    # without --prompts: the folders' own metadata, and a folder that is missing goes unnoticed
-    prompts = dict(enumerate(read_rows(args.prompts))) if args.prompts else {
-        i: common.read_json(folder / "metadata.jsonl") for i, folder in folders.items()}
+    own = {i: common.read_json(f / "metadata.jsonl") for i, f in folders.items() if (f / "metadata.jsonl").is_file()}
+    prompts = dict(enumerate(read_rows(args.prompts))) if args.prompts else own          # own: a missing one goes unnoticed
     for index in sorted(folders.keys() - prompts.keys()):
-        problems.add("folder beyond the prompt file", folders[index].name)
+        problems.add("folder without a prompt", folders[index].name)
     items, work, prompts = [], {}, dict(list(prompts.items())[:args.limit])
     for index, metadata in prompts.items():
         folder = folders.get(index, out / f"{index:05d}")
@@ -645,21 +640,20 @@ def geneval(out, args, problems):
         for clause in [*clauses, *metadata.get("exclude", [])]:
             name, _ = need(clause, ("class", "count"), args.prompts or folder)
             require(name in COCO, f"{folder.name}: unknown class {name!r}")
-        if (own := folder / "metadata.jsonl").is_file() and common.read_json(own) != metadata:
+        if own.get(index, metadata) != metadata:
             problems.add("metadata that is not the prompt file's", folder.name)
             continue
-        images = []
+        before = len(items)
         for path in images_in(folder / "samples"):
+            name = f"{folder.name}/{path.name}"
             if re.match(r"\d+\.png", path.name):
-                images.append(path)
+                items.append(Item(name, [Picture(path)], json.dumps(metadata, sort_keys=True), json.loads,
+                                  prompt=prompt, mark=lambda found: float(found["correct"])))
+                work[name] = tag, index
             else:
-                problems.add("image that is not <digits>.png (ignored officially too)", f"{folder.name}/{path.name}")
-        if len(images) != args.samples:
-            problems.add(f"prompt without its {args.samples} images", f"{folder.name} ({len(images)})")
-        for path in images:
-            items.append(Item(f"{folder.name}/{path.name}", [Picture(path)], json.dumps(metadata, sort_keys=True),
-                              json.loads, prompt=prompt, mark=lambda found: float(found["correct"])))
-            work[items[-1].id] = tag, index
+                problems.add("image that is not <digits>.png (ignored officially too)", name)
+        if (n := len(items) - before) != args.samples:
+            problems.add(f"prompt without its {args.samples} images", f"{folder.name} ({n})")
 
     def add_up(values):
         summary = geneval_summary([(*work[name], found["correct"]) for name, found in values.items()])
@@ -673,8 +667,8 @@ def geneval(out, args, problems):
 # ======================================================================================================
 
 def dpg_questions(rows):
-    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}} in file order. The official reader
-    loses the first row, and with it a prompt that depends on it; we keep all."""
+    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}}. All rows: the official reader loses
+    the first, and with it a prompt that depends on it."""
     items = defaultdict(dict)
     for row in rows:
         parents = [int(p) for p in str(row["dependency"]).split(",") if int(p)]
@@ -682,49 +676,40 @@ def dpg_questions(rows):
         items[row["item_id"]][int(row["proposition_id"])] = parents, category, question
     return items
 
-def dpg_pass(questions, answers):
-    """One sample -> score, {id: 1.0 for yes}. A question whose parent failed fails too. The walk is in file order: a
-    zero passes down a chain, but a parent that stands after its child is not zeroed yet. KeyError: no such parent."""
-    raw = {q: float(answers[q] == "yes") for q in questions}
-    final = dict(raw)
-    for q, (parents, _, _) in questions.items():
-        if any(final[p] == 0 for p in parents):
-            final[q] = 0.0
-    return mean(final.values()), raw
-
 def dpg_summary(items, answers):
     """answers: file -> one {question id: reply} per pass. Score = 100 x mean over files of the mean over passes.
-    Categories use the answers before zeroing, so they do not average to it; officially those of the last pass only."""
+
+    A question whose parent failed fails too. The walk is in file order: a zero passes down a chain, but a parent that
+    stands after its child is not zeroed yet. A file with a dependency that does not exist has failed. Categories use
+    the answers before zeroing, so they do not average to the score; officially those of the last pass only."""
     files, failed, fine = {}, [], []
     for name, passes in answers.items():
-        questions = items.get(name.split(".")[0].split("_")[0])
-        try:
-            results = [dpg_pass(questions, p) for p in passes]
-        except (KeyError, AttributeError, TypeError):          # a dependency that does not exist, an unknown prompt
+        questions, scores = items.get(name.split(".")[0].split("_")[0], {}), []
+        if not questions or any(p not in questions for parents, _, _ in questions.values() for p in parents):
             failed.append(name)
             continue
-        files[name] = {"passes": [r[0] for r in results], "score": mean(r[0] for r in results)}
-        fine += [(questions[q][1], value) for _, raw in results for q, value in raw.items()]
+        for replies in passes:
+            final = {q: float(replies[q] == "yes") for q in questions}
+            fine += [(questions[q][1], value) for q, value in final.items()]
+            for q, (parents, _, _) in questions.items():
+                final[q] *= all(final[p] for p in parents)
+            scores.append(mean(final.values()))
+        files[name] = {"passes": scores, "score": mean(scores)}
     broad = [(category.split("-")[0].strip(), value) for category, value in fine]
     return {"files": files, "failed": failed, "score": percent(mean(f["score"] for f in files.values())),
             "category_l1": percent(means(sorted(broad))), "category_l2": percent(means(sorted(fine)))}
-
-def parse_yes_no(reply):
-    """"Yes." -> yes, "No, it is not" -> no. The official model answers in one word, of which only `yes` counts."""
-    word = re.match(r"\W*(yes|no)\b", reply.strip().lower())
-    return word and word[1]
 
 def dpg(out, args, problems):
     """DPG-Bench (Hu et al. 2024, github.com/TencentQQGYLab/ELLA): 1065 long prompts, 4 images each, yes/no questions.
 
     OUT/<name>.png, a 2 x 2 grid of samples of side --grid (what --generate writes), or OUT/<name>_<k>.png (RecA's; its
     scorer asks four times the same). Official judge: mPLUG-large VQA (ModelScope); a stand-in is stricter."""
-    def parse(text):
+    def read(text):
         rows = list(csv.DictReader(io.StringIO(text)))
         for row in rows or [{}]:
             need(row, ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language"), args.questions)
         return dpg_questions(rows)
-    questions = dict(list(read_text(args.questions, parse).items())[:args.limit])
+    questions = dict(list(read_text(args.questions, read).items())[:args.limit])
     side, work = args.grid or 0, []                            # work: (path, prompt's name, number of the crop, crop)
     for path in images_in(out):
         name, _, part = path.stem.partition("_")
@@ -743,8 +728,11 @@ def dpg(out, args, problems):
     for name in questions:
         if count[name] != args.samples:
             problems.add(f"prompt without its {args.samples} images", f"{name} ({count[name]})")
+
+    def parse(reply):                                          # "Yes." -> yes, "No, it is not" -> no
+        return (re.findall(r"^\W*(yes|no)\b", reply.strip().lower()) or [None])[0]
     items = [Item(f"{path.name}|{k}|{q}", [Picture(path, crop)], f"{question} Answer with one word, yes or no.",
-                  parse_yes_no, max_tokens=8, image_first=True, prompt=question, mark=lambda word: float(word == "yes"))
+                  parse, max_tokens=8, image_first=True, prompt=question, mark=lambda word: float(word == "yes"))
              for path, name, k, crop in work for q, (_, _, question) in questions[name].items()]
 
     def add_up(values):
@@ -770,10 +758,7 @@ def parse_wise(reply):
         found[name.lower().replace(" ", "_")] = float(digit)
     return found
 
-def strict_wise(reply):
-    """All three in 0..2, or None: officially a 9.9 can enter the mean as if it were a score."""
-    found = parse_wise(reply)
-    return found if all(v <= 2 for v in found.values()) else None
+strict_wise = strict(parse_wise, lambda found: max(found.values()) <= 2)         # officially a 9.9 enters some means
 
 def wise_score(consistency, realism, aesthetic_quality):
     return (0.7 * consistency + 0.2 * realism + 0.1 * aesthetic_quality) / 2
@@ -823,9 +808,7 @@ def parse_compbench(reply):
     found = re.search(r'"score":\s*"?(\d+)', reply)
     return int(found[1]) if found else -1
 
-def strict_compbench(reply):
-    """Officially the -1 of a reply that cannot be read enters one of the two means."""
-    return value if 0 <= (value := parse_compbench(reply)) <= 100 else None
+strict_compbench = strict(parse_compbench, lambda value: 0 <= value <= 100)      # officially -1 enters one of two means
 
 def compbench(out, args, problems):
     """T2I-CompBench as the paper scores it (appendix F.4, after SRUM, github.com/WayneJin0918/SRUM): 2670 prompts.
@@ -860,19 +843,14 @@ def imgedit_ratings(reply):
     parts = [line.strip().split(": ") for line in reply.splitlines()]
     return [int(p[1]) for p in parts if len(p) == 2 and p[1].isdigit()]
 
-def parse_imgedit(reply):
-    """The official rule: the mean of whatever ratings were found, or None. 0, 100 or a fourth number pass."""
-    return round(mean(ratings), 2) if (ratings := imgedit_ratings(reply)) else None
+# officially 0, 100 or another number of ratings pass
+strict_imgedit = strict(imgedit_ratings, lambda ratings: len(ratings) == 3 and all(1 <= r <= 5 for r in ratings))
 
-def strict_imgedit(reply):
-    ratings = imgedit_ratings(reply)
-    return parse_imgedit(reply) if len(ratings) == 3 and all(1 <= r <= 5 for r in ratings) else None
-
-def imgedit_summary(types, values):
-    """types: key -> edit type; values: key -> rating. A type: the mean of its keys; overall: over *keys*, not types."""
-    table = means((types[k], v) for k, v in values.items() if k in types)
-    table |= {"overall": mean(values.values())} if values else {}
-    return {name: round(value, 2) for name, value in table.items()}
+def imgedit_summary(types, ratings):
+    """types: key -> edit type; ratings: key -> list. A type: the mean of its keys; overall: over *keys*, not types."""
+    values = {key: round(mean(found), 2) for key, found in ratings.items() if found}
+    table = means((types[k], v) for k, v in values.items() if k in types) | ({"overall": mean(values.values())} if values else {})
+    return values, {name: round(value, 2) for name, value in table.items()}
 
 def imgedit(out, args, problems):
     """ImgEdit, single turn (Ye et al. 2025, github.com/PKU-YuanGroup/ImgEdit): 737 edits, OUT/<key>.png.
@@ -885,10 +863,10 @@ def imgedit(out, args, problems):
     need(texts := read_rows(args.judge_prompt, kind=dict), set(types.values()), args.judge_prompt)
     items = [Item(key, [Picture(Path(args.sources) / edit["id"]), Picture(find_image(key, out))],
                   texts[types[key]].replace("<edit_prompt>", edit["prompt"]), strict_imgedit, max_tokens=1024,
-                  temperature=None, prompt=edit["prompt"], mark=lambda v: (v - 1) / 4) for key, edit in edits.items()]
+                  temperature=None, prompt=edit["prompt"], mark=lambda ratings: (mean(ratings) - 1) / 4) for key, edit in edits.items()]
 
     def add_up(values):
-        table = imgedit_summary(types, values)
+        _, table = imgedit_summary(types, values)
         columns = {column: table.get(t) for t, column in IMGEDIT.items()}
         return {**columns, "Ovr.": table.get("overall"), "by_type": over(table, IMGEDIT)}
     return items, len(edits), add_up
@@ -940,30 +918,19 @@ def parse_gedit(reply):
         return found, None, type(error).__name__
     return (found, lowest, None) if isinstance(lowest, (int, float)) else (found, None, "not a number")
 
-def strict_gedit(reply):
-    """The minimum, but only of two numbers in 0..10."""
-    found, lowest, error = parse_gedit(reply)
-    two = not error and isinstance(found, list) and len(found) == 2
-    return lowest if two and all(type(v) in (int, float) and 0 <= v <= 10 for v in found) else None
+strict_gedit = strict(parse_gedit, lambda parsed: not parsed[2] and len(parsed[0]) == 2 and all(
+    type(value) in (int, float) and 0 <= value <= 10 for value in parsed[0]))
 
 def gedit_summary(rows, language="en"):
     """rows: (group, language, intersection, SC, PQ). O = sqrt(SC x PQ) per edit; table = mean of the 11 groups."""
     rows, tables = [row for row in rows if row[1] == language], {}
     for suffix, part in (("", rows), ("_intersection", [row for row in rows if row[2]])):
         columns = (("SC", "avg_semantics", lambda sc, pq: sc), ("PQ", "avg_quality", lambda sc, pq: pq),
-                   ("overall", "avg_overall", lambda sc, pq: math.sqrt(sc * pq)))
+                   ("overall", "avg_overall", lambda sc, pq: (sc * pq) ** 0.5))
         for name, average, value in columns:
             groups = means(((row[0], value(*row[3:])) for row in part), GEDIT_GROUPS)
             tables[name + suffix] = {**groups, average: over(groups, GEDIT_GROUPS)}
     return tables
-
-def gedit_texts(path):
-    """VIEScore's two judge texts from vie_prompts.py, put together as the official class does."""
-    texts = {node.targets[0].id: node.value.value for node in read_text(path, ast.parse).body if isinstance(node, ast.Assign)
-             and isinstance(node.value, ast.Constant) and isinstance(node.targets[0], ast.Name)}
-    context, rule, sc, pq = need(texts, ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
-                                         "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ"), path)
-    return f"{context}\n{rule}\n{sc}", f"{context}\n{pq}"
 
 def gedit(out, args, problems):
     """GEdit-Bench-EN (Liu et al. 2025, data set stepfun-ai/GEdit-Bench): 11 groups of edits, the English rows.
@@ -973,7 +940,11 @@ def gedit(out, args, problems):
     alone; as JPEG. Official judge: gpt-4.1-2025-04-14, 1400 tokens."""
     rows = read_rows(args.prompts, "key", "task_type", "instruction", "instruction_language")
     rows = [row for row in rows if row["instruction_language"] == "en"][:args.limit]
-    (sc, pq), items = gedit_texts(args.judge_prompt), []
+    texts = {node.targets[0].id: node.value.value for node in read_text(args.judge_prompt, ast.parse).body
+             if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
+    context, rule, sc, pq = need(texts, ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
+                                         "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ"), args.judge_prompt)
+    items = []
     for row in rows:
         key, task, edit = row["key"], row["task_type"], row["instruction"]
         require(task in GEDIT_GROUPS, f"{args.prompts}: unknown task_type {task!r}")
@@ -981,13 +952,13 @@ def gedit(out, args, problems):
         source, result = find_image(f"{key}_SRCIMG", *folders), find_image(key, *folders)
         pictures = [Picture(source, jpeg=True), Picture(result, size=size_of(source), jpeg=True)]
         shared = dict(parse=strict_gedit, temperature=None, max_tokens=1400 if args.judge_url else 512,
-                      image_first=not args.judge_url, prompt=edit, mark=lambda value: value / 10)
-        items.append(Item(f"{key}|SC", pictures, sc.replace("<instruction>", edit), **shared))
-        items.append(Item(f"{key}|PQ", pictures[1:], pq, **shared))
+                      image_first=not args.judge_url, prompt=edit, mark=lambda parsed: parsed[1] / 10)
+        sc_text, pq_text = f"{context}\n{rule}\n{sc}".replace("<instruction>", edit), f"{context}\n{pq}"
+        items += [Item(f"{key}|SC", pictures, sc_text, **shared), Item(f"{key}|PQ", pictures[1:], pq_text, **shared)]
 
     def add_up(values):
-        both = [(row["task_type"], "en", bool(row.get("Intersection_exist")), *pair) for row in rows
-                if None not in (pair := [values.get(f"{row['key']}|{side}") for side in ("SC", "PQ")])]
+        both = [(row["task_type"], "en", bool(row.get("Intersection_exist")), *(value[1] for value in pair))
+                for row in rows if all(pair := [values.get(f"{row['key']}|{side}") for side in ("SC", "PQ")])]
         table = gedit_summary(both)
         return {"SC": table["SC"]["avg_semantics"], "PQ": table["PQ"]["avg_quality"],
                 "Overall": table["overall"]["avg_overall"], "groups": table}
@@ -996,8 +967,8 @@ def gedit(out, args, problems):
 # ======================================================================================================
 # 7. Understanding: strings against strings
 # ======================================================================================================
-# A benchmark: read its released questions -> rows {question_id, image, text, answer or label ...}; grade [(row, reply)]
-# -> {column: value}, with whatever else scores.json shall hold.
+# A benchmark of strings is a function of the arguments -> its questions {question_id, image, text, answer or label ...}
+# and add_up([(question, reply)]) -> {column: value}, with whatever else scores.json shall hold.
 
 SHORT = "Answer the question using a single word or phrase."
 LETTER = "Answer with the option's letter from the given choices directly."
@@ -1013,8 +984,10 @@ def pope_metrics(labels, predictions):
     return {"accuracy": (tp + tn) / n, "precision": tp / max(1, tp + fp), "recall": tp / max(1, tp + fn),
             "yes_ratio": (tp + fp) / n, "f1": 2 * tp / max(1, 2 * tp + fp + fn)}
 
-def pope_questions(args):
-    """llava_pope_test.jsonl; --labels: the three coco_pope_<category>.json, which belong to it by position."""
+def pope(args):
+    """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): accuracy and F1 are means over the three categories.
+
+    --questions: llava_pope_test.jsonl; --labels: folder of coco_pope_<category>.json, which belong to it by position."""
     rows = read_rows(args.questions, "question_id", "image", "text", "category")
     require(args.prepare or args.labels, "pope needs --labels DIR with coco_pope_random.json, _popular, _adversarial")
     for category, mine in grouped((row["category"], row) for row in rows).items() if args.labels else ():
@@ -1023,14 +996,13 @@ def pope_questions(args):
         require(fits, f"{path}: its rows are not those of {args.questions} (number or images differ)")
         for row, label in zip(mine, labels):
             row["label"], = need(label, ("label",), path)
-    return rows
 
-def pope_grade(pairs):
-    """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): accuracy and F1 are means over the three categories."""
-    groups = grouped((row["category"], (row["label"], pope_prediction(reply))) for row, reply in pairs)
-    parts = {category: pope_metrics(*zip(*group)) for category, group in groups.items()}
-    accuracy, f1 = (percent(mean(part[key] for part in parts.values())) for key in ("accuracy", "f1"))
-    return {"POPE (Acc)": accuracy, "POPE (F1)": f1, **parts}
+    def add_up(pairs):
+        groups = grouped((row["category"], (row["label"], pope_prediction(reply))) for row, reply in pairs)
+        parts = {category: pope_metrics(*zip(*group)) for category, group in groups.items()}
+        accuracy, f1 = (percent(mean(part[key] for part in parts.values())) for key in ("accuracy", "f1"))
+        return {"POPE (Acc)": accuracy, "POPE (F1)": f1, **parts}
+    return rows, add_up
 
 MME_GROUPS = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
                              "artwork", "OCR"),
@@ -1048,8 +1020,10 @@ def mme_task(rows):
     right = [label.lower() == prediction for label, prediction in rows]
     return 100 * mean(right) + 100 * mean(a and b for a, b in zip(right[::2], right[1::2])) if rows else None
 
-def mme_questions(args):
-    """A folder of 14 <task>.txt: image, question, Yes/No, separated by tabs. --images: to find the images' folders."""
+def mme(args):
+    """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000).
+
+    --questions: folder of 14 <task>.txt: image, question, Yes/No, separated by tabs. --images: to find their folders."""
     rows = []
     for task in MME_TASKS:
         for number, line in enumerate(read_text(file := Path(args.questions) / f"{task}.txt").splitlines()):
@@ -1057,33 +1031,30 @@ def mme_questions(args):
             require(label in ("Yes", "No"), f"{file}: line {number + 1} is not image, question, Yes/No")
             inner = (Path(args.images or "") / task / "images" / image).exists()
             rows.append({"question_id": f"{task}/{number}", "image": f"{task}/{'images/' if inner else ''}{image}",
-                         "text": f"{question} {SHORT}", "task": task, "pair": (task, number // 2), "label": label})
-    return rows
+                         "text": f"{question} {SHORT}", "pair": (task, number // 2), "label": label})
 
-def mme_grade(pairs):
-    """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000)."""
-    images = grouped((row["pair"], (row["label"], mme_prediction(reply))) for row, reply in pairs)
-    answers = grouped((task, answer) for (task, _), both in images.items() if len(both) == 2 for answer in both)
-    tasks = {task: mme_task(answers[task]) for task in MME_TASKS}
-    sums = {name: None if None in (values := [tasks[t] for t in group]) else sum(values)
-            for name, group in MME_GROUPS.items()}
-    return {"MME": sums["perception"], **sums, "tasks": tasks}
+    def add_up(pairs):
+        images = grouped((row["pair"], (row["label"], mme_prediction(reply))) for row, reply in pairs)
+        answers = grouped((task, answer) for (task, _), both in images.items() if len(both) == 2 for answer in both)
+        tasks = {task: mme_task(answers[task]) for task in MME_TASKS}
+        sums = {name: None if None in (values := [tasks[t] for t in group]) else sum(values)
+                for name, group in MME_GROUPS.items()}
+        return {"MME": sums["perception"], **sums, "tasks": tasks}
+    return rows, add_up
 
 def gqa_correct(reply, gold):
     """Equal after lower-casing and stripping; "white." is wrong. gold: a string or several."""
     return reply.strip().lower() in [g.strip().lower() for g in ([gold] if isinstance(gold, str) else gold)]
 
-def gqa_questions(args):
-    """testdev_balanced_questions.json: id -> question, imageId, answer; or rows of question_id, image, text, answer."""
+def gqa(args):
+    """GQA, testdev balanced (Hudson & Manning 2019): exact match.
+
+    --questions: testdev_balanced_questions.json, or rows of question_id, image, text, answer."""
     rows = read_rows(args.questions, kind=(dict, list))
     if isinstance(rows, dict):
         rows = [{"question_id": key, "image": f"{row.get('imageId')}.jpg",
                  "text": f"{need(row, ('question',), args.questions)[0]} {SHORT}", **row} for key, row in rows.items()]
-    return rows
-
-def gqa_grade(pairs):
-    """GQA, testdev balanced (Hudson & Manning 2019): exact match."""
-    return {"GQA": percent(mean(gqa_correct(reply, row["answer"]) for row, reply in pairs))}
+    return rows, lambda pairs: {"GQA": percent(mean(gqa_correct(reply, row["answer"]) for row, reply in pairs))}
 
 def mmmu_choice(reply, options):
     """MMMU's own rule: letters in brackets, else between blanks, else an option's text where the reply has more than
@@ -1133,23 +1104,26 @@ def mmmu_open(reply, gold):
 def with_options(question, options):
     return question.strip() + "".join(f"\n{k}. {o}" for k, o in options.items()) + f"\n{LETTER if options else SHORT}"
 
-def mmmu_questions(args):
-    """The data set's rows: id, question, options (a list, or its text as released), answer, image or image_1."""
+def mmmu(args):
+    """MMMU validation (Yue et al. 2024): accuracy over questions, by MMMU's own parser; `short` by BAGEL's.
+
+    --questions: the rows: id, question, options (a list, or its text as released), answer, image or image_1."""
     rows = read_rows(args.questions, "id", "question", "options", "answer")
     for row in rows:
         options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
         row["options"] = {chr(65 + i): str(option).strip() for i, option in enumerate(options)}
         row |= {"question_id": row["id"], "image": row.get("image") or row.get("image_1"),
                 "text": with_options(row["question"], row["options"])}
-    return rows
 
-def mmmu_grade(pairs):
-    """MMMU validation (Yue et al. 2024): accuracy over questions, by MMMU's own parser; `short` by BAGEL's."""
-    return {name: percent(mean(choose(a, r["options"]) == r["answer"] if r["options"] else mmmu_open(a, r["answer"])
-                               for r, a in pairs)) for name, choose in (("MMMU", mmmu_choice), ("short", mmmu_short))}
+    def right(row, reply, choose):
+        return choose(reply, row["options"]) == row["answer"] if row["options"] else mmmu_open(reply, row["answer"])
+    return rows, lambda pairs: {name: percent(mean(right(*pair, choose) for pair in pairs))
+                                for name, choose in (("MMMU", mmmu_choice), ("short", mmmu_short))}
 
-def seed_questions(args):
-    """SEED-Bench.json, its image part."""
+def seed(args):
+    """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no letter is wrong.
+
+    --questions: SEED-Bench.json, of which the image part counts."""
     rows, = need(read_rows(args.questions, kind=dict), ("questions",), args.questions)
     rows = [row for row in rows if row.get("data_type", "image") == "image"]
     for row in rows:
@@ -1157,38 +1131,35 @@ def seed_questions(args):
         row["image"], question, *choices = need(row, names, args.questions)
         row["options"] = dict(zip("ABCD", choices))
         row["text"] = with_options(question, row["options"])
-    return rows
 
-def seed_grade(pairs):
-    """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no letter is wrong."""
-    right = [(str(r.get("question_type_id")), mmmu_choice(a, r["options"]) == r["answer"]) for r, a in pairs]
-    return percent({"SEED": mean(value for _, value in right), **means(sorted(right))})
+    def add_up(pairs):
+        right = [(str(r.get("question_type_id")), mmmu_choice(a, r["options"]) == r["answer"]) for r, a in pairs]
+        return percent({"SEED": mean(value for _, value in right), **means(sorted(right))})
+    return rows, add_up
 
 def understanding(out, args, problems):
-    """--prepare writes the question file for --describe; otherwise an answer file is compared with the answers."""
-    benchmark, replies = BENCHMARKS[args.benchmark], {}
-    listed = benchmark.work(args)[:args.limit]
+    """--prepare writes the questions for --describe; otherwise the answer file `out` is compared with the answers."""
+    (listed, add_up), replies = BENCHMARKS[args.benchmark].work(args), {}
+    listed = listed[:args.limit]
     rows = {str(need(row, ("question_id", "image", "text"), args.questions)[0]): row for row in listed}
     if args.prepare:
-        keep = ("question_id", "image", "text", "category", "task", "options")
+        lines = [json.dumps({"question_id": k, "image": row["image"], "text": row["text"]}) for k, row in rows.items()]
         with common.atomic(args.prepare) as path:
-            path.write_text("".join(json.dumps({k: row[k] for k in keep if k in row}) + "\n" for row in listed))
+            path.write_text("\n".join([*lines, ""]))
         return print(f"{len(rows)} questions in {args.prepare}, for a script's --describe")
     require(len(rows) == len(listed) and all("answer" in row or "label" in row for row in listed),
             f"{args.questions}: question ids that repeat, or questions without their answer")
     for number, row in enumerate(common.read_json(out, lines=True), 1):
         require(isinstance(row, dict) and isinstance(row.get("answer"), str), f"{out}: line {number} has no \"answer\"")
         key = str(row.get("question_id", row.get("id")))
-        if key not in rows:
-            problems.add("answer to no known question", key)
-        elif key in replies:
-            problems.add("question answered twice (the first counts)", key)
-        replies.setdefault(key, row["answer"])
+        if key not in rows or key in replies:
+            problems.add("question answered twice" if key in replies else "answer to no known question", key)
+        replies.setdefault(key, row["answer"])                 # the first counts
     for key in rows:
         if key not in replies:
             problems.add("question without an answer", key)
     pairs = [(row, replies[key]) for key, row in rows.items() if key in replies]
-    return benchmark.grade(pairs), len(pairs), len(rows)
+    return add_up(pairs), len(pairs), len(rows)
 
 # ======================================================================================================
 # 8. Reconstruction, the toy world
@@ -1197,7 +1168,7 @@ def understanding(out, args, problems):
 def psnr(a, b):
     """uint8 [H, W, 3] twice -> dB; equal pictures: 100 (infinity is not JSON)."""
     error = np.mean((a.astype(float) - b.astype(float)) ** 2)
-    return 10 * math.log10(255 ** 2 / error) if error > 255 ** 2 * 1e-10 else 100.0
+    return float(10 * np.log10(255 ** 2 / error)) if error > 255 ** 2 * 1e-10 else 100.0
 
 def ssim(a, b):
     """Structural similarity (Wang et al. 2004), uint8 [H, W, 3] twice: 11 x 11 Gaussian of width 1.5, no border."""
@@ -1281,15 +1252,8 @@ def shows(seen, scene):
 # 9. Tables
 # ======================================================================================================
 
-@dataclass
-class Benchmark:
-    """work: as above; columns as in the paper; judge: the official one; grade: of the string benchmarks."""
-    work: callable
-    columns: tuple
-    decimals: int = 1
-    judge: str = None
-    grade: callable = None
-
+# the function, the columns as in the paper, their decimals, the official judge
+Benchmark = namedtuple("Benchmark", "work columns decimals judge", defaults=(1, None))
 BENCHMARKS = {
     "geneval": Benchmark(geneval, (*GENEVAL_TASKS.values(), "Overall")),
     "dpg": Benchmark(dpg, ("Score",), 2, "mPLUG-large VQA"),
@@ -1297,24 +1261,23 @@ BENCHMARKS = {
     "compbench": Benchmark(compbench, (*COMPBENCH.values(), "Complex", "Overall"), 2, "Qwen/Qwen2.5-VL-32B-Instruct"),
     "imgedit": Benchmark(imgedit, (*IMGEDIT.values(), "Ovr."), 2, "gpt-4.1-2025-04-14"),
     "gedit": Benchmark(gedit, ("SC", "PQ", "Overall"), 2, "gpt-4.1-2025-04-14"),
-    "pope": Benchmark(pope_questions, ("POPE (Acc)", "POPE (F1)"), grade=pope_grade),
-    "mme": Benchmark(mme_questions, ("MME",), 0, grade=mme_grade),
-    "gqa": Benchmark(gqa_questions, ("GQA",), grade=gqa_grade),
-    "mmmu": Benchmark(mmmu_questions, ("MMMU",), grade=mmmu_grade),
-    "seed": Benchmark(seed_questions, ("SEED",), grade=seed_grade),
+    "pope": Benchmark(pope, ("POPE (Acc)", "POPE (F1)")),
+    "mme": Benchmark(mme, ("MME",), 0),
+    "gqa": Benchmark(gqa, ("GQA",)),
+    "mmmu": Benchmark(mmmu, ("MMMU",)),
+    "seed": Benchmark(seed, ("SEED",)),
     "recon": Benchmark(recon, ("PSNR", "SSIM", "CLIP"), 4),
     "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "All", "Recon.")),
 }
 
 def summarize(label, seeds, columns):
     """Seeds of one row -> mean and sample standard deviation of each column; None if a seed lacks it."""
-    row = {"label": label, "seeds": seeds, **{k: sum(s[k] for s in seeds) for k in ("n", "expected")}}
     values = {c: [s["values"].get(c) for s in seeds] for c in columns}
-    row["mean"] = {c: None if None in v else mean(v) for c, v in values.items()}
+    row = {"label": label, "seeds": seeds, "mean": {c: None if None in v else mean(v) for c, v in values.items()}}
     if len(seeds) > 1:
         row["std"] = {c: None if None in v else statistics.stdev(v) for c, v in values.items()}
-    row["partial"] = row["n"] < row["expected"] or any(s["problems"] for s in seeds)
-    return row
+    n, expected = (sum(s[key] for s in seeds) for key in ("n", "expected"))
+    return {**row, "n": n, "expected": expected, "partial": n < expected or any(s["problems"] for s in seeds)}
 
 def markdown(rows, columns, d):
     """d decimals; the first row is the baseline; in brackets the differences of the printed numbers."""
@@ -1345,13 +1308,13 @@ def parse_outputs(arguments):
 
 def score(path, args, judge):
     """One folder, or one answer file."""
-    benchmark, problems = BENCHMARKS[args.benchmark], Problems()
-    wanted = ("a folder of pictures", "an answer file")[bool(benchmark.grade)]
-    require(path.is_dir() != bool(benchmark.grade), f"{path}: {args.benchmark} wants {wanted}")
-    if benchmark.grade:
+    problems, strings = Problems(), args.benchmark in STRINGS
+    wanted = "an answer file" if strings else "a folder of pictures"
+    require(path.is_dir() != strings, f"{path}: {args.benchmark} wants {wanted}")
+    if strings:
         values, n, expected = understanding(path, args, problems)
     else:
-        items, expected, add_up = benchmark.work(path, args, problems)
+        items, expected, add_up = BENCHMARKS[args.benchmark].work(path, args, problems)
         judged = judge_all(path, items, problems, args, judge)
         values, n = add_up(judged), len(judged)
     problems.stop(args.strict)
@@ -1360,7 +1323,7 @@ def score(path, args, judge):
 def run(args):
     """Score every folder, print the table, write scores.json and scores.md."""
     benchmark, judge = BENCHMARKS[args.benchmark], functools.cache(lambda: make_judge(args))     # when first needed
-    if benchmark.grade and args.prepare:
+    if args.benchmark in STRINGS and args.prepare:
         return understanding(None, args, Problems())
     outputs = parse_outputs(args.outputs)
     rows = [summarize(label, [score(p, args, judge) for p in paths], benchmark.columns) for label, paths in outputs]
@@ -1438,41 +1401,33 @@ class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see python {self.prog} --help)")
 
-def number(kind, low=1):
-    """A type for argparse."""
-    def read(text):
-        if kind(text) < low:
-            raise argparse.ArgumentTypeError(f"{text} is below {low}")
-        return kind(text)
-    return read
-
 JUDGED, STRINGS, OWN = "dpg wise compbench imgedit gedit", "pope mme gqa mmmu seed", "geneval recon shapes"
 OPTIONS = (                                                    # flag, sub-commands (!: required), words
     ("--prompts", "geneval wise! compbench! imgedit! gedit! shapes", dict(help="prompts or metadata, as released")),
     ("--judge-prompt", "wise! compbench! imgedit! gedit!", dict(help="the judge's text: a file, or the official .py")),
     ("--sources", "imgedit! recon! shapes", dict(type=Path, help="folder of the source images")),
-    ("--samples", "geneval dpg", dict(type=number(int), default=4, help="images per prompt (4; starred rows: 12)")),
+    ("--samples", "geneval dpg", dict(type=int, default=4, help="images per prompt (4; starred rows: 12)")),
     ("--detector", "geneval", dict(default="facebook/mask2former-swin-small-coco-instance")),
     ("--clip", "geneval recon", dict(default="openai/clip-vit-large-patch14")),
     ("--questions", "dpg! pope! mme! gqa! mmmu! seed!", dict(help="the benchmark's questions, as released")),
-    ("--grid", "dpg", dict(type=number(int), metavar="SIDE", help="<name>.png is a 2 x 2 grid of such samples")),
+    ("--grid", "dpg", dict(type=int, metavar="SIDE", help="<name>.png is a 2 x 2 grid of such samples")),
     ("--prepare", STRINGS, dict(metavar="FILE", help="write the question file for --describe instead of scoring")),
     ("--labels", "pope", dict(help="folder of the coco_pope_*.json")),
     ("--images", "mme", dict(help="folder of the images, to write their paths")),
     ("--judge", JUDGED, dict(help="model: hub id or folder; with --judge-url its name there")),
     ("--judge-url", JUDGED, dict(help="OpenAI-compatible endpoint, https://host/v1; the key from OPENAI_API_KEY")),
-    ("--workers", JUDGED, dict(type=number(int), default=8, help="requests at a time (8)")),
-    ("--rate", JUDGED, dict(type=number(float, 0.01), help="requests a minute, at most")),
-    ("--retries", JUDGED, dict(type=number(int, 0), default=5, help="after 429, 5xx, time-outs (5)")),
-    ("--timeout", JUDGED, dict(type=number(float, 0.01), default=120, help="seconds for one reply (120)")),
-    ("--reask", JUDGED, dict(type=number(int, 0), default=2, help="more tries where a reply cannot be read (2)")),
+    ("--workers", JUDGED, dict(type=int, default=8, help="requests at a time (8)")),
+    ("--rate", JUDGED, dict(type=float, help="requests a minute, at most")),
+    ("--retries", JUDGED, dict(type=int, default=5, help="after 429, 5xx, time-outs (5)")),
+    ("--timeout", JUDGED, dict(type=float, default=120, help="seconds for one reply (120)")),
+    ("--reask", JUDGED, dict(type=int, default=2, help="more tries where a reply cannot be read (2)")),
     ("--device", f"{JUDGED} {OWN}", dict(help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")),
-    ("--batch", f"{JUDGED} {OWN}", dict(type=number(int), help="of a local model (default: 8 on a GPU, 1 on a CPU)")),
+    ("--batch", f"{JUDGED} {OWN}", dict(type=int, help="of a local model (default: 8 on a GPU, 1 on a CPU)")),
     ("--strict", f"{JUDGED} {OWN} {STRINGS}", dict(action="store_true", help="what would be left out is an error")),
-    ("--columns", "contact-sheet", dict(type=number(int), default=6)),
-    ("--cell", "contact-sheet", dict(type=number(int), default=192, help="width of a picture")),
+    ("--columns", "contact-sheet", dict(type=int, default=6)),
+    ("--cell", "contact-sheet", dict(type=int, default=192, help="width of a picture")),
     ("--failed", "contact-sheet", dict(action="store_true", help="only the failed ones")),
-    ("--limit", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(type=number(int), help="only the first N")),
+    ("--limit", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(type=int, help="only the first N")),
     ("--out", f"{JUDGED} {OWN} {STRINGS} contact-sheet", dict(help="where results go (default: eval/ in OUTPUTS)")),
 )
 
@@ -1480,14 +1435,17 @@ def main(argv=None):
     def command():
         top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
         commands = top.add_subparsers(dest="benchmark", required=True, parser_class=Parser, metavar="BENCHMARK")
-        functions = {name: benchmark.grade or benchmark.work for name, benchmark in BENCHMARKS.items()}
-        for name, function in {**functions, "contact-sheet": contact_sheet}.items():
-            sub = commands.add_parser(name, description=function.__doc__, formatter_class=top.formatter_class)
+        for name in [*BENCHMARKS, "contact-sheet"]:
+            work = BENCHMARKS[name].work if name in BENCHMARKS else contact_sheet
+            sub = commands.add_parser(name, description=work.__doc__, formatter_class=top.formatter_class)
             sub.add_argument("outputs", nargs="*", help="[LABEL=]PATH[,PATH ...]: rows of the table, seeds of a row")
             for flag, where, words in OPTIONS:
                 if name in where.replace("!", "").split():
                     sub.add_argument(flag, required=f"{name}!" in where.split(), **words)
         args = top.parse_args(argv)
+        for name, value in vars(args).items():
+            if type(value) in (int, float):
+                require(value > 0 or value == 0 and name in ("retries", "reask"), f"--{name} {value} is not above 0")
         require(args.outputs or getattr(args, "prepare", None), "nothing to score: give OUTPUTS")
         try:
             contact_sheet(args) if args.benchmark == "contact-sheet" else run(args)
