@@ -104,7 +104,7 @@ class Taps:
 
     def __init__(self, model):
         self.out = {}
-        watch = {"connector_out": model.connector, "prompt_embeds": model.projector,
+        watch = {"connector_out": model.connector["layers"], "prompt_embeds": model.projector,
                  "caption_norm_out": model.transformer.caption_norm,
                  "sana_block0_out": model.transformer.transformer_blocks[0], "model_pred": model.transformer}
         self.hooks = [module.register_forward_hook(lambda _, inputs, out, name=name: self.keep(name, inputs, out))
@@ -123,11 +123,14 @@ class Taps:
             hook.remove()
 
 
+def embeddings(features):
+    return torch.stack([row["und"] for row in features])
+
+
 def fixture_loss(model, features, golden, task):
     ids, mask = golden[f"in.{task}.input_ids"], golden[f"in.{task}.attention_mask"]
     draws = {name: golden[f"{task}.{name}"] for name in ("noise", "u")}
-    loss = model._recon_loss_from_ids if task == "image2image" else model._t2i_loss_from_ids
-    return loss(features, ids, mask, draws)
+    return model._generation_loss(features, ids, mask, draws, und=embeddings(features) if task == "image2image" else None)
 
 
 @pytest.mark.parametrize("task", ["image2image", "text2image"])
@@ -156,8 +159,7 @@ def test_parity_openuni_loss(model, features, golden, config, task):
 @pytest.mark.parametrize("task", ["image2image", "text2image"])
 def test_parity_openuni_llm_inputs(model, features, golden, task):
     ids, mask = golden[f"in.{task}.input_ids"], golden[f"in.{task}.attention_mask"]
-    und = torch.stack([row["und"] for row in features]) if task == "image2image" else None
-    prompt = model._prompt_embeds(ids, und)
+    prompt = model._embed(ids, embeddings(features) if task == "image2image" else None)
     queries = model.meta_queries.expand(len(ids), -1, -1)
     close(torch.cat([prompt, queries], 1), golden[f"{task}.llm_inputs_embeds"])
     ours, positions = model._positions(mask)
@@ -190,9 +192,8 @@ def test_parity_openuni_sampler(model, features, golden, config, case):
     ids, mask = golden[f"{case}.input_ids"], golden[f"{case}.attention_mask"]
     und = features[0]["und"].expand(2, -1, -1) if case == "sample_image" else None
     with torch.no_grad():
-        condition = model._condition(model._prompt_embeds(ids, und), mask)
-        latents = model._denoise(condition, golden[f"{case}.init_latents"], config["sample_cfg"],
-                                 config["sample_steps"])
+        condition = model._condition(ids, mask, und)
+        latents = model._sample(condition, golden[f"{case}.init_latents"], config["sample_cfg"], config["sample_steps"])
     close(latents, golden[f"{case}.final_latents"])
     close(model._pixels(latents)[:, :, :64, :64], golden[f"{case}.pixels_first64"])
 
@@ -208,15 +209,36 @@ def test_parity_openuni_schedule(model, golden, config, case):
 # ---- key lists at the released sizes ---------------------------------------------------------------------------------
 
 
+def holds(kind, key):
+    """Whether a released file of this kind has the key."""
+    missing = {"pretrained": ("lmm.", "vae.", "transformer."), "finetuned": ("lmm.", "vae."), "full": ()}[kind]
+    return not key.startswith(missing)
+
+
+def transformers_shapes(manifest):
+    """A released key list, with InternVL's keys under the names under which it is loaded."""
+    state = {k: torch.empty(shape, device="meta") for k, shape in manifest.items()}
+    lmm = reca_openuni.internvl_to_transformers({k[4:]: v for k, v in state.items() if k.startswith("lmm.")})
+    state = {k: v for k, v in state.items() if not k.startswith("lmm.")} | {"lmm." + k: v for k, v in lmm.items()}
+    return {k: list(v.shape) for k, v in state.items()}
+
+
+def checkpoint(model, kind):
+    """The state dict of a released file of this kind."""
+    state = {k: v for k, v in model.released_state().items() if holds(kind, k)}
+    return state | load_file(HERE / "frozen_weights.safetensors") if kind == "full" else state
+
+
 @pytest.mark.parametrize("size", ["b", "l"])
 def test_key_lists_at_released_sizes(size):
     with torch.device("meta"):
-        model = OpenUni(reca_openuni.RELEASED[f"openuni-{size}-512"][0])
+        model = OpenUni(reca_openuni.CONFIGS[f"openuni-{size}-512"])
+    shapes = {k: list(v.shape) for k, v in model.state_dict().items()}
     for kind in ("pretrained", "finetuned", "full"):
         manifest = json.loads((MANIFESTS / f"openuni_{size}_512.{kind}.json").read_text())
-        assert {k: list(v.shape) for k, v in model.released_state(kind).items()} == manifest
+        assert transformers_shapes(manifest) == {k: v for k, v in shapes.items() if holds(kind, k)}
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == model.released_state("finetuned").keys()
+    assert trained == model.released_state().keys()
     grouped = [p for group in model.parameter_groups(0.05) for p in group["params"]]
     assert len(grouped) == len(trained)
     assert sum(p.numel() for p in grouped) == pytest.approx({"b": 646.4e6, "l": 1830.3e6}[size], rel=1e-3)
@@ -224,8 +246,8 @@ def test_key_lists_at_released_sizes(size):
 
 def test_l_1024_normalises_q_and_k():
     with torch.device("meta"):
-        model = OpenUni(reca_openuni.RELEASED["openuni-l-1024"][0])
-    keys = model.released_state("finetuned").keys()
+        model = OpenUni(reca_openuni.CONFIGS["openuni-l-1024"])
+    keys = model.released_state().keys()
     for attention in ("attn1", "attn2"):
         assert {f"transformer.transformer_blocks.0.{attention}.norm_{x}.weight" for x in "qk"} <= keys
 
@@ -278,7 +300,7 @@ def hub(tmp_path_factory, config):
     settings = {k: v for k, v in reca_openuni.own_settings(model.config).items() if k != "bases"}
     for kind in ("pretrained", "finetuned", "full"):
         (root / kind).mkdir()
-        torch.save(model.released_state(kind), root / kind / "model.pth")
+        torch.save(checkpoint(model, kind), root / kind / "model.pth")
         (root / kind / "config.json").write_text(json.dumps({"model_type": "openuni", "bases": {}, **settings}))
     return root
 
@@ -329,13 +351,6 @@ def test_sampling_shift_comes_from_the_sana_folder(hub, model, tmp_path):
     close(solver.sigmas[:-1], 4 * s / (1 + 3 * s), 1e-5)
     u = torch.rand(8)
     assert torch.equal(loaded._sigmas(u), model._sigmas(u))
-
-
-def test_original_names_come_back(hub, model):
-    frozen = load_file(HERE / "frozen_weights.safetensors")
-    full = model.released_state("full")
-    assert {k for k in full if k.startswith(("lmm.", "vae."))} == frozen.keys()
-    assert all(torch.equal(full[k], v.float()) for k, v in frozen.items())
 
 
 def test_loaded_model_gives_the_fixture_loss(hub, golden, config, pixels):
@@ -400,16 +415,18 @@ def test_checkpoints_that_do_not_fit(hub, tmp_path):
             OpenUni.from_pretrained(source)
 
 
-def test_bare_files_are_recognised():
+def test_bare_files_are_recognised(tmp_path):
     """A released file's size from its shapes; L-1024 from its SANA's norms or, without SANA in it, from its name."""
     def guess(name, kind, file):
         with torch.device("meta"):
-            state = OpenUni(reca_openuni.RELEASED[name][0]).released_state(kind)
-        return reca_openuni.guess_variant(state, file)["bases"]["sana"]
+            state = OpenUni(reca_openuni.CONFIGS[name]).released_state()
+        state = {k: v for k, v in state.items() if holds(kind, k)}
+        return reca_openuni.read_settings(tmp_path / file, state)["bases"]["sana"]
 
-    for name, (config, file) in reca_openuni.RELEASED.items():
-        assert guess(name, "pretrained", file) == config.bases["sana"]
-        assert guess(name, "finetuned", "model.pth") == config.bases["sana"]
+    for name, source in reca_openuni.RELEASED.items():
+        expected = reca_openuni.CONFIGS[name].bases["sana"]
+        assert guess(name, "pretrained", source.partition(":")[2]) == expected
+        assert guess(name, "finetuned", "model.pth") == expected
 
 
 # ---- prompts ---------------------------------------------------------------------------------------------------------
@@ -423,13 +440,15 @@ def spoken(hub):
 
 def test_prompt_layout(spoken, config):
     n = config["image_tokens"]
-    assert spoken.recon_prompt("Describe it.") == (
-        "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * n + "</img>\nDescribe it.<|im_end|>\n"
-        "<|im_start|>assistant\n<img>")
-    assert spoken.text_prompt(" a cat ") == (
-        "<|im_start|>user\nGenerate an image: a cat<|im_end|>\n<|im_start|>assistant\n<img>")
-    assert spoken.text_prompt() == "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n<img>"
-    ids, mask = spoken._pad(spoken._tokenize([spoken.recon_prompt(t) for t in ("Describe the image.", "Describe it.")]))
+    for ids, text in (
+            (spoken.recon_prompt("Describe it."), "<|im_start|>user\n<img>" + "<IMG_CONTEXT>" * n +
+             "</img>\nDescribe it.<|im_end|>\n<|im_start|>assistant\n<img>"),
+            (spoken.t2i_prompt(" a red circle "),
+             "<|im_start|>user\nGenerate an image: a red circle<|im_end|>\n<|im_start|>assistant\n<img>"),
+            (spoken.t2i_prompt(), "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n<img>"),
+            (spoken.i2t_prompt("circle ?", image=False), "<|im_start|>user\ncircle ?<|im_end|>\n<|im_start|>assistant\n")):
+        assert ids == spoken._tokens(text)
+    ids, mask = spoken._pad([spoken.recon_prompt(t) for t in ("Describe the image.", "Describe it.")])
     special = {name: spoken.tokenizer.convert_tokens_to_ids(name) for name in reca_openuni.MARKERS}
     row = ids[0].tolist()
     assert row[0] == special["<|im_start|>"] and row[3] == special["<img>"] and row[-1] == special["<img>"]
@@ -438,30 +457,31 @@ def test_prompt_layout(spoken, config):
 
 
 def test_image_embeddings_stand_at_the_image_tokens(spoken, features):
-    und = torch.stack([row["und"] for row in features])
-    ids, _ = spoken._pad(spoken._tokenize([spoken.recon_prompt(t) for t in ("Describe it.", "Describe the image.")]))
-    embeds = spoken._prompt_embeds(ids, und)
+    und = embeddings(features)
+    ids, _ = spoken._pad([spoken.recon_prompt(t) for t in ("Describe it.", "Describe the image.")])
+    embeds = spoken._embed(ids, und)
     places = ids == spoken.lmm.config.image_token_id
     assert torch.equal(embeds[places].view_as(und), und)
     assert torch.equal(embeds[~places], spoken.lmm.get_input_embeddings()(ids)[~places])
     with pytest.raises(ValueError, match="image tokens"):
-        spoken._prompt_embeds(ids[:1], und)
+        spoken._embed(ids[:1], und)
 
 
 def test_long_captions_keep_the_frame(spoken):
-    long, short = spoken._text_ids(["red " * 500, "red"])
-    tail = spoken._tokenize(["<|im_end|>\n<|im_start|>assistant\n<img>"])[0]
+    long, short = spoken.t2i_prompt("red " * 500), spoken.t2i_prompt("red")
+    tail = spoken._tokens("<|im_end|>\n<|im_start|>assistant\n<img>")
     assert len(long) == spoken.config.max_caption_tokens and long[-len(tail):] == tail == short[-len(tail):]
 
 
 def test_padding_changes_nothing(spoken, features):
     """Left or right, more or less: the loss of one image depends on its own prompt alone."""
-    rows = spoken._tokenize([spoken.recon_prompt(t) for t in ("Describe the image in detail.", "Describe it.")])
+    rows, und = [spoken.recon_prompt(t) for t in ("Describe the image in detail.", "Describe it.")], embeddings(features)
     draws = {"noise": torch.randn(2, *features[0]["latents"].shape), "u": torch.rand(2)}
-    losses = [spoken._recon_loss_from_ids(features, *spoken._pad(rows, left=left), draws).item()
-              for left in (False, True)]
-    one = [spoken._recon_loss_from_ids(features[i:i + 1], *spoken._pad(rows[i:i + 1]),
-                                       {k: v[i:i + 1] for k, v in draws.items()}).item() for i in range(2)]
+    ids, mask = spoken._pad(rows)
+    left = torch.stack([row.roll(int(real.logical_not().sum())) for row, real in zip(ids, mask)]), mask.flip(1)
+    losses = [spoken._generation_loss(features, *padded, draws, und=und).item() for padded in ((ids, mask), left)]
+    one = [spoken._generation_loss(features[i:i + 1], *spoken._pad(rows[i:i + 1]),
+                                   {k: v[i:i + 1] for k, v in draws.items()}, und=und[i:i + 1]).item() for i in range(2)]
     assert losses == pytest.approx([sum(one) / 2] * 2, rel=1e-5)
 
 
@@ -506,7 +526,7 @@ def test_prompt_leaves_no_graph(model):
     llm, text, shapes = model.lmm.model.language_model, model.config.lmm["text_config"], []
     hook = llm.layers[0].mlp.register_forward_hook(lambda _, x, out: shapes.append((x[0].shape[1], out.requires_grad)))
     ids = torch.randint(5, 300, (1, 12))
-    model._query_states(model._prompt_embeds(ids), torch.ones_like(ids, dtype=torch.bool))
+    model._query_states(model._embed(ids), torch.ones_like(ids, dtype=torch.bool))
     hook.remove()
     assert shapes == [(12, False), (model.config.num_queries, True)]
 
@@ -514,7 +534,7 @@ def test_prompt_leaves_no_graph(model):
         """Numbers that the graph keeps for the backward."""
         ids, total = torch.randint(5, 300, (1, length)), []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: total.append(t.numel()) or t, lambda t: t):
-            model._query_states(model._prompt_embeds(ids), torch.ones_like(ids, dtype=torch.bool))
+            model._query_states(model._embed(ids), torch.ones_like(ids, dtype=torch.bool))
         return sum(total)
 
     grown = (kept(60) - kept(12)) / 48                                            # for each further token of the prompt
@@ -567,7 +587,8 @@ def test_draws_replay_the_loss(spoken, features):
     assert loss.item() == spoken.recon_loss(features, ["Describe it."] * 2, draws=draws).item()
     assert loss.item() != spoken.recon_loss(features, ["Describe it."] * 2).item()
     captions = ["red circle", "blue square"]
-    unconditional = spoken._t2i_loss_from_ids(features, *spoken._pad(spoken._text_ids([None, captions[1]])), draws)
+    prompts = spoken._pad([spoken.t2i_prompt(), spoken.t2i_prompt(captions[1])])
+    unconditional = spoken._generation_loss(features, *prompts, draws)
     dropped = spoken.t2i_loss(features, captions, draws=draws | {"drop": torch.tensor([0.05, 0.5])})
     kept = spoken.t2i_loss(features, captions, draws=draws | {"drop": torch.ones(2)})
     assert dropped.item() == unconditional.item() != kept.item()
@@ -585,10 +606,10 @@ def test_i2t_loss_counts_the_answers_only(spoken, features):
         for i, (question, answer) in enumerate(turns):
             image = "<img>" + "<IMG_CONTEXT>" * spoken.image_tokens + "</img>\n" if i == 0 else ""
             text += ("\n" if i else "") + f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
-            before = spoken._tokenize([text])[0]
-            after = spoken._tokenize([answer + "<|im_end|>"])[0]
+            before = spoken._tokens(text)
+            after = spoken._tokens(answer + "<|im_end|>")
             ids = torch.tensor([before + after])
-            logits = spoken.lmm(inputs_embeds=spoken._prompt_embeds(ids, row["und"][None])).logits[0].log_softmax(-1)
+            logits = spoken.lmm(inputs_embeds=spoken._embed(ids, row["und"][None])).logits[0].log_softmax(-1)
             total -= sum(logits[len(before) + k - 1, token].item() for k, token in enumerate(after))
             count += len(after)
             text += answer + "<|im_end|>"
@@ -600,11 +621,10 @@ def test_describe_is_greedy_decoding(spoken):
     answers = spoken.describe(images, "what is it ?", max_new_tokens=5)
     end = spoken.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for image, answer in zip(images, answers):
-        und = torch.stack([spoken.encode([spoken.preprocess(image, "i2t")], "i2t")[0]["und"]])
-        prompt = spoken.recon_prompt("what is it ?").removesuffix("<img>")
-        ids, said = spoken._tokenize([prompt])[0], []
+        und = embeddings(spoken.encode([spoken.preprocess(image, "i2t")], "i2t"))
+        ids, said = spoken.recon_prompt("what is it ?")[:-1], []                                     # without its last <img>
         for _ in range(5):
-            logits = spoken.lmm(inputs_embeds=spoken._prompt_embeds(torch.tensor([ids + said]), und)).logits[0, -1]
+            logits = spoken.lmm(inputs_embeds=spoken._embed(torch.tensor([ids + said]), und)).logits[0, -1]
             said.append(logits.argmax().item())
             if said[-1] == end:
                 break
@@ -640,7 +660,7 @@ def test_ablations_of_the_understanding_input(spoken, hub):
     assert torch.equal(plain["latents"], blurred["latents"]) and not torch.allclose(plain["und"], blurred["und"])
     model.set_und(size=28)
     small = model.encode([sample], "recon")[0]
-    assert small["und"].shape[0] == 1 and model.recon_prompt("").count("<IMG_CONTEXT>") == 1
+    assert small["und"].shape[0] == 1 and model.recon_prompt("").count(model.lmm.config.image_token_id) == 1
     model.recon_loss([small], ["Describe it."]).backward()
     with pytest.raises(common.InputError, match="multiples of 28"):
         model.set_und(size=30)
@@ -714,7 +734,7 @@ def test_training_leaves_the_frozen_parts_alone(reca, home):
     out = reca("--steps", 2)
     start = OpenUni.from_pretrained(next(home.glob("reca/tiny-*")))
     end = OpenUni.from_pretrained(out / "checkpoint-000002")
-    trained = start.released_state("finetuned").keys()
+    trained = start.released_state().keys()
     end = end.state_dict()
     moved = {name for name, value in start.state_dict().items() if not torch.equal(value, end[name])}
     assert moved <= trained and len(moved) > 0.9 * len(trained)
