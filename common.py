@@ -1,15 +1,8 @@
-"""What the four RecA scripts share. A script hands over a model with the losses `recon_loss`, `i2t_loss`, `t2i_loss`,
-and this file, which knows no architecture, does the rest: *what is trained* stands there, *how a step is taken* in
-section 5.
+"""What the four RecA scripts share. A script hands over a model with the losses `recon_loss`, `i2t_loss`, `t2i_loss`;
+this file, which knows no architecture, does the rest. *What is trained* stands there, *how a step is taken* here:
 
-  1. errors and files     one line for the user, nothing half-written
-  2. random numbers       every draw is a function of (seed, image), so that a run can be replayed, resumed and spread
-  3. templates and images the 360 instructions; loading, cropping, resizing
-  4. data                 rows of images and texts; endless, shuffled, resumable streams over them; the cache
-  5. training             equation (3), and the loop around it
-  6. inference on files   prompt files in, the benchmarks' folder layouts out
-  7. the toy world        coloured shapes: drawn, described and read back exactly
-  8. the command line     the same flags for every script; a run from end to end; --bench
+  1. errors and files      2. random numbers      3. templates and images      4. data (rows, streams, the cache)
+  5. training (equation (3), the loop)      6. inference on files      7. the toy world      8. the command line
 
 Legend of the shape comments: B images in a batch, H W pixels.
 """
@@ -36,6 +29,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 # ======================================================================================================
@@ -129,8 +123,7 @@ def read_json(path, lines=False):
 
 
 def mend_lines(path, keep=lambda row: True):
-    """The rows of a .jsonl that runs append to, [] if there is none; what a kill cut off or `keep` refuses is
-    removed."""
+    """The rows of a .jsonl that runs append to, [] if there is none. Removes what a kill cut off or `keep` refuses."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     rows = [row for row in map(json.loads, lines) if keep(row)]
     write(path, rows)
@@ -155,7 +148,6 @@ def hub_folder(source, patterns):
 def load_state(path):
     """A checkpoint file -> a flat dict of CPU tensors: .safetensors, an .index.json of shards, or a torch file, which
     is read with weights_only=True (a downloaded file cannot run code); wrappers like {"state_dict": ...} are opened."""
-    from safetensors.torch import load_file
     path = Path(path)
     try:
         if path.name.endswith(".index.json"):
@@ -234,12 +226,9 @@ def stable_seed(*keys):
 
 
 class Rng:
-    """The random numbers of one batch: `Rng(seed, "recon", step, positions=[...])`. All results are CPU tensors [B,
-    *shape].
-
-    `batch` is one torch.Generator for what is drawn once per batch, the same on all ranks; the methods draw row i of
-    their result from image i's own generator.
-    """
+    """The random numbers of one batch, Rng(seed, "recon", step, positions=[...]): the methods draw row i of their
+    result, a CPU tensor [B, *shape], from image i's own generator. `batch` is one torch.Generator for what is drawn
+    once per batch, the same on all ranks."""
 
     def __init__(self, seed, *keys, positions):
         self.batch = torch.Generator().manual_seed(stable_seed(seed, *keys))
@@ -252,8 +241,7 @@ class Rng:
 
     @classmethod
     def sampling(cls, seed, batch_size):
-        """For samplers. seed: one per image, or an int (image i has seed + i). Numbers depend on the image's seed
-        alone."""
+        """For samplers: an image's numbers depend on its seed alone. seed: one per image, or an int for seed + i."""
         seeds = list(range(seed, seed + batch_size)) if isinstance(seed, int) else list(seed)
         if len(seeds) != batch_size:
             raise InputError(f"{len(seeds)} seeds for {batch_size} images")
@@ -364,8 +352,7 @@ def to_pil(pixels):
 
 
 def random_square(image, size, rng=None):
-    """Square crop along the long side, then size x size (bicubic, Pillow's antialiased resize). rng: a numpy Generator
-    for the crop's place; None: the centre."""
+    """Square crop along the long side (rng: a numpy Generator for its place; None: the centre), bicubic to size."""
     side = min(image.size)
     left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
@@ -384,8 +371,7 @@ def pad_square(image, size, fill=127):
 
 
 def resize(pixels, size, antialias=False):
-    """[B, 3, H, W] -> [B, 3, size, size], bilinear, corners not aligned: as the originals shrink the understanding
-    input."""
+    """[B, 3, H, W] -> [B, 3, size, size], bilinear: how the originals shrink the understanding input."""
     return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 
@@ -397,18 +383,14 @@ def blur(pixels, factor):
 # ======================================================================================================
 # 4. Data
 # ======================================================================================================
-# Data are lists of rows (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or
-# None (a conversation without an image). text: None (RecA needs none), a caption, or a conversation [(question,
-# answer), ...].
+# Rows are (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or None (a text
+# without image). text: None (RecA needs none), a caption, or a conversation [(question, answer), ...].
 
 
 class Images(list):
-    """Rows of unlabelled images: a folder (recursive), or WebDataset tar shards (one .tar, or a folder that holds
-    some).
-
-    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path
-    inside an archive has no effect on the disk. InputError where there is no folder or no image in it.
-    """
+    """Rows of unlabelled images: a folder (recursive), or WebDataset tar shards (one .tar, or a folder with some). Only
+    names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path inside
+    an archive has no effect on the disk. InputError where there is no image."""
 
     def __init__(self, source):
         source = Path(source).expanduser()
@@ -416,9 +398,7 @@ class Images(list):
             raise InputError(f"no such folder or .tar file: {source}")
         paths = [str(source)] if source.is_file() else sorted(
             os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
-        for path in paths:
-            if not path.lower().endswith(".tar"):
-                continue
+        for path in filter(lambda path: path.lower().endswith(".tar"), paths):
             try:
                 with tarfile.open(path, "r:") as archive:      # "r:" = uncompressed: a member can be read by its offset
                     self += [(m.name, (path, m.offset_data, m.size), None) for m in archive
@@ -427,15 +407,13 @@ class Images(list):
                 raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
         if not self:
             root = source.parent if source.is_file() else source
-            images = [path for path in paths if path.lower().endswith(IMAGE_SUFFIXES)]
-            self += [(os.path.relpath(path, root), path, None) for path in images]
+            self += [(os.path.relpath(p, root), p, None) for p in paths if p.lower().endswith(IMAGE_SUFFIXES)]
         if not self:
             raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
 
 
 def read_rows(path, what, read):
-    """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first row that `read` cannot
-    read."""
+    """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first that is not `what`."""
     table, rows = read_json(path, lines=Path(path).suffix == ".jsonl"), []
     if not isinstance(table, list) or not table:
         raise InputError(f"{path} is not a list: every row must be {what}")
@@ -473,18 +451,13 @@ class Captions(list):
     """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
 
     def __init__(self, path):
-        def read(i, row):
-            return row["image"], Path(path).parent / row["image"], text_in(row, "caption")
-        super().__init__(read_rows(path, "an image with its caption (image, caption)", read))
+        super().__init__(read_rows(path, "an image with its caption (image, caption)", lambda i, row: (
+            row["image"], Path(path).parent / row["image"], text_in(row, "caption"))))
 
 
 class Cache:
-    """What the frozen parts compute for an image, one safetensors file each, in `folder`/<hash of the settings>.
-
-    The file's name is the hash of the image's bytes: another image, or other settings, is another file, so nothing
-    stale can be read. Files are renamed into place when complete: safe to interrupt, and to share between runs and
-    ranks.
-    """
+    """What the frozen parts compute for an image, a safetensors file each: folder/<hash of settings>/<hash of image>.
+    Nothing stale can be read, and what is interrupted or shared between runs and ranks is never half a file."""
 
     def __init__(self, folder, settings):
         self.folder = Path(folder) / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
@@ -495,14 +468,12 @@ class Cache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, path):
-        from safetensors.torch import load_file
         try:
             return load_file(path) if path.exists() else None
         except Exception:                                                      # damaged on disk: computed again
             return None
 
     def write(self, path, features):
-        from safetensors.torch import save_file
         with atomic(path) as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in features.items()}, temporary)
 
@@ -510,9 +481,9 @@ class Cache:
 class Stream(torch.utils.data.Dataset):
     """An endless, shuffled stream over rows: stream[position] for any position >= 0, so it can be entered anywhere.
 
-    Epoch e = position // len(rows) has its own permutation. A row that cannot be read is replaced by the next readable
-    one and named in the item. Items: {"name", "sample" (model.preprocess) or "features" (cached), "text", "skipped",
-    "position"}. texts: one is drawn for a row that has none (the templates).
+    Each epoch, position // len(rows), has its own permutation. A row that cannot be read is replaced by the next one
+    and named in the item: {"name", "sample" (model.preprocess) or "features" (cached), "text", "skipped", "position"}.
+    texts: the templates, one of which is drawn for a row without a text.
     """
 
     def __init__(self, name, rows, preprocess, seed, texts=None, cache=None):
@@ -535,9 +506,9 @@ class Stream(torch.utils.data.Dataset):
                     item["path"] = self.cache.path(image)
                     item["features"] = self.cache.read(item["path"])
                 if item.get("features") is None:
-                    # With a cache every epoch must see the same crop: no generator, the deterministic (central) one.
-                    item["sample"] = self.preprocess(None if image is None else load_image(image), self.name,
-                                                     None if self.cache is not None else rng)
+                    image = None if image is None else load_image(image)
+                    # With a cache every epoch must see the same crop: no generator, the central one.
+                    item["sample"] = self.preprocess(image, self.name, rng if self.cache is None else None)
                 return item
             except UNREADABLE as error:
                 skipped.append(f"{name} ({brief(error)})")
@@ -547,22 +518,19 @@ class Stream(torch.utils.data.Dataset):
         """Lists of `batch` items from position `start` on: rank r of W has the r-th `batch` of each W * batch."""
         rank, ranks = world()
         starts = itertools.count(start + rank * batch, ranks * batch)
+
+        def set_up_worker(_):
+            torch.set_num_threads(1)
+            for number in (signal.SIGINT, signal.SIGTERM):      # they go to all processes: the main one saves, and then
+                signal.signal(number, signal.SIG_IGN)           # ends its workers
         return iter(torch.utils.data.DataLoader(
             self, batch_sampler=(range(first, first + batch) for first in starts), collate_fn=list,
-            num_workers=workers, worker_init_fn=_ignore_signals, prefetch_factor=2 if workers else None,
+            num_workers=workers, worker_init_fn=set_up_worker, prefetch_factor=2 if workers else None,
             multiprocessing_context="fork" if workers else None))
 
 
-def _ignore_signals(_):
-    """Ctrl-C and SIGTERM go to the whole process group: the main process ends the workers once it has saved."""
-    torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def encode_batch(model, items, task, cache=None):
-    """Items of a stream -> features on the model's device, a dict an image; what the cache lacks is computed and
-    kept."""
+    """Items of a stream -> features on the model's device, a dict an image. Adds to the cache what it lacks."""
     todo = [item for item in items if item.get("features") is None]
     if todo:
         with torch.no_grad():
@@ -607,12 +575,9 @@ def learning_rate(update, peak, warmup, horizon):
 
 
 def average_gradients(parameters):
-    """Data parallelism in four lines: every rank gets the mean gradient, once per weight update.
-
-    DistributedDataParallel is not used: it expects one forward and one backward per step, while a step here has a
-    backward per loss and each loss leaves other parameters without a gradient (the public Show-o code cannot run on two
-    GPUs for this reason).
-    """
+    """Data parallelism: every rank gets the mean gradient, once per weight update. DistributedDataParallel expects one
+    forward and one backward per step, while a step here has a backward per loss and each loss leaves other parameters
+    without a gradient (the public Show-o code cannot run on two GPUs for this reason)."""
     if dist.is_initialized():
         for parameter in parameters:
             if parameter.grad is None:                              # all ranks must take part in every all_reduce
@@ -635,8 +600,7 @@ class Trainer:
     streams  {"recon": Stream, "i2t": Stream, ...}, one for each loss whose λ is not 0
     args     the command line (section 8)
     show     function(step) that draws a preview, or None
-    optimizer, average: what a script with sharded or low-precision weights puts in place of AdamW and of
-    average_gradients
+    optimizer, average: in place of AdamW and average_gradients, for sharded or low-precision weights
 
     A step is one evaluation of equation (3): `batch` images for each loss. The weights move every `accum` steps.
     """
@@ -650,10 +614,8 @@ class Trainer:
                                                         fused=model.device.type == "cuda")
         self.out, self.step, self.seen, self.stop, self.skipped = Path(args.out), 0, 0, None, set()
 
-    # ---- checkpoints: weights in the released layout, and beside them what a resume needs ----------------------------
-
     def save(self):
-        """out/checkpoint-<step>, written under another name and renamed; the two newest are kept."""
+        """out/checkpoint-<step>: the released layout, and beside it what a resume needs. The two newest are kept."""
         if world()[0] == 0:
             with atomic(self.out / f"checkpoint-{self.step:06d}") as folder:
                 folder.mkdir(parents=True)
@@ -666,13 +628,10 @@ class Trainer:
             dist.barrier()
 
     def resume(self, folder):
-        """Everything but the weights, which from_pretrained(folder) has read; random numbers need no state (section
-        2)."""
+        """Reads all but the weights (see from_pretrained). Random numbers need no state (section 2)."""
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
         self.step, self.seen = state["step"], state["seen"]
         self.optimizer.load_state_dict(state["optimizer"])
-
-    # ---- one step ----------------------------------------------------------------------------------------------------
 
     def evaluate(self, name, items):
         """One loss on one batch: the frozen features (or the cache), then the model's own loss, in --precision."""
@@ -682,8 +641,7 @@ class Trainer:
             return getattr(self.model, f"{name}_loss")(features, [item["text"] for item in items], rng=rng)
 
     def take_step(self, loaders):
-        """Equation (3), its gradients, every `accum` steps a move of the weights -> (row of the log, whether to
-        stop)."""
+        """Equation (3), its gradients, every `accum` steps a move of the weights -> row of the log, whether to stop."""
         args, (rank, ranks) = self.args, world()
         torch.manual_seed(stable_seed(args.seed, "dropout", self.step, rank))
         items = {name: next(loader) for name, loader in loaders.items()}
@@ -707,8 +665,8 @@ class Trainer:
         names = ", ".join(item["name"] for item in items[:8])
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0)):
-                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; the last good checkpoint "
-                                 f"is kept in {self.out} (try a lower --lr or --precision fp32)")
+                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; the last good "
+                                 f"checkpoint is kept in {self.out} (try a lower --lr or --precision fp32)")
         if "lr" in row:
             for group in self.optimizer.param_groups:
                 group["lr"] = row["lr"]
@@ -717,8 +675,6 @@ class Trainer:
         row["skipped"] = sorted({name for item in items for name in item["skipped"]} - self.skipped)
         self.skipped.update(row["skipped"])
         return row, stop > 0
-
-    # ---- the loop ----------------------------------------------------------------------------------------------------
 
     def train(self):
         """From self.step to --steps, or to a signal; the last checkpoint is written in both cases."""
@@ -754,8 +710,7 @@ class Trainer:
                 signal.signal(number, handler)
             log.close()
             bar.close()
-        # In the middle of an accumulation the weights are still those of their last move: a resumed run goes on from
-        # there.
+        # In the middle of an accumulation the weights are those of their last move: a resumed run goes on from there.
         finished, (self.step, self.seen) = self.step >= args.steps, boundary
         self.save()
         if rank == 0:
@@ -803,14 +758,13 @@ def grid(rows, titles=(), cell=192, gap=4):
 
 
 def prompt_jobs(source, out, images):
-    """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], where the benchmark's scorer
-    expects them.
+    """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
 
-    FILE.txt    a prompt a line                                  -> out/00000.png, with several images out/00000_0.png ..
-    FILE.jsonl  GenEval's evaluation_metadata.jsonl              -> out/00000/metadata.jsonl, out/00000/samples/00000.png ..
-    FILE.json   WISE (Prompt, prompt_id)                         -> out/<prompt_id>.png
-                T2I-CompBench (Question, Category, Question_id)  -> out/<Category>/<Question_id>.png
-    FOLDER      DPG-Bench, a prompt a <name>.txt                 -> out/<name>.png four times: a 2x2 grid
+    FILE.txt    a prompt a line                                 -> out/00000.png, with several images out/00000_0.png ..
+    FILE.jsonl  GenEval's evaluation_metadata.jsonl             -> out/00000/metadata.jsonl and samples/00000.png ..
+    FILE.json   WISE (Prompt, prompt_id)                        -> out/<prompt_id>.png
+                T2I-CompBench (Question, Category, Question_id) -> out/<Category>/<Question_id>.png
+    FOLDER      DPG-Bench, a prompt a <name>.txt                -> out/<name>.png four times: a 2x2 grid
     """
     source, out = Path(source), Path(out)
 
@@ -840,8 +794,7 @@ def prompt_jobs(source, out, images):
 
 
 def sampler_options(args):
-    """The sampler's settings that were given on the command line; the others keep the script's (the paper's)
-    defaults."""
+    """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults."""
     options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps}
     return {name: value for name, value in options.items() if value is not None}
 
@@ -856,15 +809,13 @@ def in_batches(title, rows, size, same=lambda row: None):
 
 
 def readable(rows):
-    """Rows (name, source, ...) -> the same with the image in the source's place, without those whose image cannot be
-    read."""
+    """Rows (name, source, ...) -> (name, image, ...), without those whose image cannot be read."""
     rows = [(name, try_image(name, source), *more) for name, source, *more in rows]
     return [row for row in rows if row[1] is not None]
 
 
 def generate_files(model, args, jobs):
-    """--generate: image k of a prompt has seed `--seed` + k, whatever it shares a batch with, so a rerun may skip what
-    is there."""
+    """--generate: image k of a prompt has seed --seed + k, whatever its batch, so a rerun may skip what is there."""
     todo = []
     for prompt, paths, metadata in jobs:
         if metadata:
@@ -881,8 +832,7 @@ def generate_files(model, args, jobs):
 
 
 def reconstruct_files(model, args, images):
-    """--reconstruct: out/<name>.png for each image: what the model paints when it is given only its own understanding
-    of it."""
+    """--reconstruct: out/<name>.png for each image, painted from nothing but the model's understanding of it."""
     out, count, shown = Path(args.out), 0, []
     todo = [(name, source, inside(out, Path(name).with_suffix(".png"))) for name, source, _ in images]
     for chunk in in_batches("reconstruct", [row for row in todo if not row[2].exists()], args.batch_images):
@@ -923,8 +873,7 @@ def answers(model, args, rows, title):
 
 
 def describe_files(model, args, rows):
-    """--describe: out/answers.jsonl, one {"question_id", "image", "question", "answer"} a line; a rerun goes on where
-    it stopped."""
+    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line; a rerun goes on."""
     path, count = Path(args.out) / "answers.jsonl", 0
     done = {json.dumps(row["question_id"]) for row in mend_lines(path)}
     todo = [row for row in rows if json.dumps(row[0]) not in done]
@@ -936,19 +885,14 @@ def describe_files(model, args, rows):
 
 
 def describe_first(model, args, rows, path):
-    """L_i2t without I2T data: before any update the model describes --self-captions training images; these are its
-    targets.
-
-    This is our addition, not the paper's (which uses LLaVA-1.5's 665K conversations): it holds the model to what it
-    said before RecA, as a distillation from itself, so understanding cannot drift away while generation learns. Kept in
-    --out.
-    """
+    """L_i2t without I2T data: before any update the model describes --self-captions training images, its targets. Our
+    addition, not the paper's (which has LLaVA-1.5's 665K conversations): it holds the model to what it said before
+    RecA, a distillation from itself, so understanding cannot drift away while generation learns. Kept in --out."""
     if not path.exists() and world()[0] == 0:               # a resumed run must not ask the model that RecA has changed
-        order = np.random.default_rng(stable_seed("describe", len(rows))).permutation(len(rows)).tolist()
-        order = order[:args.self_captions]
-        print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training images first, and is held to "
-              f"that, kept in {path}. This is our addition; real data or --lambda-i2t 0 are the alternatives.")
-        asked = [(*rows[i][:2], args.question, i) for i in order]
+        order = np.random.default_rng(stable_seed("describe", len(rows))).permutation(len(rows))[:args.self_captions]
+        print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training images first, and is "
+              f"held to that ({path}). This is our addition; real data or --lambda-i2t 0 are the alternatives.")
+        asked = [(*rows[i][:2], args.question, i) for i in order.tolist()]
         said = [{"index": i, "question": question, "answer": answer}
                 for (_, _, question, i), answer in answers(model, args, asked, "targets of L_i2t") if answer.strip()]
         if not said:
@@ -1091,6 +1035,16 @@ def tiny_tokenizer(special_tokens=()):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
 
+def toy_pixels(scenes, size):
+    """Scenes -> [B, 3, size, size] in [-1, 1]."""
+    return torch.stack([to_tensor(draw_scene(scene, size)) for scene in scenes])
+
+
+def crowded_scene(rng):
+    """Most cells full, any shape any number of times: what a toy autoencoder learns from (white teaches nothing)."""
+    return [(place, int(rng.integers(4)), int(rng.integers(8))) for place in range(4) if rng.random() < 0.7]
+
+
 def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
     """One stage of a tiny model's pretraining: `steps` of AdamW on loss(positions) with a warm-up and a cosine to a tenth. Used by the scripts."""
     parameters = list(parameters)
@@ -1122,11 +1076,10 @@ def at_least(least):
     return whole_number
 
 
-# A title, and below it its flags: name, type (bool: a switch; a tuple: the choices), default (None: the recipe's, or
-# none), help.
+# Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
 FLAGS = (
     "what",
-    ("--data", str, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K Midjourney-v6 images"),
+    ("--data", str, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
     ("--out", str, None, "folder of the run (default out/<script>-<model>)"),
     ("--resume", bool, None, "go on from the newest checkpoint in --out, to the same numbers"),
     ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
@@ -1140,7 +1093,7 @@ FLAGS = (
     ("--weight-decay", float, None, "of AdamW"),
     ("--clip", float, None, "limit of the gradient's norm; 0: none"),
     ("--seed", int, 0, "of every random number"),
-    ("--precision", ("bf16", "fp32"), None, "bf16: autocast, float32 master weights (default on a GPU); fp32 (on a CPU)"),
+    ("--precision", ("bf16", "fp32"), None, "bf16 (autocast, float32 master weights; default on a GPU) or fp32"),
     ("--compile", bool, None, "torch.compile the repeated blocks"),
     ("--checkpointing", bool, None, "recompute activations in the backward: less memory, about a third more time"),
     ("--lambda-recon", float, None, "weight of L_recon in equation (3)"),
@@ -1149,8 +1102,8 @@ FLAGS = (
     ("--i2t-data", str, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
     ("--i2t-images", str, None, "folder of its images (default: the folder of the file)"),
     ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for L_i2t"),
-    ("--captions", str, None, ".jsonl of {image, caption} for L_t2i: SFT (with --lambda-recon 0); shapes: full, sparse"),
-    ("--cache", str, None, "folder: what the frozen parts compute for an image is kept there (crops get deterministic)"),
+    ("--captions", str, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
+    ("--cache", str, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
     ("--workers", at_least(0), None, "processes that decode images (default: by the number of cores)"),
     ("--save-every", at_least(1), 500, "steps between checkpoints"),
     ("--sample-every", at_least(1), 250, "steps between preview pictures"),
@@ -1215,13 +1168,12 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
     if args.steps and not args.data and not args.bench:
-        raise InputError("--data is missing: give a folder of images (or --model tiny, which draws its own; or --steps 0)")
+        raise InputError("--data is missing: a folder of images (--model tiny draws its own, --steps 0 needs none)")
     return args
 
 
 def build_rows(args):
-    """The rows of each loss whose λ is not 0, but for L_i2t without data (see describe_first). InputError for bad
-    files."""
+    """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
     rows, toy = {}, args.data == "shapes"
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
         rows["recon"] = Shapes(seed=args.seed) if toy else Images(args.data)
@@ -1238,8 +1190,7 @@ def start_process(args):
     """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
     cuda = torch.cuda.is_available()
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        # Rank 0 describes images, paints previews and writes checkpoints while the others wait: longer than the usual
-        # 10 minutes.
+        # The others wait while rank 0 describes images, paints previews and writes checkpoints: not only 10 minutes.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -1249,12 +1200,10 @@ def start_process(args):
 
 
 def toy_folder(model_class, args, pretrain):
-    """The pretrained tiny model, in the released layout: made once, kept in ~/.cache/reca (XDG_CACHE_HOME) under a hash
-    of the code."""
+    """The pretrained tiny model, as a released one: made once, kept in ~/.cache/reca (XDG_CACHE_HOME), by its code."""
     code = Path(sys.modules[model_class.__module__].__file__).read_bytes() + Path(__file__).read_bytes()
-    key = hashlib.sha256(code + repr((args.model, args.pretrain, args.seed)).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    folder = cache / "reca" / f"{args.model}-{model_class.__name__.lower()}-{key}"
+    name = f"{args.model}-{model_class.__name__.lower()}-{stable_seed(code, args.pretrain, args.seed):x}"
+    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reca" / name
     if not folder.exists() and world()[0] == 0:
         model = model_class.from_pretrained(args.model)
         model.train()
@@ -1269,8 +1218,7 @@ def toy_folder(model_class, args, pretrain):
 
 @contextlib.contextmanager
 def inference(model, args):
-    """with inference(model, args): no dropout, no gradients, in --precision. Afterwards the model is in training
-    mode."""
+    """with inference(model, args): no dropout, no gradients, in --precision. Afterwards training mode again."""
     model.eval()
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
         yield
@@ -1327,8 +1275,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
 
 
 def post_train(model, args, rows, prepare, trainer, resume):
-    """RecA: streams, previews, the trainer; for the toy world the scores before and after. resume: a checkpoint or
-    None."""
+    """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
     out, main_process, size = Path(args.out), world()[0] == 0, model.config.image_size
     toy, previews, texts = args.data == "shapes", out / "previews", templates(args.templates)
     if main_process:                                     # what a kill left half-written; a new run begins with nothing
