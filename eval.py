@@ -146,10 +146,9 @@ class Picture:
 
     def data_url(self):
         """Untouched files go as they are, under their true type (the originals say image/png whatever they send)."""
+        buffer = io.BytesIO(self.path.read_bytes())
         if self.crop or self.size or self.jpeg:
             self.load().save(buffer := io.BytesIO(), "jpeg" if self.jpeg else "png")
-        else:
-            buffer = io.BytesIO(self.path.read_bytes())
         kind = Image.open(buffer).get_format_mimetype() or "image/png"
         return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
@@ -211,7 +210,7 @@ class Endpoint:
 
     def post(self, payload):
         """-> (reply, None) or, after the last attempt, (None, why). InputError where asking again cannot help."""
-        headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {self.key}"} if self.key else {})}
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         url, body = self.args.judge_url.rstrip("/") + "/chat/completions", json.dumps(payload).encode()
         for attempt in range(self.args.retries + 1):
             with self.lock:                                    # each request takes the next free turn
@@ -219,16 +218,14 @@ class Endpoint:
                 self.next_turn = turn + (60 / self.args.rate if self.args.rate else 0)
             if self.stopped.wait(max(0, turn - time.monotonic())):
                 return None, "stopped"
-            wait = min(60, 2 ** attempt)
+            wait, request = min(60, 2 ** attempt), urllib.request.Request(url, body, headers)
             try:
-                request = urllib.request.Request(url, body, headers)
                 with self.opener.open(request, timeout=self.args.timeout) as response:
                     text, status, after = self.read(response), response.status, response.headers.get("Retry-After", "")
                 if status < 300:                               # content null: the judge refused
                     return self.clean(json.loads(text)["choices"][0]["message"]["content"] or ""), None
                 detail = self.clean(f"{self.host} answers {status}: {' '.join(text.split())}")[:240]
-                hopeless = status < 400 or status in (401, 402, 403, 404, 405) or "insufficient_quota" in text
-                require(not hopeless, detail)
+                require(400 <= status not in (401, 402, 403, 404, 405) and "insufficient_quota" not in text, detail)
                 if status < 500 and status not in (408, 409, 429):
                     return None, detail
                 wait = min(60, float(after)) if re.fullmatch(r"[\d.]+", after) else wait
@@ -298,7 +295,6 @@ class LocalJudge:
         with loading(name) as transformers:
             if transformers.AutoConfig.from_pretrained(name).model_type in ("qwen2_vl", "qwen2_5_vl"):
                 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
                 class WithoutVideo(transformers.Qwen2_5_VLProcessor):            # its video processor wants torchvision
                     def check_argument_for_proper_class(self, *_):
                         pass
@@ -314,8 +310,8 @@ class LocalJudge:
         self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
 
     def inputs(self, items):
-        chats = [item.chat(lambda p: {"type": "image"}) for item in items]
-        texts = [self.processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False) for chat in chats]
+        texts = [self.processor.apply_chat_template(item.chat(lambda p: {"type": "image"}), add_generation_prompt=True,
+                                                    tokenize=False) for item in items]
         pictures = [[p.load() for p in item.pictures] for item in items]
         return self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
 
@@ -452,12 +448,12 @@ def judge_all(out, items, problems, args, judge):
 
 # the 80 classes in COCO's order, of which GenEval renames 64, 65 and 66
 COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
-        "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,"
-        "skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,"
-        "wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,"
-        "chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,computer keyboard,"
-        "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,"
-        "toothbrush").split(",")
+        "parking meter,bench,bird,cat,dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,"
+        "suitcase,frisbee,skis,snowboard,sports ball,kite,baseball bat,baseball glove,skateboard,surfboard,"
+        "tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,"
+        "hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,computer mouse,tv remote,"
+        "computer keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,"
+        "hair drier,toothbrush").split(",")
 GENEVAL_COLORS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 GENEVAL_TASKS = {"single_object": "Single", "two_object": "Two", "counting": "Count", "colors": "Color",
                  "position": "Position", "color_attr": "Attri."}
@@ -469,8 +465,8 @@ def keep_detections(detections, tag, max_overlap=1.0):
         return max(x2 - x1 + 1, 0) * max(y2 - y1 + 1, 0)
 
     def overlap(a, b):
-        both = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-        return both / (area(*a) + area(*b) - both or 1)
+        both = area(*np.maximum(a[:2], b[:2]), *np.minimum(a[2:4], b[2:4]))
+        return both / (area(*a[:4]) + area(*b[:4]) - both or 1)
     scores, kept = np.array([d["score"] for d in detections]), []
     best = [int(i) for i in np.argsort(scores, kind="stable")[::-1] if scores[i] > (0.9 if tag == "counting" else 0.3)]
     for i in best[:16]:
@@ -849,7 +845,8 @@ strict_imgedit = strict(imgedit_ratings, lambda ratings: len(ratings) == 3 and a
 def imgedit_summary(types, ratings):
     """types: key -> edit type; ratings: key -> list. A type: the mean of its keys; overall: over *keys*, not types."""
     values = {key: round(mean(found), 2) for key, found in ratings.items() if found}
-    table = means((types[k], v) for k, v in values.items() if k in types) | ({"overall": mean(values.values())} if values else {})
+    table = means((types[k], v) for k, v in values.items() if k in types)
+    table |= {"overall": mean(values.values())} if values else {}
     return values, {name: round(value, 2) for name, value in table.items()}
 
 def imgedit(out, args, problems):
@@ -889,33 +886,28 @@ def parse_gedit(reply):
     """-> score list, its minimum, error: VIEScore's rules for a first try. Between two delimiters, else from the first
     { to the last }; without braces a bare [a, b] or an integer 0..10. Values are not checked: 11 and 6.5 pass. (On its
     second try the official code replaces a reply without braces by a random number; we never guess.)"""
-    mark, start, end = "||V^=^V||", reply.find("{"), reply.rfind("}") + 1
+    parts, start, end, text = reply.split("||V^=^V||"), reply.find("{"), reply.rfind("}") + 1, ""
     if reply == "rate_limit_exceeded":
         return None, None, reply
-    if reply.count(mark) == 2:
-        text = reply.split(mark)[1]
+    if len(parts) == 3:
+        text = parts[1]
     elif start >= 0 and end:
         text = reply[start:end]
     elif bare := re.fullmatch(r"(\[\d+, ?\d+\])\n?", reply[reply.find("["):reply.rfind("]") + 1]):
         text = '{"score": ' + bare[1] + "}"
     else:
         with contextlib.suppress(ValueError):
-            if 0 <= int(reply) <= 10:
-                return [int(reply)], int(reply), None
-        return None, None, "unparsed"
-    text = text.strip().replace("\n", "")
+            text = '{"score": %d}' % int(reply) if 0 <= int(reply) <= 10 else ""
+    text, found = text.strip().replace("\n", ""), None
     try:
-        found = json.loads(text)["score"]
-        found = found if isinstance(found, list) else [found]
-    except (ValueError, KeyError, TypeError):
         try:
+            found = json.loads(text)["score"]
+            found = found if isinstance(found, list) else [found]
+        except (ValueError, KeyError, TypeError):
             found = json.loads(repair_json(text))["score"]
-        except (ValueError, KeyError, TypeError) as error:
-            return None, None, "unparsed" if isinstance(error, ValueError) else type(error).__name__
-    try:
         lowest = min(found)
-    except (TypeError, ValueError) as error:
-        return found, None, type(error).__name__
+    except (ValueError, KeyError, TypeError) as error:
+        return found, None, "unparsed" if isinstance(error, json.JSONDecodeError) else type(error).__name__
     return (found, lowest, None) if isinstance(lowest, (int, float)) else (found, None, "not a number")
 
 strict_gedit = strict(parse_gedit, lambda parsed: not parsed[2] and len(parsed[0]) == 2 and all(
@@ -1223,7 +1215,7 @@ def shapes(out, args, problems):
     words = common.PLACES, common.SHAPES, tuple(common.COLORS)
     lines = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
     items, scenes = [], {}
-    for i, line in enumerate(lines[:args.limit]):              # a caption -> [(place, shape, color)], None: not said
+    for i, line in enumerate(lines[:args.limit]):              # -> (place, shape, color) per object, None: not said
         scene = [tuple(next((k for k, word in enumerate(kind) if word in part.split()), None) for kind in words)
                  for part in line.split(" and ")]
         require(all(said[1] is not None for said in scene), f"{args.prompts}: {line!r} is not a toy world's caption")
@@ -1299,9 +1291,8 @@ def parse_outputs(arguments):
         paths = [Path(p) for p in ([rest] if Path(rest).exists() else rest.split(","))]
         for path in paths:
             require(path.exists(), f"no such folder or file: {path}")
-        if len(paths) == 1:
-            seeds = [p for p in paths[0].glob("seed*") if p.is_dir()]
-            paths = sorted(seeds, key=lambda p: (len(p.name), p.name)) or paths
+        seeds = [p for p in paths[0].glob("seed*") if p.is_dir() and len(paths) == 1]
+        paths = sorted(seeds, key=lambda p: (len(p.name), p.name)) or paths
         require((label or rest) not in rows, "two rows have the same name; give LABEL=PATH")
         rows[label or rest] = paths
     return list(rows.items())
@@ -1328,19 +1319,17 @@ def run(args):
     outputs = parse_outputs(args.outputs)
     rows = [summarize(label, [score(p, args, judge) for p in paths], benchmark.columns) for label, paths in outputs]
     text = [f"# {args.benchmark}", "", markdown(rows, benchmark.columns, benchmark.decimals), ""]
-    name = f"{judge_name(args)} ({'endpoint' if args.judge_url else 'local'})" if benchmark.judge else None
-    if name:
-        other = f" The paper's is {benchmark.judge}: do not compare with its numbers."
-        text += [f"Judge: {name}." + ("" if judge_name(args) == benchmark.judge else other), ""]
+    name = None if args.benchmark in STRINGS else judge_name(args)
+    if benchmark.judge:
+        other = "" if name == benchmark.judge else f" The paper's is {benchmark.judge}: do not compare with its numbers."
+        text += [f"Judge: {name} ({'endpoint' if args.judge_url else 'local'}).{other}", ""]
     for row in rows:
         if row["partial"] or args.limit:
             limit = f" (--limit {args.limit})" if args.limit else ""
             text.append(f"{row['label']}: {row['n']} of {row['expected']} scored{limit}")
         text += [f"- {seed['folder']}: {line}" for seed in row["seeds"] for line in seed["problems"].lines()]
     print(text := "\n".join(text).strip())
-    versions = {m: sys.modules[m].__version__ for m in ("numpy", "PIL", "torch", "transformers") if m in sys.modules}
-    record = {"benchmark": args.benchmark, "judge": name, "columns": benchmark.columns, "rows": rows,
-              "limit": args.limit, "versions": versions}
+    record = {"benchmark": args.benchmark, "judge": name, "columns": benchmark.columns, "limit": args.limit, "rows": rows}
     folder = Path(args.out) if args.out else result_folder(outputs[-1][1][-1], args)
     for file, content in (("scores.json", json.dumps(record, indent=1, allow_nan=False)), ("scores.md", text)):
         with common.atomic(folder / file) as path:
@@ -1359,13 +1348,12 @@ def contact_sheet(args):
     for label, out in [(label, path) for label, paths in parse_outputs(args.outputs) for path in paths]:
         marks, prompts = defaultdict(list), {}
         for line in [line for file in sorted(out.glob("eval/*/items.jsonl")) for line in read_text(file).split("\n")]:
-            with contextlib.suppress(ValueError, KeyError, TypeError):       # a torn last line
+            with contextlib.suppress(ValueError):              # a torn last line
                 record = json.loads(line)
-                marks[record["file"]] += [record["mark"]] if record.get("mark") is not None else []
-                prompts[record["file"]] = record.get("prompt")
-        files = {os.path.relpath(path, out) for path in images_in(out, "**/*")}
-        files = {file for file in files if Path(file).parts[0] != "eval"} | prompts.keys()
-        for file in sorted(file for file in files if not file.startswith("..")):
+                marks[record["file"]] += [record["mark"]] if record["mark"] is not None else []
+                prompts[record["file"]] = record["prompt"]
+        files = {os.path.relpath(path, out) for path in images_in(out, "**/*")} | prompts.keys()
+        for file in sorted(file for file in files if Path(file).parts[0] not in ("eval", "..")):
             meta = (out / file).parent.parent / "metadata.jsonl"
             if file not in prompts and meta.is_file():
                 prompts[file] = common.read_json(meta).get("prompt")
@@ -1374,9 +1362,9 @@ def contact_sheet(args):
     require(tiles, "no image in " + ", ".join(args.outputs))
     failures = [tile for tile in tiles if tile[2] is not None and tile[2] < 0.5]
     tiles = failures if args.failed else tiles
-    shown, side = tiles[:args.limit or 60], args.cell
-    columns = max(1, min(args.columns, len(shown)))
-    sheet = Image.new("RGB", (columns * (side + 12), max(1, -(-len(shown) // columns)) * (side + 56)), "white")
+    shown, side, columns = tiles[:args.limit or 60], args.cell, args.columns
+    rows = -(-max(1, len(shown)) // columns)
+    sheet = Image.new("RGB", (min(columns, len(shown) or 1) * (side + 12), rows * (side + 56)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
     for k, (path, prompt, mark) in enumerate(shown):
         x, y = k % columns * (side + 12) + 3, k // columns * (side + 56) + 3
