@@ -1,0 +1,247 @@
+"""The README's "Reproduce the paper": its shell session command by command, with tiny models and small files in place of the real ones, and
+the paper's Table 8 against the defaults of the scripts."""
+import contextlib
+import importlib
+import io
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import common
+import eval as ev
+from test_eval import Judge, tiny                                                  # noqa: F401 (a fixture)
+
+ROOT = Path(__file__).parent.parent
+BLOCKS = dict(re.findall(r"<!-- paper: (.*?) -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL))
+SETUP = BLOCKS.pop("setup")
+TABLES = [title.removeprefix("table ").removeprefix("tables ") for title in BLOCKS if title.startswith("table")]
+
+
+def commands(block):
+    """What bash makes of a block: its loops and variables expanded, `python` replaced by a function that prints its arguments."""
+    script = 'python() { echo "$*"; }\n' + SETUP + block
+    return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_every_table_has_its_row_and_its_commands():
+    """1 to 14 and F.2 in the table of the README; all but 8, which is the defaults, in the title of a block."""
+    tables = {*map(str, range(1, 15)), "F.2"}
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reproduce the paper")[1].split("\n## ")[0]
+    rows = re.findall(r"^\| ([\dF., ]+) \|", section, re.MULTILINE)
+    assert {name for row in rows for name in row.split(", ")} == tables
+    assert {name for title in TABLES for name in title.split(", ")} == tables - {"8"}
+
+
+# ---- running them --------------------------------------------------------------------------------------
+
+
+class Asked(Exception):
+    """Carries the parsed command line of a script that was not run."""
+
+
+def main(module, arguments):
+    """module.main() in this process, as `python module.py arguments` would; an exit code other than 0 raises."""
+    argv, sys.argv = sys.argv, [f"{module.__name__}.py", *arguments]
+    try:
+        module.main()
+    finally:
+        sys.argv = argv
+
+
+def asked(module, arguments):
+    """The command line as the script itself understands it, with the defaults of the model it names."""
+    def stop(*given, **options):
+        raise Asked(parse(*given, **options))
+    parse, common.parse_args = common.parse_args, stop
+    try:
+        main(module, arguments)
+    except Asked as parsed:
+        return parsed.args[0]
+    finally:
+        common.parse_args = parse
+
+
+def run_script(module, arguments):
+    """A training or a generation, its sizes replaced: a released model by the tiny one, the understanding input in proportion, few steps of few
+    images. A checkpoint gets the number that the real run gives it, so that the README's next commands must name that one."""
+    args, small = asked(module, arguments), ["--batch", 1, "--pretrain", 0.001, "--sampling-steps", 2, "--max-new-tokens", 1, "--images", 1]
+    small += ["--precision", "fp32", "--workers", 0, "--sample-every", 100]
+    if not Path(args.model).is_dir():
+        config = getattr(module, "CONFIGS")[args.model]
+        model = "tiny" if getattr(config, "w_clip_vit", True) else "tiny-vq"
+        small += ["--model", model]
+        if "--und-size" in arguments:
+            small += ["--und-size", args.und_size * module.CONFIGS[model].image_size // config.image_size]
+    assert args.images in (1, 12)
+    small += ["--steps", 2, "--accum", 1] if args.steps else []
+    main(module, [*arguments, *map(str, small)])
+    if args.steps and not args.bench:
+        out = Path(args.out)
+        rows = common.read_json(out / "log.jsonl", lines=True)
+        losses = {name for name in common.LOSSES if getattr(args, f"lambda_{name}")}
+        assert len(rows) == 2 and all({name for name in common.LOSSES if name in row} == losses for row in rows)
+        (out / "checkpoint-000002").rename(out / f"checkpoint-{args.steps:06d}")
+
+
+def run_eval(arguments, models, url):
+    """A scorer, with tiny models and a judge on loopback; a table comes out, with a number in every cell and nothing left out."""
+    benchmark, folders = arguments[0], [a for a in arguments[1:] if a.startswith("gen/")]
+    own = {"geneval": ["--detector", models / "mask2former", "--clip", models / "clip", "--device", "cpu"]}
+    small = own.get(benchmark, ["--judge-url", url, "--judge", "stand-in"] if folders else [])
+    if benchmark == "dpg":
+        small += ["--grid", Image.open(next(Path(folders[0]).glob("*.png"))).width // 2]
+    arguments = ["1" if (flag, value) == ("--samples", "12") else value for flag, value in zip(["", *arguments], arguments)]
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        ev.main([*arguments, *map(str, small)])
+    rows = [line for line in text.getvalue().splitlines() if line.startswith("| ")][2:]
+    assert "--prepare" in arguments or len(rows) == sum(a.startswith(("gen/", "und/")) for a in arguments), text.getvalue()
+    assert all("(partial)" not in row and all(re.match(r" -?\d", cell) for cell in row.split("|")[2:-1]) for row in rows), text.getvalue()
+
+
+def reply(number, payload):
+    """What each benchmark's parser can read; the judge texts below name theirs."""
+    text = next(part["text"] for part in payload["messages"][-1]["content"] if part["type"] == "text")
+    return next(answer for mark, answer in {
+        "yes or no": "yes", "WISE": "Consistency: 1\nRealism: 1\nAesthetic Quality: 1", "COMPBENCH": '{"score": 50}',
+        "IMGEDIT": "A: 3\nB: 3\nC: 3", "GEDIT": '{"score": [5, 5]}'}.items() if mark in text)
+
+
+def write(path, content):
+    """A text; rows as .jsonl; else .json."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.suffix == ".jsonl" or path.name.startswith("coco_pope")
+    path.write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)) if lines else json.dumps(content))
+
+
+def pictures(folder, *names):
+    for k, name in enumerate(names):
+        path = Path(folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        common.draw_scene(common.random_scene(np.random.default_rng(k)), 32).save(path)
+
+
+def make_data():
+    """data/ and bench/ as the README describes them, in the current folder: two or three of everything."""
+    for name in ("midjourney", "midjourney-10k", "midjourney-50k", "blip3o", "blip3o-clean", "coco", "journeydb", "llava"):
+        pictures(f"data/{name}", "0.png", "1.png", "2.jpg")
+    for path in ("midjourney/captions", "midjourney/dense", "blip3o/captions", "blip3o-clean/captions"):
+        write(f"data/{path}.jsonl", [{"image": "0.png", "caption": "red circle"}, {"image": "2.jpg", "caption": "blue square top-left"}])
+    turns = [{"from": "human", "value": "<image>\nred ?"}, {"from": "gpt", "value": "red circle"}]
+    write("data/llava/llava_v1_5_mix665k.json", [{"image": "0.png", "conversations": turns}, {"conversations": turns}])
+    Path("data/flux").mkdir()
+    with tarfile.open("data/flux/data_000000.tar", "w") as archive:
+        archive.add("data/coco/0.png", "0.png")
+        archive.add("data/coco/1.png", "1.png")
+
+
+def make_generation_benchmarks():
+    dog, cat = {"class": "dog", "count": 1}, {"class": "cat", "count": 1}
+    write("bench/geneval.jsonl", [{"tag": tag, "include": [dog, cat | {"color": "red"}], "prompt": f"{tag} circle"} for tag in ev.GENEVAL_TASKS])
+    write("bench/dpg/7.txt", "red circle and blue square")
+    write("bench/dpg_bench.csv", "item_id,proposition_id,dependency,tuple,question_natural_language\n7,1,0,entity - whole (x),Is it red?\n")
+    write("bench/wise.json", [{"Prompt": "circle", "Explanation": "round", "Subcategory": kind, "prompt_id": k} for k, kind in
+                              {1: "Festival", 401: "Longitudinal time", 501: "Layout", 701: "State", 801: "Optics", 901: "Salt"}.items()])
+    write("bench/gpt_eval.py", "def f(row, prompt):\n    return f'WISE {row[\"Explanation\"]} {prompt}'\n")
+    write("bench/compbench.json", [{"Question": "circle", "Category": kind, "Question_id": 1} for kind in (*ev.COMPBENCH, *ev.COMPLEX)])
+    write("bench/qwen_eval.py", "def f(prompt_name):\n    return f'COMPBENCH {prompt_name}'\n")
+
+
+def make_editing_benchmarks():
+    write("bench/imgedit/singleturn.json", {str(k): {"id": f"{k % 2}.png", "prompt": "red", "edit_type": kind} for k, kind in enumerate(ev.IMGEDIT)})
+    write("bench/imgedit/judge_prompt.json", {kind: "IMGEDIT <edit_prompt>" for kind in ev.IMGEDIT})
+    pictures("bench/imgedit/images", "0.png", "1.png")
+    write("bench/gedit/edits.jsonl", [{"key": f"k{k}", "task_type": kind, "instruction": "red", "instruction_language": "en"}
+                                      for k, kind in enumerate(ev.GEDIT_GROUPS)])
+    names = ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")
+    write("bench/gedit/vie_prompts.py", "".join(f'{name} = "GEDIT <instruction>"\n' for name in names))
+    pictures("bench/gedit/images", *(f"k{k}.png" for k in range(len(ev.GEDIT_GROUPS))))
+
+
+def make_understanding_benchmarks():
+    kinds = ("random", "popular", "adversarial")
+    write("bench/pope/llava_pope_test.jsonl", [{"question_id": k, "image": "a.jpg", "text": "red ?", "category": kind} for k, kind in enumerate(kinds)])
+    for kind in kinds:
+        write(f"bench/pope/coco_pope_{kind}.json", [{"image": "a.jpg", "label": "yes"}])
+    for task in ev.MME_TASKS:
+        write(f"bench/mme/{task}.txt", "a.jpg\tred ?\tYes\na.jpg\tblue ?\tNo\n")
+        pictures(f"bench/mme/images/{task}", "a.jpg")
+    write("bench/gqa/testdev_balanced_questions.json", {"1": {"question": "What?", "imageId": "a", "answer": "circle"}})
+    write("bench/mmmu/validation.jsonl", [{"id": "1", "question": "Which?", "options": "['red', 'blue']", "answer": "A", "image_1": "a.jpg"}])
+    choices = {f"choice_{letter}": letter for letter in "abcd"}
+    write("bench/seed/SEED-Bench.json", {"questions": [{"question_id": 1, "data_id": "a.jpg", "question": "Which?", "answer": "A", **choices}]})
+    for name in ("pope", "gqa", "mmmu", "seed"):
+        pictures(f"bench/{name}/images", "a.jpg")
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory, tiny):                                               # noqa: F811
+    """session(title): runs the blocks of the README up to that one, as far as they were not run yet, in one folder, as a reader would."""
+    with pytest.MonkeyPatch.context() as patch, Judge(reply) as judge:
+        patch.chdir(tmp_path_factory.mktemp("paper"))
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("no_proxy", "127.0.0.1")
+        patch.delenv("OPENAI_API_KEY", raising=False)
+        make_data()
+        make_generation_benchmarks()
+        make_editing_benchmarks()
+        make_understanding_benchmarks()
+        todo = list(BLOCKS)
+
+        def run(title):
+            while title in todo:
+                for command in commands(BLOCKS[todo.pop(0)]):
+                    script, *arguments = command.split()
+                    if script == "eval.py":
+                        run_eval(arguments, tiny, judge.url)
+                    else:
+                        run_script(importlib.import_module(script.removesuffix(".py")), arguments)
+        yield run
+
+
+@pytest.mark.parametrize("title", BLOCKS)
+def test_the_commands_run(session, title):
+    session(title)
+
+
+# ---- Table 8 -------------------------------------------------------------------------------------------
+
+# learning rate, weight decay, warm-up, steps, accumulation, images per GPU, λ_i2t; everywhere λ_recon = 1, λ_t2i = 0
+TABLE_8 = {
+    ("reca_showo", "showlab/show-o-w-clip-vit"): (5e-7, 0.01, 1000, 5000, 5, 4, 1),
+    ("reca_showo", "showlab/show-o-w-clip-vit-512x512"): (5e-7, 0.01, 1000, 5000, 5, 2, 1),
+    ("reca_harmon", "harmon-0.5b"): (1e-5, 0.02, 500, 3000, 2, 96, 1),
+    ("reca_harmon", "harmon-1.5b"): (1e-5, 0.02, 500, 5000, 2, 48, 1),
+    ("reca_openuni", "openuni-b-512"): (1e-5, 0.05, 50, 5000, 16, 42, 0),
+    ("reca_openuni", "openuni-l-512"): (1e-5, 0.05, 50, 5000, 16, 20, 0),
+    ("reca_bagel", "ByteDance-Seed/BAGEL-7B-MoT"): (4e-5, 0, 1000, 1000, 1, 8, 0),
+}
+
+# What the original counts -> ours: steps are batches of each loss, warm-up is weight updates.
+OUR_STEPS = {
+    # weight updates, of which each takes `accum` of our steps
+    "reca_showo": lambda warmup, steps, accum, batch: (warmup, steps * accum, accum, batch),
+    # micro-batches of one kind, reconstruction or understanding: two are one of our steps, 2 * accum are an update
+    "reca_harmon": lambda warmup, steps, accum, batch: (warmup // (2 * accum), steps // 2, accum, batch),
+    # micro-batches, which are our steps; `accum` are an update
+    "reca_openuni": lambda warmup, steps, accum, batch: (warmup // accum, steps, accum, batch),
+    # weight updates of 8 images on each of 6 GPUs, for which we take four steps of 2
+    "reca_bagel": lambda warmup, steps, accum, batch: (warmup, 4 * steps, 4 * accum, batch // 4),
+}
+
+
+@pytest.mark.parametrize("script, model", TABLE_8, ids=lambda name: name.split("/")[-1])
+def test_table_8_is_the_defaults(script, model):
+    lr, weight_decay, *counts, lambda_i2t = TABLE_8[script, model]
+    args = asked(importlib.import_module(script), ["--model", model, "--data", "images"])
+    assert (args.lr, args.weight_decay) == (lr, weight_decay)
+    assert (args.warmup, args.steps, args.accum, args.batch) == OUR_STEPS[script](*counts)
+    assert (args.lambda_recon, args.lambda_i2t, args.lambda_t2i) == (1, lambda_i2t, 0)
