@@ -71,9 +71,8 @@ class OpenUniConfig:
 
 
 def internvl3(width, layers, heads, kv_heads, intermediate):
-    """InternVL3: InternViT-300M at 448 px and a Qwen2.5 language model whose output head is a matrix of its own. The
-    published config scales the rotary positions by 2, but only beyond 32768 of them: left out, no prompt here has 1000.
-    """
+    """InternVL3: InternViT-300M at 448 px and a Qwen2.5 language model whose output head is a matrix of its own. (The
+    published config scales the rotary positions, but only beyond 32768 of them; no prompt here has 1000.)"""
     return dict(
         image_token_id=151667, image_seq_length=256, downsample_ratio=0.5, tie_word_embeddings=False,
         vision_config=dict(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096,
@@ -208,26 +207,21 @@ class ConnectorLayer(nn.Module):
         super().__init__()
         self.heads = heads
         self.layer_norm1, self.layer_norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
-        names = ("k_proj", "v_proj", "q_proj", "out_proj")
-        self.self_attn = nn.ModuleDict({name: nn.Linear(width, width) for name in names})
+        self.self_attn = nn.ModuleDict({f"{x}_proj": nn.Linear(width, width) for x in ("k", "v", "q", "out")})
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, intermediate), "fc2": nn.Linear(intermediate, width)})
 
     def forward(self, x):
         y = self.layer_norm1(x)
-        q, k, v = (self.self_attn[name](y).unflatten(-1, (self.heads, -1)).transpose(1, 2)    # [B, heads, Q, D/heads]
-                   for name in ("q_proj", "k_proj", "v_proj"))
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)                # [B, Q, D]
+        q, k, v = (self.self_attn[f"{x}_proj"](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in "qkv")
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)       # from [B, heads, Q, D/heads]
         x = x + self.self_attn["out_proj"](y)
         y = self.mlp["fc1"](self.layer_norm2(x))
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of the prompt, written once and then only read.
-
-    A DynamicCache grows at every call. Once `read_only` is set, this one returns [prompt's, queries'] without keeping
-    the queries': so activation checkpointing can run the layers a second time on the same cache in the backward pass.
-    """
+    """Keys and values of the prompt, written once. Once `read_only` is set, it returns [prompt's, queries'] and does not
+    keep the queries', so that activation checkpointing can run the layers again on the same cache."""
     read_only = False
 
     def update(self, keys, values, layer_idx, *args, **kwargs):                   # [B, kv heads, tokens, head dim]
@@ -265,11 +259,7 @@ class OpenUni(nn.Module):
         if size and size % step:
             raise InputError(f"--und-size {size}: OpenUni's understanding encoder takes multiples of {step}")
         self.und_size, self.und_blur = size or vision.image_size[0], blur
-
-    @property
-    def image_tokens(self):
-        """N: the ViT's patches are merged 2x2."""
-        return (self.und_size // self.lmm.config.vision_config.patch_size[0] // 2) ** 2
+        self.image_tokens = (self.und_size // step) ** 2     # N: the ViT's patches are merged 2x2
 
     def train(self, mode=True):
         super().train(mode)
@@ -363,12 +353,6 @@ class OpenUni(nn.Module):
             latents = (latents / self.vae.config.scaling_factor).to(self.vae.dtype)
             return torch.cat([self.vae.decode(z).sample.float() for z in latents.split(4)])
 
-    def _positions(self, mask):
-        """[B, L] -> mask and positions [B, L+Q] with the queries. A position counts the real tokens before it, so
-        padding may stand on either side of the prompt."""
-        mask = F.pad(mask.bool(), (0, self.config.num_queries), value=True)
-        return mask, (mask.long().cumsum(1) - 1).clamp(min=0)
-
     def _query_states(self, prompt, mask):
         """Prompt [B, L, D], mask [B, L] -> the language model's output at the queries [B, Q, D], after its final norm.
 
@@ -377,7 +361,8 @@ class OpenUni(nn.Module):
         original's one pass over L+Q tokens, for less than half of its activations and of its backward pass.
         """
         llm, cache, L = self.lmm.model.language_model, PrefixCache(), prompt.shape[1]
-        mask, positions = self._positions(mask)
+        mask = F.pad(mask.bool(), (0, self.config.num_queries), value=True)                                  # [B, L+Q]
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)              # they skip padding, on either side of a prompt
         with torch.no_grad():
             llm(inputs_embeds=prompt, attention_mask=mask[:, :L], position_ids=positions[:, :L], past_key_values=cache,
                 use_cache=False)
@@ -422,12 +407,11 @@ class OpenUni(nn.Module):
             settings["bases"][part] = str(local.resolve()) if local.is_dir() else str(base)
         parts = {key.split(".")[0] for key in state}
         config, folders = read_bases(settings, path.parent, need_sana="transformer" not in parts)
-        for part, home in (("transformer", folders["sana"] / "transformer"), ("vae", folders["vae"]),
-                           ("lmm", folders["lmm"])):
-            if part not in parts:
-                weights = common.find_weights(home, "model.safetensors", "diffusion_pytorch_model.safetensors",
-                                              "pytorch_model.bin", "diffusion_pytorch_model.bin")
-                state |= {f"{part}.{key}": value for key, value in weights.items()}
+        homes = {"transformer": folders["sana"] / "transformer", "vae": folders["vae"], "lmm": folders["lmm"]}
+        for part in homes.keys() - parts:
+            weights = common.find_weights(homes[part], "model.safetensors", "diffusion_pytorch_model.safetensors",
+                                          "pytorch_model.bin", "diffusion_pytorch_model.bin")
+            state |= {f"{part}.{key}": value for key, value in weights.items()}
         lmm = internvl_to_transformers({key[4:]: state.pop(key) for key in list(state) if key.startswith("lmm.")})
         with torch.device("meta"):                           # drawing 4 billion random numbers would take a minute
             model = cls(config)
@@ -639,8 +623,7 @@ class OpenUni(nn.Module):
     def _sample(self, condition, noise, guidance_scale=1.0, num_steps=20, progress=False):
         """DPM-Solver++: noise [B, C, h, w] -> latents, float32. condition [B, Q, T], or for guidance [2B, Q, T], the
         unconditional rows last. Guidance acts on the velocity, before the solver makes a clean image of it. As in the
-        original the network is told 1000 σ cut to an integer (first 999), while the solver computes with the exact σ.
-        """
+        original the network is told 1000 σ cut to an integer (first 999); the solver computes with the exact σ."""
         solver = DPMSolverMultistepScheduler.from_config(self.config.scheduler)
         solver.set_timesteps(num_steps, device=noise.device)
         latents, copies = noise.float(), len(condition) // len(noise)
@@ -728,20 +711,18 @@ def internvl_sizes(folder):
         sizes = {key: value for key, value in config.items() if key not in ignored}
         return sizes | untied | {"text_config": config["text_config"] | untied}
     vision, llm = config["vision_config"], config["llm_config"]
-    if (vision.get("qk_normalization"), vision.get("norm_type", "layer_norm"), config.get("select_layer", -1)) not in (
-            (None, "layer_norm", -1), (False, "layer_norm", -1)):
+    kind = (bool(vision.get("qk_normalization")), vision.get("norm_type", "layer_norm"), config.get("select_layer", -1))
+    if kind != (False, "layer_norm", -1):
         raise InputError(f"{folder}: an InternVL with a vision tower of another kind than InternVL3's")
-    side = config.get("force_image_size") or vision["image_size"]
-    sizes = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    return dict(
-        image_token_id=config.get("img_context_token_id", 151667), downsample_ratio=config.get("downsample_ratio", 0.5),
-        vision_config=dict({k: vision[k] for k in sizes}, image_size=[side] * 2, patch_size=[vision["patch_size"]] * 2,
-                           attention_bias=vision.get("qkv_bias", True),
-                           layer_norm_eps=vision.get("layer_norm_eps", 1e-6)),
-        text_config=dict({k: llm[k] for k in (*sizes, "vocab_size", "num_key_value_heads", "max_position_embeddings")},
-                         model_type="qwen2", rms_norm_eps=llm.get("rms_norm_eps", 1e-6), **untied,
-                         rope_parameters={"rope_type": "default", "rope_theta": llm.get("rope_theta", 1000000.0)}),
-        **untied)
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size")
+    sizes, side = internvl3(*(llm[name] for name in names)), config.get("force_image_size") or vision["image_size"]
+    sizes["text_config"] |= {
+        "vocab_size": llm["vocab_size"], "rms_norm_eps": llm.get("rms_norm_eps", 1e-6),
+        "rope_parameters": {"rope_type": "default", "rope_theta": llm.get("rope_theta", 1000000.0)}}
+    sizes["vision_config"] |= {name: vision[name] for name in names if name != "num_key_value_heads"} | {
+        "image_size": [side] * 2, "patch_size": [vision["patch_size"]] * 2,
+        "attention_bias": vision.get("qkv_bias", True), "layer_norm_eps": vision.get("layer_norm_eps", 1e-6)}
+    return sizes
 
 
 # InternVL's original names, and those of transformers.

@@ -159,12 +159,13 @@ def test_parity_openuni_loss(model, features, golden, config, task):
 @pytest.mark.parametrize("task", ["image2image", "text2image"])
 def test_parity_openuni_llm_inputs(model, features, golden, task):
     ids, mask = golden[f"in.{task}.input_ids"], golden[f"in.{task}.attention_mask"]
-    prompt = model._embed(ids, embeddings(features) if task == "image2image" else None)
-    queries = model.meta_queries.expand(len(ids), -1, -1)
-    close(torch.cat([prompt, queries], 1), golden[f"{task}.llm_inputs_embeds"])
-    ours, positions = model._positions(mask)
-    assert torch.equal(ours, golden[f"{task}.llm_attention_mask"])
-    assert torch.equal(positions, golden[f"{task}.llm_position_ids"])
+    calls = []
+    hook = model.lmm.model.language_model.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
+    model._condition(ids, mask, embeddings(features) if task == "image2image" else None)
+    hook.remove()
+    close(torch.cat([call["inputs_embeds"] for call in calls], 1), golden[f"{task}.llm_inputs_embeds"])
+    assert torch.equal(calls[1]["attention_mask"], golden[f"{task}.llm_attention_mask"])
+    assert torch.equal(torch.cat([call["position_ids"] for call in calls], 1), golden[f"{task}.llm_position_ids"])
 
 
 @pytest.mark.parametrize("task", ["image2image", "text2image"])
@@ -502,8 +503,9 @@ def same_gradients(a, b, tolerance=1e-5):
 
 def test_two_passes_equal_one_pass_with_a_graph(model, features, golden):
     """Against a plain forward over prompt and queries together, as the original runs it."""
-    def whole(prompt, attention_mask):
-        mask, positions = model._positions(attention_mask)
+    def whole(prompt, mask):
+        mask = torch.nn.functional.pad(mask.bool(), (0, model.config.num_queries), value=True)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
         queries = model.meta_queries.expand(len(prompt), -1, -1)
         out = model.lmm.model.language_model(inputs_embeds=torch.cat([prompt, queries], 1), attention_mask=mask,
                                              position_ids=positions)
