@@ -545,17 +545,17 @@ class Detector:
     @torch.inference_mode()
     def __call__(self, images, threshold=0.3):
         """PIL images of one size -> per image {class: [{box, score, mask}]}, scores above the threshold."""
-        width, height = images[0].size
-        scale = min(800 / min(width, height), 1333 / max(width, height))         # never 384: small objects would vanish
+        pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).to(self.model.device)
+        height, width = original = tuple(pixels.shape[1:3])
+        scale = min(800 / min(original), 1333 / max(original))                   # never 384: small objects would vanish
         h, w = int(height * scale + 0.5), int(width * scale + 0.5)
-        pixels = torch.from_numpy(np.stack([np.asarray(i) for i in images])).to(self.model.device)
         # bilinear, not antialiased, rounded to grey levels, as OpenCV does it; padded, not stretched, to 32 k
         pixels = F.interpolate(pixels.permute(0, 3, 1, 2).float(), (h, w), mode="bilinear").round()
         center, std = pixels.new_tensor([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]])[..., None, None]
         pixels = F.pad((pixels - center) / std, (0, -w % 32, 0, -h % 32))
         out = self.model(pixel_values=pixels)                  # logits [B, Q, 80 + 1], [B, Q, H / 4, W / 4]
         chances = out.class_queries_logits.float().softmax(-1)[..., :-1]         # the last class is "no object"
-        sizes = tuple(pixels.shape[-2:]), (h, w), (height, width)
+        sizes = tuple(pixels.shape[-2:]), (h, w), original
         return [self.instances(c, m, *sizes, threshold) for c, m in zip(chances, out.masks_queries_logits.float())]
 
     def instances(self, chances, masks, padded, inner, original, threshold):
@@ -580,7 +580,6 @@ class Detector:
 class Clip:
     """CLIP ViT-L/14: names the color of an object (GenEval), and how alike two pictures are (recon)."""
     def __init__(self, name, device):
-        self.classifiers = {}
         with loading(name) as transformers:
             from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
             self.model = load_model(transformers.CLIPModel, name, device)
@@ -593,16 +592,19 @@ class Clip:
         inputs = self.processor(images, return_tensors="pt").to(self.model.device)
         return self.model.get_image_features(**inputs).pooler_output.float().cpu().numpy()
 
+    @functools.cache
     @torch.inference_mode()
+    def texts(self, name):
+        """A class's name -> [colors, templates, D]"""
+        templates = ("a photo of a {} {name}", "a photo of a {}-colored {name}", "a photo of a {} object")
+        texts = [t.format(c, name=name) for c in GENEVAL_COLORS for t in templates]
+        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
+        features = self.model.get_text_features(**tokens).pooler_output.float().cpu().numpy()
+        return features.reshape(len(GENEVAL_COLORS), 3, -1)
+
     def colors(self, image, objects, name):
-        if name not in self.classifiers:
-            templates = ("a photo of a {} {name}", "a photo of a {}-colored {name}", "a photo of a {} object")
-            texts = [t.format(c, name=name) for c in GENEVAL_COLORS for t in templates]
-            tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
-            features = self.model.get_text_features(**tokens).pooler_output.float().cpu().numpy()
-            self.classifiers[name] = features.reshape(len(GENEVAL_COLORS), 3, -1)
         features = self.images([object_crop(image, o["mask"], o["box"]) for o in objects])
-        return [GENEVAL_COLORS[i] for i in color_logits(self.classifiers[name], features).argmax(1)]
+        return [GENEVAL_COLORS[i] for i in color_logits(self.texts(name), features).argmax(1)]
 
 def geneval_replies(items, detector, clip):
     """Detector and CLIP in the role of a judge: the "reply" about an image is what was found in it, as JSON."""
@@ -623,20 +625,16 @@ def geneval(out, args, problems):
 
     OUT/<index, 5 digits>/metadata.jsonl, OUT/<index>/samples/<digits>.png, 4 each. Official: mmdet 2's Mask2Former
     Swin-S, open_clip's ViT-L/14. Here: the same architectures in transformers, float32; Meta's detector weights."""
-    folders = {int(path.name): path for path in sorted(out.iterdir()) if path.is_dir() and path.name.isdigit()}
-    require(folders, f"{out}: no GenEval folder (00000/samples/*.png) in it")
-    own = {i: common.read_json(f / "metadata.jsonl") for i, f in folders.items() if (f / "metadata.jsonl").is_file()}
-    prompts = dict(enumerate(read_rows(args.prompts))) if args.prompts else own          # own: a missing one goes unnoticed
-    for index in sorted(folders.keys() - prompts.keys()):
-        problems.add("folder without a prompt", folders[index].name)
-    items, work, prompts = [], {}, dict(list(prompts.items())[:args.limit])
-    for index, metadata in prompts.items():
-        folder = folders.get(index, out / f"{index:05d}")
-        tag, clauses, prompt = need(metadata, ("tag", "include", "prompt"), args.prompts or folder)
-        for clause in [*clauses, *metadata.get("exclude", [])]:
-            name, _ = need(clause, ("class", "count"), args.prompts or folder)
-            require(name in COCO, f"{folder.name}: unknown class {name!r}")
-        if own.get(index, metadata) != metadata:
+    rows, items, work = read_rows(args.prompts, "tag", "include", "prompt"), [], {}
+    for path in sorted(out.iterdir()):
+        if path.name.isdigit() and int(path.name) >= len(rows):
+            problems.add("folder beyond the prompt file", path.name)
+    for index, metadata in enumerate(rows[:args.limit]):
+        folder = out / f"{index:05d}"
+        for clause in metadata["include"] + metadata.get("exclude", []):
+            name, _ = need(clause, ("class", "count"), args.prompts)
+            require(name in COCO, f"{args.prompts}: unknown class {name!r}")
+        if (own := folder / "metadata.jsonl").is_file() and common.read_json(own) != metadata:
             problems.add("metadata that is not the prompt file's", folder.name)
             continue
         before = len(items)
@@ -644,8 +642,8 @@ def geneval(out, args, problems):
             name = f"{folder.name}/{path.name}"
             if re.match(r"\d+\.png", path.name):
                 items.append(Item(name, [Picture(path)], json.dumps(metadata, sort_keys=True), json.loads,
-                                  prompt=prompt, mark=lambda found: float(found["correct"])))
-                work[name] = tag, index
+                                  prompt=metadata["prompt"], mark=lambda found: float(found["correct"])))
+                work[name] = metadata["tag"], index
             else:
                 problems.add("image that is not <digits>.png (ignored officially too)", name)
         if (n := len(items) - before) != args.samples:
@@ -656,15 +654,15 @@ def geneval(out, args, problems):
         columns = {column: summary["tasks"].get(tag) for tag, column in GENEVAL_TASKS.items()}
         more = {name: summary[name] for name in ("image_accuracy", "prompt_accuracy_any")}
         return percent({**columns, "Overall": summary["overall"], **more})
-    return items, len(prompts) * args.samples, add_up
+    return items, len(rows[:args.limit]) * args.samples, add_up
 
 # ======================================================================================================
 # 5. Text to image, judged
 # ======================================================================================================
 
 def dpg_questions(rows):
-    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}}. All rows: the official reader loses
-    the first, and with it a prompt that depends on it."""
+    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}}. All of them: the official reader
+    loses the first, and with it a prompt that depends on it."""
     items = defaultdict(dict)
     for row in rows:
         parents = [int(p) for p in str(row["dependency"]).split(",") if int(p)]
@@ -708,18 +706,18 @@ def dpg(out, args, problems):
     questions = dict(list(read_text(args.questions, read).items())[:args.limit])
     side, work = args.grid or 0, []                            # work: (path, prompt's name, number of the crop, crop)
     for path in images_in(out):
-        name, _, part = path.stem.partition("_")
+        (name, _, part), crops = path.stem.partition("_"), [None]
         require(part or side or args.samples == 1 or name not in questions,
                 f"{path.name}: a grid of four samples? Give --grid SIDE; or --samples 1 if it is one sample")
         if name not in questions:
             problems.add("image of no known prompt", path.name) if not args.limit else None
-        elif part or not side:
-            work.append((path, name, 0, None))
-        elif size_of(path) in (None, (2 * side, 2 * side)):
-            corners = (0, 0), (side, 0), (0, side), (side, side)
-            work += [(path, name, k, (x, y, x + side, y + side)) for k, (x, y) in enumerate(corners)]
-        else:
-            problems.add(f"image that is not a {2 * side} x {2 * side} grid", path.name)
+            continue
+        if side and not part:
+            crops = [(x, y, x + side, y + side) for y in (0, side) for x in (0, side)]
+            if size_of(path) not in (None, (2 * side, 2 * side)):
+                problems.add(f"image that is not a {2 * side} x {2 * side} grid", path.name)
+                continue
+        work += [(path, name, k, crop) for k, crop in enumerate(crops)]
     count = Counter(name for _, name, _, _ in work)
     for name in questions:
         if count[name] != args.samples:
@@ -860,7 +858,8 @@ def imgedit(out, args, problems):
     need(texts := read_rows(args.judge_prompt, kind=dict), set(types.values()), args.judge_prompt)
     items = [Item(key, [Picture(Path(args.sources) / edit["id"]), Picture(find_image(key, out))],
                   texts[types[key]].replace("<edit_prompt>", edit["prompt"]), strict_imgedit, max_tokens=1024,
-                  temperature=None, prompt=edit["prompt"], mark=lambda ratings: (mean(ratings) - 1) / 4) for key, edit in edits.items()]
+                  temperature=None, prompt=edit["prompt"], mark=lambda ratings: (mean(ratings) - 1) / 4)
+             for key, edit in edits.items()]
 
     def add_up(values):
         _, table = imgedit_summary(types, values)
@@ -979,7 +978,7 @@ def pope_metrics(labels, predictions):
 def pope(args):
     """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): accuracy and F1 are means over the three categories.
 
-    --questions: llava_pope_test.jsonl; --labels: folder of coco_pope_<category>.json, which belong to it by position."""
+    --questions: llava_pope_test.jsonl; --labels: folder of coco_pope_<category>.json, paired with it by position."""
     rows = read_rows(args.questions, "question_id", "image", "text", "category")
     require(args.prepare or args.labels, "pope needs --labels DIR with coco_pope_random.json, _popular, _adversarial")
     for category, mine in grouped((row["category"], row) for row in rows).items() if args.labels else ():
@@ -1015,7 +1014,7 @@ def mme_task(rows):
 def mme(args):
     """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000).
 
-    --questions: folder of 14 <task>.txt: image, question, Yes/No, separated by tabs. --images: to find their folders."""
+    --questions: folder of 14 <task>.txt: image, question, Yes/No, by tabs. --images: where the images' folders are."""
     rows = []
     for task in MME_TASKS:
         for number, line in enumerate(read_text(file := Path(args.questions) / f"{task}.txt").splitlines()):
@@ -1321,7 +1320,7 @@ def run(args):
     text = [f"# {args.benchmark}", "", markdown(rows, benchmark.columns, benchmark.decimals), ""]
     name = None if args.benchmark in STRINGS else judge_name(args)
     if benchmark.judge:
-        other = "" if name == benchmark.judge else f" The paper's is {benchmark.judge}: do not compare with its numbers."
+        other = "" if name == benchmark.judge else f" The paper's is {benchmark.judge}: do not compare."
         text += [f"Judge: {name} ({'endpoint' if args.judge_url else 'local'}).{other}", ""]
     for row in rows:
         if row["partial"] or args.limit:
@@ -1329,7 +1328,7 @@ def run(args):
             text.append(f"{row['label']}: {row['n']} of {row['expected']} scored{limit}")
         text += [f"- {seed['folder']}: {line}" for seed in row["seeds"] for line in seed["problems"].lines()]
     print(text := "\n".join(text).strip())
-    record = {"benchmark": args.benchmark, "judge": name, "columns": benchmark.columns, "limit": args.limit, "rows": rows}
+    record = {"benchmark": args.benchmark, "judge": name, "columns": benchmark.columns, "rows": rows}
     folder = Path(args.out) if args.out else result_folder(outputs[-1][1][-1], args)
     for file, content in (("scores.json", json.dumps(record, indent=1, allow_nan=False)), ("scores.md", text)):
         with common.atomic(folder / file) as path:
@@ -1391,7 +1390,7 @@ class Parser(argparse.ArgumentParser):
 
 JUDGED, STRINGS, OWN = "dpg wise compbench imgedit gedit", "pope mme gqa mmmu seed", "geneval recon shapes"
 OPTIONS = (                                                    # flag, sub-commands (!: required), words
-    ("--prompts", "geneval wise! compbench! imgedit! gedit! shapes", dict(help="prompts or metadata, as released")),
+    ("--prompts", "geneval! wise! compbench! imgedit! gedit! shapes", dict(help="prompts or metadata, as released")),
     ("--judge-prompt", "wise! compbench! imgedit! gedit!", dict(help="the judge's text: a file, or the official .py")),
     ("--sources", "imgedit! recon! shapes", dict(type=Path, help="folder of the source images")),
     ("--samples", "geneval dpg", dict(type=int, default=4, help="images per prompt (4; starred rows: 12)")),

@@ -369,7 +369,7 @@ def test_colors_through_clip(tiny):
     import torch                                                                             # the classifier is that of the library's model
     text = clip.tokenizer(["a photo of a red dog"], return_tensors="pt")
     with torch.no_grad():
-        np.testing.assert_allclose(clip.classifiers["dog"][0, 0], clip.model.get_text_features(**text).pooler_output[0].numpy(), rtol=1e-4, atol=1e-6)
+        np.testing.assert_allclose(clip.texts("dog")[0, 0], clip.model.get_text_features(**text).pooler_output[0].numpy(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["qwen", "llava"])
@@ -400,8 +400,8 @@ def test_qwen_positions_are_those_of_the_library(tiny, tmp_path):
 def test_models_that_cannot_be_loaded_are_one_line(tiny, tmp_path, capsys):
     from safetensors.torch import load_file, save_file
     out = geneval_folder(tmp_path, 1)
-    assert not run("geneval", out, "--samples", 1, "--detector", tmp_path / "nothing", "--device", "cpu", ok=False)
-    assert not run("geneval", out, "--samples", 1, "--detector", tiny / "clip", "--device", "cpu", ok=False)
+    for detector in (tmp_path / "nothing", tiny / "clip"):
+        assert not run("geneval", out, "--prompts", tmp_path / "prompts.jsonl", "--samples", 1, "--detector", detector, "--device", "cpu", ok=False)
     weights = load_file(tiny / "clip" / "model.safetensors")                       # one weight short: the library would fill in noise
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -963,7 +963,7 @@ def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, cap
     assert run(*common)
     text = capsys.readouterr().out
     for part in ("prompt without its 2 images: 00000 (1), 00003 (3), 00004 (0)", "2 x unreadable image", "not the prompt file's: 00005",
-                 "without a prompt: 00077", "not <digits>.png", "(partial)", "6 of 12 scored"):
+                 "beyond the prompt file: 00077", "not <digits>.png", "(partial)", "6 of 12 scored"):
         assert part in text and part.replace("(partial)", "error").replace("6 of 12 scored", "error") in error + "error", part
     row = scores(out / "eval/geneval")["rows"][0]
     assert row["mean"]["Position"] is None and row["mean"]["Overall"] is None and row["partial"]
@@ -982,8 +982,9 @@ def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, cap
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--judge-url", "http://127.0.0.1:9/v1"], "no judge text"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "ftp://x"], "must look like"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "cannot read broken.py"),
-    (["geneval", "folder", "--limit", "0"], "--limit 0 is not above 0"),
-    (["geneval", "folder"], "no GenEval folder"),
+    (["geneval", "folder", "--prompts", "q.json", "--limit", "0"], "--limit 0 is not above 0"),
+    (["geneval", "folder"], "--prompts"),
+    (["geneval", "folder", "--prompts", "geneval.jsonl"], "nothing to score; 1 x prompt without its 4 images: 00000 (0)"),
     (["gqa", "answers.jsonl", "--questions", "llava.jsonl"], "questions without their answer"),
     (["compbench", "folder", "--prompts", "q.json", "--judge-prompt", "judge.txt"], "does not hold a JSON list"),
     (["imgedit", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--sources", "folder"], "does not hold a JSON object"),
@@ -997,6 +998,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
     for name, text in (("answers.jsonl", '{"id": "1", "answer": "x"}'), ("noanswer.jsonl", '{"id": "1"}'), ("bad.jsonl", '{"a": 1}\n{"a"'),
                        ("q.json", '{"1": {"question": "q", "imageId": "i", "answer": "x"}}'), ("judge.txt", "{prompt} {explanation}"), ("llava.jsonl", '{"question_id": 1, "image": "i", "text": "t"}'), ("other.json", '[{"a": 1}]'),
                        ("broken.py", "def ("),
+                       ("geneval.jsonl", '{"tag": "t", "include": [{"class": "dog", "count": 1}], "prompt": "p"}'),
                        ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]')):
         (tmp_path / name).write_text(text)
     save(tmp_path / "folder" / "1.png") if arguments[0] == "wise" else None
