@@ -37,9 +37,7 @@ Legend of the shape comments:
     K embeddings of an image     G generated tokens     T places of a sequence     R of them, read
 """
 import functools
-import json
 import math
-import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -52,7 +50,7 @@ from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoTokenizer, DynamicCache, Qwen2Config, Qwen2ForCausalLM
+from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotate_half
 
 import common
@@ -61,6 +59,7 @@ from common import InputError, Rng, global_mean
 # ======================================================================================================
 # 1. Sizes and hyper-parameters
 # ======================================================================================================
+
 
 @dataclass
 class HarmonConfig:
@@ -143,8 +142,9 @@ class Recipe:
     lambda_t2i: float = 0.0
 
 
+DEFAULT = "harmon-1.5b"
 RECIPES = {
-    "harmon-1.5b": Recipe(),
+    DEFAULT: Recipe(),
     "harmon-0.5b": Recipe(steps=1500, batch=96),            # "3K"
     "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300, clip=1.0),
 }
@@ -163,6 +163,7 @@ def take(x, index):
 
 class Block(nn.Module):
     """Pre-norm ViT block, in which every token sees every token. [B, K, D] -> [B, K, D]"""
+
     def __init__(self, width, heads, dropout):
         super().__init__()
         self.heads, self.dropout = heads, dropout
@@ -186,6 +187,7 @@ def projector(width_in, width, width_out):
 
 class DiffusionBlock(nn.Module):
     """Residual block of the diffusion MLP: y (timestep and condition) sets shift, scale and gate. x, y [rows, W]"""
+
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
@@ -200,6 +202,7 @@ class DiffusionBlock(nn.Module):
 class DiffusionMLP(nn.Module):
     """x [rows, C] noised tokens, t [rows] or [1] timesteps 0..999, z [rows, Dd] what MAR's decoder says of them
     -> [rows, 2C]: the noise in x, and v in [-1, 1], the place of the step's log-variance between its two bounds."""
+
     def __init__(self, channels, z_width, width, layers):
         super().__init__()
         self.time_embed = nn.ModuleDict({"mlp": projector(256, width, width)})
@@ -224,6 +227,7 @@ class DiffusionMLP(nn.Module):
 class MAR(nn.Module):
     """The masked autoencoder: an encoder that sees what is visible, a decoder that fills the rest, the diffusion head.
     The buffer's places are always visible; in a wholly masked image they are all that the encoder has."""
+
     def __init__(self, config):
         super().__init__()
         c, self.config = config, config
@@ -341,12 +345,6 @@ def diffusion_terms(net, x_0, z, t, noise):
     return mse, torch.where(t == 0, -likelihood.mean(-1), 0.5 * kl.mean(-1)) / math.log(2)
 
 
-# Qwen2.5's chat template, without its system turn: Harmon never has one.
-USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-IMAGE_MARKER = -200         # stands for all embeddings of an image in a list of ids
-IGNORED = -100              # label of what is not to be predicted
-
-
 def masked_after(N, num_steps):
     """How many of N tokens are masked after each of the sampler's steps: a cosine, always fewer, at least one."""
     left = [N]
@@ -355,8 +353,15 @@ def masked_after(N, num_steps):
     return left[1:]
 
 
+# Qwen2.5's chat template, without its system turn: Harmon never has one.
+USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+IMAGE_MARKER = -200         # stands for all embeddings of an image in a list of ids
+IGNORED = -100              # label of what is not predicted
+
+
 class Harmon(nn.Module):
-    """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights."""
+    """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights and no tokenizer."""
+
     def __init__(self, config):
         super().__init__()
         c, self.config = config, config
@@ -379,13 +384,19 @@ class Harmon(nn.Module):
         self.tokenizer = None                               # from_pretrained sets it; what takes ids does without
         self.set_und()
 
+    def set_und(self, size=None, blur=None):
+        """The paper's ablations: the understanding pass gets a smaller (section 3) or a blurred (F.2) image."""
+        if size and size % self.stride:
+            raise InputError(f"--und-size {size}: Harmon's understanding encoder takes multiples of {self.stride}")
+        self.und_size, self.und_blur = size, blur
+
     @property
     def device(self):
         return self.proj_in[0].weight.device
 
     def _apply(self, function, recurse=True):
-        """What is behind .to(...). The table of the rotary positions is in no checkpoint and must stay float32; the
-        VAE's convolutions are a quarter faster with the channels last."""
+        """What is behind .to(...). The table of the rotary positions is in no checkpoint and stays float32; the VAE's
+        convolutions are a quarter faster with the channels last."""
         super()._apply(function, recurse)
         self.vae.to(memory_format=torch.channels_last)
         with torch.device(self.device):
@@ -393,6 +404,7 @@ class Harmon(nn.Module):
         return self
 
     def blocks(self):
+        """The repeated layers, for torch.compile and activation checkpointing."""
         return [*self.llm.model.layers, *self.mar.encoder_blocks, *self.mar.decoder_blocks,
                 *self.mar.diffloss["net"].res_blocks]
 
@@ -404,7 +416,51 @@ class Harmon(nn.Module):
         return [{"params": [p for name, p in trained if name not in exempt], "weight_decay": weight_decay},
                 {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0}]
 
-    def hidden_states(self, embeddings, rows):
+    def preprocess(self, image, task, rng=None):
+        """A PIL RGB image -> {"pixels": float32 [3, S, S] in [-1, 1]}, as the original's data sets do it. rng: a numpy
+        Generator, for t2i's crop along the long side; None: the central one."""
+        size = self.config.image_size
+        if image is None:                                   # a conversation without an image: mid grey
+            return {"pixels": torch.zeros(3, size, size)}
+        if task == "recon":                                 # squeezed to a square, from its longer side
+            image = common.stretch_square(common.stretch_square(image, max(image.size)), size)
+        else:
+            image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
+        return {"pixels": common.to_tensor(image)}
+
+    @torch.no_grad()
+    def encode(self, samples, task):
+        """All that is frozen: samples of preprocess -> dicts of float32 [h, w, C], which --cache stores: "latents", for
+        set_und's ablations also "und_latents"."""
+        pixels = torch.stack([sample["pixels"] for sample in samples]).to(self.device)                    # [B, 3, S, S]
+        features = {"latents": self._latents(pixels)}
+        if task == "recon" and (self.und_size or self.und_blur):
+            pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
+            pixels = common.resize(pixels, self.und_size, antialias=True) if self.und_size else pixels
+            features["und_latents"] = self._latents(pixels)
+        return [{key: value[i] for key, value in features.items()} for i in range(len(samples))]
+
+    def _latents(self, pixels):
+        """[B, 3, S, S] in [-1, 1] -> [B, h, w, C] float32: the mean of the posterior, never a sample, scaled."""
+        pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
+        mean = self.vae.encode(pixels).latent_dist.mean                                                   # [B, C, h, w]
+        return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
+
+    def _pixels(self, latents):
+        """[B, h, w, C] -> [B, 3, S, S], about in [-1, 1]."""
+        return self.vae.decode((latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.vae.dtype)).sample
+
+    def understand(self, features):
+        """Understanding embeddings: B dicts of encode -> [B, K, D], K = N + E. MAR's encoder on the whole image, the
+        buffer moved to the end, where causal attention lets it see the image. Gradients of any loss are multiplied by
+        grad_scale on their way back, so that the understanding pass changes slowly; the generation pass's are not."""
+        latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])                     # [B, h, w, C]
+        x = self.proj_in(self.mar.encode(latents.flatten(1, 2), tuple(latents.shape[1:3])))               # [B, E+N, D]
+        if x.requires_grad:
+            x.register_hook(lambda gradient: gradient * self.config.grad_scale)
+        return x.roll(-self.config.buffer_size, dims=1)
+
+    def _hidden_states(self, embeddings, rows):
         """The language model's last hidden states where they are read: embeddings [B, T, D], rows [B, R] -> [B, R, D].
         Attention is causal and padding stands at the end (section 4), where nothing sees it: no mask is needed. The
         last layer needs keys and values of all places, but queries and its MLP only of those that are read: some 200 of
@@ -413,7 +469,7 @@ class Harmon(nn.Module):
         rope = llm.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
         for layer in llm.layers[:-1]:
             x = layer(x, attention_mask=None, position_embeddings=rope)
-        attention, normed, (cos, sin) = last.self_attn, last.input_layernorm(x), rope                   # [1, T, D/heads]
+        attention, normed, (cos, sin) = last.self_attn, last.input_layernorm(x), rope                  # [1, T, D/heads]
 
         def heads(y):                                                                       # -> [B, heads, ., D/heads]
             return y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
@@ -430,24 +486,21 @@ class Harmon(nn.Module):
     # ==================================================================================================
     # 3. Loading and saving (what reads files, sizes and names stands below the class)
     # ==================================================================================================
+
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
         there are several), a file, or "tiny". Weights are .pth, .bin or .safetensors, whole or in shards. What is not
         there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
-        source = str(source)
         if source == "tiny":
-            return cls.random(source, device).to(dtype).eval()
-        source, _, file = RELEASED.get(source, source).partition(":")
-        if Path(source).is_file():
-            source, file = str(Path(source).parent), Path(source).name
-        folder = common.hub_folder(source, [*([file] if file else WEIGHT_FILES), "kl16.ckpt", *SMALL_FILES])
-        state = read_weights(folder, file)
-        vae = {key.removeprefix("vae."): state.pop(key) for key in list(state) if key.startswith("vae.")}
+            return cls.random(source, device).to(dtype)
+        path = find_checkpoint(str(source))
+        folder, state = path.parent, dict(common.load_state(path))
+        vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
         if not vae:
             home = folder if (folder / "kl16.ckpt").is_file() else common.hub_folder("wusize/harmon", ["kl16.ckpt"])
             vae = common.load_state(home / "kl16.ckpt")
-        model = cls.from_states(read_config(folder, state), state, vae, str(folder))
+        model = cls.from_states(read_config(folder, state), state, vae, str(path))
         model.tokenizer = find_tokenizer(folder, model.config)
         return model.to(device, dtype).eval()
 
@@ -456,11 +509,21 @@ class Harmon(nn.Module):
         """Random weights at a size in CONFIGS, made on the device, and a stand-in tokenizer: for tiny and --bench."""
         if name not in CONFIGS:
             raise InputError(f"no such size: {name} (there are {', '.join(CONFIGS)})")
-        tokenizer = common.tiny_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+        tokenizer, config = common.tiny_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"]), CONFIGS[name]
         with torch.device(device):
-            model = cls(replace(CONFIGS[name], **({"vocab_size": len(tokenizer)} if name == "tiny" else {}))).to(device)
+            model = cls(replace(config, vocab_size=len(tokenizer)) if name == "tiny" else replace(config)).to(device)
         model.tokenizer = tokenizer
-        return model
+        return model.eval()
+
+    def save_pretrained(self, folder):
+        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, a config.json and the tokenizer."""
+        folder, name = Path(folder), f"{self.config.name}.pth"
+        for file, state in ((name, self.released_state()), ("kl16.ckpt", {"model": self.vae_state()})):
+            with common.atomic(folder / file) as path, open(path, "wb") as stream:
+                torch.save(state, stream)                   # to a path, torch would store that path, too
+        common.write(folder / "config.json", {"reca_harmon": asdict(self.config)})
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def from_states(cls, config, state, vae, name="checkpoint"):
@@ -474,7 +537,7 @@ class Harmon(nn.Module):
                 raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs")
             state = {**state, "llm.lm_head.weight": embedding}
         # kl16.ckpt may hold more than the VAE. Its attention is 1x1 convolutions, [out, in, 1, 1]; ours matrices.
-        ours = {theirs: own for own, theirs in kl16_names(model.vae).items()}
+        ours = {theirs: own for own, theirs in common.original_autoencoder_names(model.vae).items()}
         parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
         vae = {ours.get(key, key): value.flatten(1) if "attn" in key and value.ndim == 4 else value
                for key, value in vae.items() if key.startswith(parts)}
@@ -490,18 +553,7 @@ class Harmon(nn.Module):
         """The dict under "model" in kl16.ckpt: the VAE under MAR's names, attention as 1x1 convolutions."""
         own = self.vae.state_dict()
         return {name: (own[key][..., None, None] if "attn" in name and own[key].ndim == 2 else own[key]).contiguous()
-                for key, name in kl16_names(self.vae).items()}
-
-    def save_pretrained(self, folder):
-        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, a config.json and the tokenizer."""
-        folder, name = Path(folder), f"{self.config.name}.pth"
-        for file, state in ((name, self.released_state()), ("kl16.ckpt", {"model": self.vae_state()})):
-            with common.atomic(folder / file) as path, open(path, "wb") as stream:
-                torch.save(state, stream)                   # to a path, torch would store that path, too
-        with common.atomic(folder / "config.json") as path:
-            path.write_text(json.dumps({"reca_harmon": asdict(self.config)}, indent=1) + "\n")
-        if self.tokenizer is not None:
-            self.tokenizer.save_pretrained(folder)
+                for key, name in common.original_autoencoder_names(self.vae).items()}
 
     # ==================================================================================================
     # 4. The embedding-conditioned prompt
@@ -511,56 +563,44 @@ class Harmon(nn.Module):
     #   <|im_start|>user \n\n [image, buffer] Describe the image in detail.<|im_end|> \n
     #   <|im_start|>assistant \n [visible tokens, buffer]
 
-    def set_und(self, size=None, blur=None):
-        """The paper's ablations: the understanding pass gets a smaller (section 3) or a blurred (F.2) image."""
-        if size and size % self.stride:
-            raise InputError(f"--und-size must be a multiple of {self.stride}")
-        self.und_size, self.blur = size, blur
+    def recon_prompt(self, template=None):
+        """The ids of RecA's prompt, with the marker. Two newlines before the image (one id for Qwen) are an accident of
+        the original, it seems (its other prompts have one), but the released models were trained so. None, for a tenth
+        of the images: "unconditional" for the original, which yet leaves the image in."""
+        if template is None:
+            return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("Generate an image." + END)
+        return (self._tokens(USER + "\n") + [IMAGE_MARKER] + self._tokens(template + END))[:128]
 
-    def preprocess(self, image, task, rng=None):
-        """A PIL RGB image -> {"pixels": float32 [3, S, S] in [-1, 1]}, as the original's data sets do it. rng: a numpy
-        Generator, for t2i's crop along the long side; None: the central one."""
-        size = self.config.image_size
-        if image is None:                                   # a conversation without an image: mid grey
-            return {"pixels": torch.zeros(3, size, size)}
-        if task == "recon":                                 # squeezed to a square, from its longer side
-            image = common.stretch_square(common.stretch_square(image, max(image.size)), size)
-        else:
-            image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
-        return {"pixels": common.to_tensor(image)}
+    def t2i_prompt(self, caption=None):
+        """Text to image; without a caption, what guidance moves away from."""
+        text = "Generate an image." if caption is None else f"Generate an image: {caption.strip()}"
+        return self._tokens(USER + text + END)[:1024]
 
-    @torch.no_grad()
-    def encode(self, samples, task):
-        """Preprocessed images -> dicts of float32 [h, w, C]: "latents", for set_und's ablations also "und_latents"."""
-        pixels = torch.stack([sample["pixels"] for sample in samples]).to(self.device)                    # [B, 3, S, S]
-        features = {"latents": self.encode_pixels(pixels)}
-        if task == "recon" and (self.und_size or self.blur):
-            pixels = common.blur(pixels, self.blur) if self.blur else pixels
-            pixels = common.resize(pixels, self.und_size, antialias=True) if self.und_size else pixels
-            features["und_latents"] = self.encode_pixels(pixels)
-        return [{key: value[i] for key, value in features.items()} for i in range(len(samples))]
+    def i2t_prompt(self, question):
+        """The first turn of a conversation: the image, a newline, the question."""
+        return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("\n" + question + END)
 
-    def encode_pixels(self, pixels):
-        """[B, 3, S, S] in [-1, 1] -> latents [B, h, w, C]: the mean of the posterior, never a sample, scaled."""
-        pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
-        mean = self.vae.encode(pixels).latent_dist.mean                                                   # [B, C, h, w]
-        return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
+    def conversation(self, turns):
+        """[(question, answer), ...] -> ids and labels, 1472 at most. Labels: the answers, each with its turn's end."""
+        ids, labels = [], []
+        for i, (question, answer) in enumerate(turns):
+            asked = self._tokens(USER + question + END) if i else self.i2t_prompt(question)
+            answered, between = self._tokens(answer + "<|im_end|>"), self._tokens("\n")
+            ids += asked + answered + between
+            labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
+        return ids[:1472], labels[:1472]
 
-    def decode_latents(self, latents):
-        """Latents [B, h, w, C] -> pixels [B, 3, S, S], about in [-1, 1]."""
-        return self.vae.decode((latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.vae.dtype)).sample
+    def _tokens(self, text):
+        if self.tokenizer is None:
+            raise InputError("this model has no tokenizer: put the files of Qwen2.5's tokenizer into its folder")
+        return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def understand(self, features):
-        """Understanding embeddings: B dicts of `encode` -> [B, K, D], K = N + E. MAR's encoder on the whole image, the
-        buffer moved to the end, where causal attention lets it see the image. Gradients of any loss are multiplied by
-        grad_scale on their way back, so that the understanding pass changes slowly; the generation pass's are not."""
-        latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])                     # [B, h, w, C]
-        x = self.proj_in(self.mar.encode(latents.flatten(1, 2), tuple(latents.shape[1:3])))               # [B, E+N, D]
-        if x.requires_grad:
-            x.register_hook(lambda gradient: gradient * self.config.grad_scale)
-        return x.roll(-self.config.buffer_size, dims=1)
+    def _pad(self, rows, value=0):
+        """Lists of ids -> ids and mask [B, L], padded on the right, on the CPU: _assemble reads them there."""
+        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
+        return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
-    def assemble(self, ids, mask, image=None, generated=None):
+    def _assemble(self, ids, mask, image=None, generated=None):
         """One sequence out of text, image embeddings and generated tokens.
         ids, mask [B, L] prompts, padded on the right; with `image`, each has one IMAGE_MARKER, where the image goes
         image [B, K, D] or None, generated [B, G, D] or None
@@ -576,67 +616,29 @@ class Harmon(nn.Module):
         length = torch.tensor([len(row) for row in rows], device=self.device)
         return pad_sequence(rows, batch_first=True), length, places
 
-    def tokens(self, text):
-        if self.tokenizer is None:
-            raise InputError("this model has no tokenizer: put the files of Qwen2.5's tokenizer into its folder")
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def recon_prompt(self, template):
-        """The ids of RecA's prompt, with the marker. Two newlines before the image (one id for Qwen) are an accident of
-        the original, it seems (its other prompts have one), but the released models were trained so."""
-        return (self.tokens(USER + "\n") + [IMAGE_MARKER] + self.tokens(template + END))[:128]
-
-    def recon_prompt_without_text(self):
-        """For a tenth of the images. Unconditional for the original, which yet leaves the image in."""
-        return self.tokens(USER) + [IMAGE_MARKER] + self.tokens("Generate an image." + END)
-
-    def t2i_prompt(self, caption=None):
-        """Text to image; without a caption, what guidance moves away from."""
-        text = "Generate an image." if caption is None else f"Generate an image: {caption.strip()}"
-        return self.tokens(USER + text + END)[:1024]
-
-    def question(self, text):
-        """The first turn of a conversation: the image, a newline, the question."""
-        return self.tokens(USER) + [IMAGE_MARKER] + self.tokens("\n" + text + END)
-
-    def conversation(self, turns):
-        """[(question, answer), ...] -> ids, labels, 1472 at most. Labels: the answers, each with its turn's end."""
-        ids, labels = [], []
-        for i, (question, answer) in enumerate(turns):
-            asked = self.tokens(USER + question + END) if i else self.question(question)
-            answered, between = self.tokens(answer + "<|im_end|>"), self.tokens("\n")
-            ids += asked + answered + between
-            labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
-        return ids[:1472], labels[:1472]
-
-    def pad(self, rows, value=0):
-        """Lists of ids -> ids and mask [B, L], padded on the right, on the CPU: `assemble` reads them there."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-        return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-
     # ==================================================================================================
     # 5. The losses
     # ==================================================================================================
+
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA: the image from its own understanding embeddings (paper, equation 2). features: B dicts of encode,
         templates: B instructions -> scalar, the mean over the masked tokens. draws: see generation_draws."""
         draws = draws or self.generation_draws(features, rng)
-        rows = [self.recon_prompt_without_text() if drop else self.recon_prompt(template)
-                for drop, template in zip(draws["drop"].tolist(), templates)]
-        return self._recon_loss_from_ids(features, *self.pad(rows), draws)
+        rows = [self.recon_prompt(None if drop else text) for drop, text in zip(draws["drop"].tolist(), templates)]
+        return self._generation_loss(features, *self._pad(rows), draws, self.understand(features))
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself lambda_t2i = 0. A tenth of
         the captions is dropped, to train what guidance moves away from."""
         draws = draws or self.generation_draws(features, rng)
-        rows = [self.t2i_prompt(None if drop else caption) for drop, caption in zip(draws["drop"].tolist(), captions)]
-        return self._t2i_loss_from_ids(features, *self.pad(rows), draws)
+        rows = [self.t2i_prompt(None if drop else text) for drop, text in zip(draws["drop"].tolist(), captions)]
+        return self._generation_loss(features, *self._pad(rows), draws)
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Image to text, which keeps understanding alive: cross-entropy of the answers in B conversations, lists of
         (question, answer), about an image each -> scalar, the mean over all answer tokens. Nothing is drawn."""
-        ids, labels = zip(*[self.conversation(turns) for turns in conversations])
-        return self._i2t_loss_from_ids(features, *self.pad(ids), self.pad(labels, IGNORED)[0])
+        ids, labels = zip(*(self.conversation(turns) for turns in conversations))
+        return self._answer_loss(features, *self._pad(ids), self._pad(labels, IGNORED)[0])
 
     def generation_draws(self, features, rng=None):
         """All random draws of recon_loss or t2i_loss. But for num_masked, an image's do not depend on its batch."""
@@ -650,11 +652,8 @@ class Harmon(nn.Module):
                 "t": rng.integers(1000, repeats, h * w).transpose(0, 1).flatten(),      # [4*B*N]: repeat, image, token
                 "noise": rng.normal(repeats, h * w, C).transpose(0, 1).flatten(0, 2)}   # [4*B*N, C]
 
-    def _recon_loss_from_ids(self, features, ids, mask, draws):
-        return self._t2i_loss_from_ids(features, ids, mask, draws, self.understand(features))
-
-    def _t2i_loss_from_ids(self, features, ids, mask, draws, image=None):
-        """The masked part of the images, given the visible part and prompts. image [B, K, D] or None: see assemble."""
+    def _generation_loss(self, features, ids, mask, draws, image=None):
+        """The masked part of the images, given the visible part and prompts. image [B, K, D] or None: see _assemble."""
         latents = torch.stack([f["latents"] for f in features])
         B, h, w, C = latents.shape
         N, repeats, M = h * w, self.config.diffusion_repeats, int(draws["num_masked"].flatten()[0])
@@ -663,9 +662,9 @@ class Harmon(nn.Module):
         visible = draws["orders"][:, M:].sort(dim=1).values.to(self.device)             # [B, V]
         u = self.mar.encode(latents, (h, w), visible)                                   # [B, E+V, De]
         generated = self.proj_in(u).roll(-E, dims=1)                                    # [B, G = V+E, D], buffer last
-        embeddings, length, _ = self.assemble(ids, mask, image, generated)
+        embeddings, length, _ = self._assemble(ids, mask, image, generated)
         rows = length[:, None] + torch.arange(-generated.shape[1], 0, device=self.device)    # [B, G] the last ones
-        hidden = self.hidden_states(embeddings, rows).roll(E, dims=1)                   # buffer first again
+        hidden = self._hidden_states(embeddings, rows).roll(E, dims=1)                  # buffer first again
         z = self.mar.decode(u + self.proj_out(hidden), (h, w), visible)                 # [B, N, Dd]
         # Only masked tokens, each noised `repeats` times. (The original multiplies the others' loss by zero.)
         t = draws["t"].view(repeats, B, N).gather(2, masked.expand(repeats, B, M)).flatten()                # [4*B*M]
@@ -675,12 +674,12 @@ class Harmon(nn.Module):
         mse, vb = diffusion_terms(self.mar.diffloss["net"], x_0, z, t.to(self.device), noise.to(self.device))
         return global_mean((mse + vb).sum(), mse.numel())
 
-    def _i2t_loss_from_ids(self, features, ids, mask, labels):
-        embeddings, _, places = self.assemble(ids, mask, self.understand(features))
+    def _answer_loss(self, features, ids, mask, labels):
+        embeddings, _, places = self._assemble(ids, mask, self.understand(features))
         # A label is predicted one place before its own. Images with fewer labels than R are filled up with -1.
         wanted = (labels != IGNORED) & mask
         rows = pad_sequence([place[w] - 1 for place, w in zip(places, wanted)], True, -1).to(self.device)   # [B, R]
-        hidden, labels = self.hidden_states(embeddings, rows.clamp(min=0))[rows >= 0], labels[wanted].to(self.device)
+        hidden, labels = self._hidden_states(embeddings, rows.clamp(min=0))[rows >= 0], labels[wanted].to(self.device)
         # 151936 logits a label would be the largest tensor of the step: 1024 labels at a time, again in the backward.
         def cross_entropy(hidden, labels):
             return F.cross_entropy(self.llm.lm_head(hidden).float(), labels, reduction="sum")
@@ -691,46 +690,43 @@ class Harmon(nn.Module):
     # ==================================================================================================
     # 6. Inference
     # ==================================================================================================
+
     @torch.no_grad()
-    def generate(self, prompts, *, seed=0, draws=None, progress=False, **settings):
+    def generate(self, prompts, **settings):
         """Text to image: prompts -> PIL images, in one batch.
         seed      one for each image, or a number s: image i has seed s + i. An image does not depend on its batch
-        draws     all random draws, for a replay: see sample
-        settings  num_steps=64, guidance_scale=3 (1: none), guidance_schedule="constant" or "linear", temperature=1"""
-        prompts = self.assemble(*self.pad([self.t2i_prompt(prompt) for prompt in prompts]))
-        return self.paint_images(prompts, seed=seed, draws=draws, progress=progress, **settings)
+        draws     all random draws, for a replay: see _sample
+        settings  num_steps=64, guidance_scale=3 (1: none), guidance_schedule="constant" or "linear", temperature=1,
+                  progress=False"""
+        prompts = self._assemble(*self._pad([self.t2i_prompt(prompt) for prompt in prompts]))
+        return self._paint_images(prompts, **settings)
 
     @torch.no_grad()
-    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, **settings):
+    def reconstruct(self, images, *, templates=None, **settings):
         """Image to image, as generate: PIL images -> PIL images painted from nothing but their understanding."""
         features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
-        ids, mask = self.pad([self.recon_prompt(t) for t in templates or [common.SEED_TEMPLATE] * len(images)])
-        prompts = self.assemble(ids, mask, self.understand(features))
-        return self.paint_images(prompts, seed=seed, draws=draws, progress=progress, **settings)
-
-    def paint_images(self, prompts, **settings):
-        """What assemble returned for n prompts -> n PIL images. Guidance moves away from "Generate an image." alone."""
-        unconditional = self.assemble(*self.pad([self.t2i_prompt()] * len(prompts[0])))
-        latents = self.sample([prompts[:2], unconditional[:2]], **settings)
-        return [common.to_pil(pixels) for pixels in self.decode_latents(latents)]
+        rows = [self.recon_prompt(template) for template in templates or [common.SEED_TEMPLATE] * len(images)]
+        return self._paint_images(self._assemble(*self._pad(rows), self.understand(features)), **settings)
 
     @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=1024):
-        """Image to text, greedy: PIL images and a question, or one for each -> answers."""
-        questions = [question] * len(images) if isinstance(question, str) else question
+        """Image to text, greedy: PIL images and one question -> answers."""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
-        prompts = self.pad([self.question(text) for text in questions])
-        embeddings, length, _ = self.assemble(*prompts, self.understand(features))
-        # transformers' generate wants padding on the left: move each row to the right end.
-        place = torch.arange(-embeddings.shape[1], 0, device=self.device) + length[:, None]                 # [B, T]
+        ids, mask = self._pad([self.i2t_prompt(question)] * len(images))
+        embeddings = self._assemble(ids, mask, self.understand(features))[0]                               # [B, T, D]
         end = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         answers = self.llm.generate(
-            inputs_embeds=take(embeddings, place.clamp(min=0)), attention_mask=(place >= 0).long(), use_cache=True,
-            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end[0])
+            inputs_embeds=embeddings, attention_mask=torch.ones_like(embeddings[..., 0], dtype=torch.long),
+            use_cache=True, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end[0])
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
-    @torch.no_grad()
-    def sample(self, branches, num_steps=None, guidance_scale=None, guidance_schedule="constant", temperature=1.0,
+    def _paint_images(self, prompts, **settings):
+        """What _assemble returned for B prompts -> B PIL images. Guidance moves away from "Generate an image." alone."""
+        unconditional = self._assemble(*self._pad([self.t2i_prompt()] * len(prompts[0])))
+        latents = self._sample([prompts[:2], unconditional[:2]], **settings)
+        return [common.to_pil(pixels) for pixels in self._pixels(latents)]
+
+    def _sample(self, branches, num_steps=None, guidance_scale=None, guidance_schedule="constant", temperature=1.0,
                seed=0, draws=None, progress=False):
         """MAR's sampler: branches [(embeddings [n, T, D], length [n])] of n prompts and of n unconditional ones ->
         latents [n, h, w, C]. Every step predicts a condition for all places from what is there, and the diffusion head
@@ -773,11 +769,11 @@ class Harmon(nn.Module):
             else:
                 noise = torch.cat([draws[f"iter{k}.init_noise"][None, :n * P], draws[f"iter{k}.step_noise"][:, :n * P]])
             scale = 1 + (guidance_scale - 1) * (N - planned) / N if guidance_schedule == "linear" else guidance_scale
-            painted = self.paint(z, scale, temperature, noise.to(self.device))
+            painted = self._paint(z, scale, temperature, noise.to(self.device))
             latents.scatter_(1, now[..., None].expand(-1, -1, c.latent_channels), painted.view(n, P, -1))
         return latents.unflatten(1, grid)
 
-    def paint(self, z, guidance_scale, temperature, noises):
+    def _paint(self, z, guidance_scale, temperature, noises):
         """The diffusion head's sampler: z [rows, Dd], or with guidance [2 rows, Dd]; noises [1 + steps, rows, C] ->
         tokens [rows, C]. Guidance acts on the predicted noise; the variance is the conditional branch's."""
         (rows, C), x = noises.shape[1:], noises[0].float()
@@ -798,18 +794,27 @@ class Harmon(nn.Module):
 # 3, continued: files, sizes, names
 # ======================================================================================================
 
-SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-WEIGHT_FILES = ["*.index.json", "*.pth", "*.safetensors", "*.bin"]
+TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 
 
-def read_weights(folder, file):
-    """The state dict in a folder: of the named file, or of the only checkpoint (shards through their index)."""
-    for pattern in [file] if file else WEIGHT_FILES:
+def find_checkpoint(source):
+    """`source` of from_pretrained -> the file with the weights, or the index of its shards."""
+    source, file = RELEASED.get(source, source), ""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        source, _, file = source.partition(":")
+    if source == "wusize/harmon" and not file:              # several sizes, some 24 GB
+        raise InputError(f"wusize/harmon holds several models: give one of {', '.join(RELEASED)}")
+    patterns = [file] if file else ["*.index.json", "*.pth", "*.safetensors", "*.bin"]
+    folder = common.hub_folder(source, [*patterns, "kl16.ckpt", "config.json", *TOKENIZER_FILES])
+    for pattern in patterns:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             raise InputError(f"{folder} holds several checkpoints ({found[0].name} ...): name one as {folder}:FILE")
         if found:
-            return common.load_state(found[0])
+            return found[0]
     raise InputError(f"{folder} holds no {file or 'checkpoint (harmon_*.pth, *.safetensors or *.bin)'}")
 
 
@@ -835,32 +840,14 @@ def find_tokenizer(folder, config):
         source = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}.get(config.llm_width)
         if source is None:
             return None
-        folder = common.hub_folder(source, SMALL_FILES)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    for origin in ("is_local", "local_files_only"):         # not for save_pretrained to write
-        tokenizer.init_kwargs.pop(origin, None)
-    return tokenizer
-
-
-def kl16_names(vae):
-    """{name in diffusers' AutoencoderKL: name in kl16.ckpt, which counts the decoder's levels from the finest}."""
-    levels, names = len(vae.config.block_out_channels), {}
-    for key in vae.state_dict():
-        name = re.sub(r"up_blocks\.(\d+)", lambda m: f"up.{levels - 1 - int(m[1])}", key)
-        name = re.sub(r"mid_block\.resnets\.(\d)", lambda m: f"mid.block_{int(m[1]) + 1}", name)
-        for diffusers, kl16 in (
-                ("mid_block.attentions.0", "mid.attn_1"), ("down_blocks", "down"), ("resnets", "block"),
-                ("attentions", "attn"), ("downsamplers.0", "downsample"), ("upsamplers.0", "upsample"),
-                ("conv_shortcut", "nin_shortcut"), ("conv_norm_out", "norm_out"), ("group_norm", "norm"),
-                ("to_q", "q"), ("to_k", "k"), ("to_v", "v"), ("to_out.0", "proj_out")):
-            name = name.replace(diffusers, kl16)
-        names[key] = name
-    return names
+        folder = common.hub_folder(source, ["config.json", *TOKENIZER_FILES])
+    return common.load_tokenizer(folder)
 
 
 # ======================================================================================================
 # 7. main()
 # ======================================================================================================
+
 
 def pretrain_toy(model, fraction, seed):
     """What the released Harmon had at scale, in small: a VAE, then understanding from full captions and generation from
@@ -930,7 +917,7 @@ def pretrain_toy(model, fraction, seed):
 
 
 def main():
-    common.run(Harmon, common.parse_args(__doc__, RECIPES, "harmon-1.5b"), pretrain_toy)
+    common.run(Harmon, common.parse_args(__doc__, RECIPES, DEFAULT), pretrain_toy)
 
 
 if __name__ == "__main__":

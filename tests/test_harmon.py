@@ -73,10 +73,10 @@ def draws_of(task):
 def loss_of(model, features, task):
     ids, mask = GOLDEN[f"in.{task}.input_ids"], GOLDEN[f"in.{task}.attention_mask"]
     if task == "recon":
-        return model._recon_loss_from_ids(features, ids, mask, draws_of(task))
+        return model._generation_loss(features, ids, mask, draws_of(task), model.understand(features))
     if task == "text2image":
-        return model._t2i_loss_from_ids(features, ids, mask, draws_of(task))
-    return model._i2t_loss_from_ids(features, ids, mask, GOLDEN["in.image2text.labels"])
+        return model._generation_loss(features, ids, mask, draws_of(task))
+    return model._answer_loss(features, ids, mask, GOLDEN["in.image2text.labels"])
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
@@ -87,9 +87,9 @@ def test_parity_harmon_vae(model):
     posterior = model.vae.encode(pixels).latent_dist
     close(posterior.mean, GOLDEN["vae.moments_mean"])
     close(posterior.logvar, GOLDEN["vae.moments_logvar"].clamp(-30, 20))
-    close(model.encode_pixels(pixels), GOLDEN["latents"])
+    close(model._latents(pixels), GOLDEN["latents"])
     size = GOLDEN["vae.decode_first"].shape[-1]
-    close(model.decode_latents(GOLDEN["latents"][:1])[..., :size, :size], GOLDEN["vae.decode_first"])
+    close(model._pixels(GOLDEN["latents"][:1])[..., :size, :size], GOLDEN["vae.decode_first"])
 
 
 def test_parity_harmon_understanding(model, features):
@@ -107,8 +107,8 @@ def test_parity_harmon_generation_loss(model, features, task, monkeypatch):
     log = {}
     watch(monkeypatch, log, model.mar, "encode")
     watch(monkeypatch, log, model.mar, "decode")
-    watch(monkeypatch, log, model, "assemble")
-    watch(monkeypatch, log, model, "hidden_states")
+    watch(monkeypatch, log, model, "_assemble")
+    watch(monkeypatch, log, model, "_hidden_states")
     watch(monkeypatch, log, model.mar.diffloss["net"], "forward")
     watch(monkeypatch, log, reca_harmon, "diffusion_terms")
     loss = loss_of(model, features, task)
@@ -120,9 +120,9 @@ def test_parity_harmon_generation_loss(model, features, task, monkeypatch):
 
     close(log["encode"][-1][1], expected["x_enc_visible"])
     # Ours has the padding at the end of each row, theirs in the middle: what is left without it must be the same.
-    embeddings, length, _ = log["assemble"][0][1]
-    all_hidden = model.hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
-    read = log["hidden_states"][0][1]
+    embeddings, length, _ = log["_assemble"][0][1]
+    all_hidden = model._hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
+    read = log["_hidden_states"][0][1]
     for i, valid in enumerate(expected["llm_attention_mask"].bool()):
         assert length[i] == valid.sum()
         assert expected["llm_position_ids"][i][valid].tolist() == list(range(length[i]))
@@ -140,12 +140,12 @@ def test_parity_harmon_generation_loss(model, features, task, monkeypatch):
 
 def test_parity_harmon_i2t_loss(model, features, monkeypatch):
     log = {}
-    watch(monkeypatch, log, model, "assemble")
-    watch(monkeypatch, log, model, "hidden_states")
+    watch(monkeypatch, log, model, "_assemble")
+    watch(monkeypatch, log, model, "_hidden_states")
     loss = loss_of(model, features, "image2text")
     close(loss, GOLDEN["image2text.loss"], 1e-5)
-    embeddings, length, _ = log["assemble"][0][1]
-    all_hidden = model.hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
+    embeddings, length, _ = log["_assemble"][0][1]
+    all_hidden = model._hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
     for i in range(len(embeddings)):
         n = length[i]
         assert n == GOLDEN["in.image2text.attention_mask"][i].sum() - 1 + SPEC["visual_tokens"]
@@ -203,21 +203,21 @@ def test_parity_harmon_sampler(model, monkeypatch):
     model.eval()
     n, log = SPEC["sample_batch"], {}
     ids, mask = GOLDEN["sample.input_ids"], GOLDEN["sample.attention_mask"]
-    watch(monkeypatch, log, model, "paint")
+    watch(monkeypatch, log, model, "_paint")
     watch(monkeypatch, log, model.mar, "encode")
     with torch.no_grad():
-        branches = [model.assemble(ids[half], mask[half])[:2] for half in (slice(0, n), slice(n, 2 * n))]
-        latents = model.sample(branches, SPEC["sample_iters"], SPEC["sample_cfg"], temperature=SPEC["sample_temperature"],
+        branches = [model._assemble(ids[half], mask[half])[:2] for half in (slice(0, n), slice(n, 2 * n))]
+        latents = model._sample(branches, SPEC["sample_iters"], SPEC["sample_cfg"], temperature=SPEC["sample_temperature"],
                                draws=sampler_draws())
-        pixels = model.decode_latents(latents)
+        pixels = model._pixels(latents)
     N = SPEC["tokens_per_image"]
-    for k, ((arguments, painted), (encoded, _)) in enumerate(zip(log["paint"], log["encode"])):
+    for k, ((arguments, painted), (encoded, _)) in enumerate(zip(log["_paint"], log["encode"])):
         close(arguments[0], GOLDEN[f"sample.iter{k}.z"])
         close(painted, GOLDEN[f"sample.iter{k}.sampled"][:len(painted)])
         visible = [set(row.tolist()) for row in encoded[2]]
         theirs = [set((~row.bool()).nonzero().flatten().tolist()) for row in GOLDEN["sample.masks"][k][:n]]
         assert visible == theirs
-    assert len(log["paint"]) == SPEC["sample_iters"] and N == latents[0, ..., 0].numel()
+    assert len(log["_paint"]) == SPEC["sample_iters"] and N == latents[0, ..., 0].numel()
     close(latents, GOLDEN["sample.final_tokens"][:n])
     close(pixels, GOLDEN["sample.pixels"])
     model.train()
@@ -370,7 +370,7 @@ def test_harmon_prompts(tiny):
 
     assert shown(tiny.recon_prompt("describe the image.")) == \
         "<|im_start|>user\n\n<IMAGE>describetheimage.<|im_end|>\n<|im_start|>assistant\n"
-    assert shown(tiny.recon_prompt_without_text()) == \
+    assert shown(tiny.recon_prompt()) == \
         "<|im_start|>user\n<IMAGE>generateanimage.<|im_end|>\n<|im_start|>assistant\n"
     assert shown(tiny.t2i_prompt(" a red circle ")) == "<|im_start|>user\ngenerateanimage:aredcircle<|im_end|>\n<|im_start|>assistant\n"
     assert shown(tiny.t2i_prompt()) == "<|im_start|>user\ngenerateanimage.<|im_end|>\n<|im_start|>assistant\n"
@@ -443,11 +443,11 @@ def test_harmon_padding_changes_nothing(tiny):
 def test_harmon_inference(tiny, monkeypatch):
     """A batch equals single images; guidance, schedule, seed, prompt and image count; the training mode is put back."""
     log, settings, images, size = {}, {"num_steps": 6, "temperature": 0.9}, pictures(2), tiny.config.image_size
-    watch(monkeypatch, log, tiny, "decode_latents")
+    watch(monkeypatch, log, tiny, "_pixels")
 
     def latents(method, inputs, seed, **more):
         assert [p.size for p in getattr(tiny, method)(inputs, seed=seed, **{**settings, **more})] == [(size, size)] * len(inputs)
-        return log["decode_latents"][-1][0][0]
+        return log["_pixels"][-1][0][0]
 
     def same(a, b):
         return (a - b).abs().max() < 1e-5 * b.abs().max()       # untrained, the painted is mostly amplified noise
@@ -469,20 +469,20 @@ def test_harmon_inference(tiny, monkeypatch):
 
 
 def test_harmon_describe(tiny):
-    """Greedy with a cache and left padding = the argmax of whole forward passes, one by one."""
+    """Greedy with a cache = the argmax of whole forward passes, one by one."""
     import copy
     torch.manual_seed(0)
-    tiny, images, questions = copy.deepcopy(tiny), pictures(2), ["describe the image.", "a red circle and a blue square?"]
+    tiny, images, question = copy.deepcopy(tiny), pictures(2), "a red circle and a blue square?"
     for weight in tiny.llm.model.layers.parameters():
         if weight.ndim == 2:
             torch.nn.init.normal_(weight, std=0.3)                  # else it repeats the newline that the prompt ends in
-    answers = tiny.describe(images, questions, max_new_tokens=6)
+    answers = tiny.describe(images, question, max_new_tokens=6)
     assert all(answers) and answers[0] != answers[1]
     features = tiny.encode([tiny.preprocess(p, "i2t") for p in images], "i2t")
     end = tiny.tokenizer.convert_tokens_to_ids("<|im_end|>")
     with torch.no_grad():
-        for i, (question, answer) in enumerate(zip(questions, answers)):
-            row = tiny.assemble(*tiny.pad([tiny.question(question)]), tiny.understand(features[i:i + 1]))[0]
+        for i, answer in enumerate(answers):
+            row = tiny._assemble(*tiny._pad([tiny.i2t_prompt(question)]), tiny.understand(features[i:i + 1]))[0]
             ids = []
             for _ in range(6):
                 ids.append(int(tiny.llm(inputs_embeds=row, use_cache=False).logits[0, -1].argmax()))
