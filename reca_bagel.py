@@ -1,9 +1,9 @@
 """RecA for BAGEL: a mixture of transformers with rectified flow (Qwen2.5-7B x 2 experts + SigLIP NaViT + FLUX VAE).
 
-What is special about this architecture. One decoder carries two complete sets of weights. Text and ViT tokens go through
-the *understanding* expert, image latents through the *generation* expert; only attention is joint. RecA gives the
-generation expert nothing but what the understanding side says about a picture, and asks for the picture back. ViT, VAE
-and the understanding expert stay frozen: 6.5 of 14.6 billion parameters are trained.
+One decoder carries two complete sets of weights: text and ViT tokens go through the *understanding* expert, image latents
+through the *generation* expert; only attention is joint. RecA gives the generation expert nothing but what the
+understanding side says about a picture, and asks for the picture back. ViT, VAE and the understanding expert are frozen:
+6.5 of 14.6 billion parameters are trained. Paper: section 4, Table 8 (column BAGEL).
 
     photo -- resize to 224 --> SigLIP ViT -> [B, M, 1152] -> connector -> [B, M, D] --.
                                                                                       +-> understanding expert, no graph
@@ -12,10 +12,7 @@ and the understanding expert stay frozen: 6.5 of 14.6 billion parameters are tra
     photo -- 512 to 1024 px --> FLUX VAE -> z [B, h, w, 64]                                   v of the context
                                             x_t = (1 - t) z + t noise -> [B, N, D] -> generation expert, trained
                                                                                               |
-                                            squared error against noise - z  <-- velocity [B, N, 64]
-
-A sample is (start, ViT patches, end) (begin, template, end) (start, noisy latents, end). In an image everybody sees
-everybody, text is causal, nobody outside sees the noisy block. Paper: section 4, Table 8 (column BAGEL).
+                                            squared error against noise - z  <-- velocity [B, h, w, 64]
 
 A step gives the original's numbers with less work:
   * The context never sees the noise: it runs once, without a graph, and is kept as keys and values, as for sampling.
@@ -32,15 +29,15 @@ A step gives the original's numbers with less work:
     python reca_bagel.py --model tiny                            a toy BAGEL on coloured shapes, CPU, minutes
     python reca_bagel.py --model sanaka87/BAGEL-RecA --steps 0 --edit singleturn.json --edit-images DIR --out edits
 
-Legend: B images of a batch (or of a group of equal shapes), D width of the decoder, H query heads, K key/value heads, d size
-of a head, M ViT patches, L text ids, h w sides and N = h w number of an image's latent tokens, C = 64 channels of one, R rows
-of a packed pass, S keys that are seen.
+Legend: B images (of a group of equal shapes), D width of the decoder, H query heads, K key/value heads, d size of a head,
+M ViT patches, L text ids, h w sides and N = h w number of an image's latent tokens, C = 64 channels of one, R rows of a
+packed pass, S keys that are seen.
 """
 import json
 import math
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -82,33 +79,28 @@ class BagelConfig:
     num_key_value_heads: int = 4
     rms_norm_eps: float = 1e-6
     rope_theta: float = 1e6
-    # SigLIP so400m/14 at 980 px. vit_config.json says 27 layers, the original builds and stores one less.
-    vit_hidden_size: int = 1152
+    vit_hidden_size: int = 1152         # SigLIP so400m/14 at 980 px
     vit_intermediate_size: int = 4304
-    vit_num_hidden_layers: int = 26
+    vit_num_hidden_layers: int = 26     # vit_config.json says 27; the original builds and stores one less
     vit_num_attention_heads: int = 16
     vit_image_size: int = 980
     vit_patch_size: int = 14
     vit_max_num_patch_per_side: int = 70
-    # Latents. The original's flag defaults to max_latent_size 32, which does not fit the release.
     latent_patch_size: int = 2
-    max_latent_size: int = 64
-    # The FLUX.1 autoencoder: no file of the release holds these.
-    vae_ch: int = 128
+    max_latent_size: int = 64           # the original's flag defaults to 32, which does not fit the release
+    vae_ch: int = 128                   # the FLUX.1 autoencoder: no file of the release holds these
     vae_ch_mult: tuple = (1, 2, 4, 4)
     vae_num_res_blocks: int = 2
     vae_z_channels: int = 16
     vae_scale_factor: float = 0.3611
     vae_shift_factor: float = 0.1159
-    # How images are resized: (longest side, shortest side), to multiples of the stride.
-    vae_limits: tuple = (1024, 512)
+    vae_limits: tuple = (1024, 512)     # how images are resized: (longest side, shortest side)
     vit_limits: tuple = (980, 224)      # when somebody asks about an image; RecA uses und_size for both
     edit_limits: tuple = (980, 378)     # when an image is edited, as in the original's ImgEdit script
     image_size: int = 1024              # side of what is painted from a prompt
-    # Ids of MARKERS, taken from the tokenizer: before and after every text block, before and after every image block.
-    bos_token_id: int = 151644
+    bos_token_id: int = 151644          # before and after every text block; ids are taken from the tokenizer (MARKERS)
     eos_token_id: int = 151645
-    start_of_image: int = 151652
+    start_of_image: int = 151652        # before and after every image block
     end_of_image: int = 151653
 
     @property
@@ -116,13 +108,11 @@ class BagelConfig:
         return self.hidden_size // self.num_attention_heads
 
     @property
-    def stride(self):
-        """Pixels per latent token and side: 16 in the release."""
+    def stride(self):                                       # pixels per latent token and side: 16 in the release
         return 2 ** (len(self.vae_ch_mult) - 1) * self.latent_patch_size
 
     @property
-    def latent_dim(self):
-        """C: values of a latent token, 2 * 2 * 16 = 64 in the release."""
+    def latent_dim(self):                                   # C, values of a latent token: 2 * 2 * 16 = 64 in the release
         return self.latent_patch_size ** 2 * self.vae_z_channels
 
 
@@ -134,17 +124,19 @@ TINY = BagelConfig(
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
 CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
+DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
+CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
+DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
+CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
 
 
 @dataclass
 class Recipe:
     """Table 8 of the paper. The public run: 6 GPUs, packs of about 8 images of 1024 px each, 1000 updates, *all of them
-    warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). That is the default.
-
-    A step here is a batch of 2 images a GPU, which is what fits beside the weights on one card of 80 GB; 4 steps make one
-    update. On 6 GPUs that is the public run; on one it is --accum 24 --steps 24000. The original also keeps an average of
-    the weights (EMA 0.9999) and advises against using it: 90% of it is still the old model. There is none here.
-    """
+    warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). A step here is a
+    batch of 2 images a GPU, which fit beside the weights on a card of 80 GB; 4 steps make an update. On 6 GPUs that is
+    the public run; on one it is --accum 24 --steps 24000. The original's average of the weights (EMA 0.9999), which it
+    advises against using (90% of it is still the old model), does not exist here."""
     lr: float = 4e-5
     betas: tuple = (0.9, 0.95)
     eps: float = 1e-15
@@ -164,7 +156,6 @@ class Recipe:
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32, accum=1)}
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
-TIMESTEP_SHIFT = 1.0                    # in training
 
 # How the original samples. num_steps 50 makes 49 evaluations; guidance (Bagel._guide) acts where t is in the interval.
 GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "image_guidance_scale": 1.0,
@@ -185,51 +176,53 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(positions, config):
-    """positions [R] (integers, also negative) -> cos, sin [R, d] in float32 (the original's frequencies are bf16 under
+    """positions [R] (integers, also negative) -> cos, sin [R, 1, d] in float32 (the original's frequencies are bf16 under
     FSDP, which blurs far positions; nothing depends on that)."""
-    d = config.head_dim
-    frequencies = config.rope_theta ** (-torch.arange(0, d, 2, device=positions.device).float() / d)           # [d / 2]
-    angles = (positions[:, None].float() * frequencies).repeat(1, 2)                                            # [R, d]
+    frequencies = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim       # [d / 2]
+    angles = positions[:, None, None].float() * (config.rope_theta ** -frequencies).repeat(2)
     return angles.cos(), angles.sin()
 
 
 def turn(x, cos, sin):
-    """Rotary embedding, halves rotated: x [..., d], cos and sin broadcast to it."""
+    """Rotary embedding, halves rotated: x [..., heads, d], cos and sin broadcast to it."""
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
 
 
 def attend(q, k, v, causal):
-    """Dense attention of one group: q [B, H, n, d], k and v [B, K, S, d] -> [B * n, H * d]. causal: query i of n sees all
+    """Dense attention of one group: q [B, n, H, d], k and v [B, S, K, d] -> [B * n, H * d]. causal: query i of n sees all
     keys but the last n - 1 - i. Otherwise everybody sees everything, and no mask exists."""
-    mask, n, s = None, q.shape[2], k.shape[2]
+    mask, n, s = None, q.shape[1], k.shape[1]
     if causal and n > 1:
         mask = torch.ones(n, s, dtype=torch.bool, device=q.device).tril(s - n)
-    k, v = k.to(q.dtype), v.to(q.dtype)                      # the experts may be kept in different precisions
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    return out.transpose(1, 2).reshape(q.shape[0] * n, -1)
+    q, k, v = (x.transpose(1, 2).to(q.dtype) for x in (q, k, v))           # the experts may be of different precisions
+    return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2).flatten(2).flatten(0, 1)
+
+
+def split(rows, shapes, kind):
+    """The rows of all images [R, ...] -> per group [B, n, ...] (kind 1: und rows) or [B, N, ...] (kind 2: gen rows)."""
+    parts = rows.split([shape[0] * shape[kind] for shape in shapes])
+    return [part.unflatten(0, (shape[0], shape[kind])) for part, shape in zip(parts, shapes)]
 
 
 class MoTLayer(nn.Module):
     """A Qwen2 decoder layer with two experts. Suffix "": understanding, "_moe_gen": generation, as in the checkpoint.
-
-    Written here because transformers' Qwen2DecoderLayer can hold neither a second set of weights that meets the first
-    in one attention, nor norms on queries and keys (Qwen3 has those, but no biases on q, k, v and again one expert).
-    """
+    transformers' layers hold neither a second set of weights that meets the first in one attention, nor norms on queries
+    and keys together with biases on q, k, v."""
 
     def __init__(self, c):
         super().__init__()
-        width, d = c.hidden_size, c.head_dim
+        width, d, attention = c.hidden_size, c.head_dim, {}
         self.head_dim, self.train_und = d, False
-        mlp, attention = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size), {}
         for e in ("", "_moe_gen"):
-            for name, heads in (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads)):
+            for name, heads in zip("qkv", (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)):
                 attention[f"{name}_proj{e}"] = nn.Linear(width, heads * d)
             attention |= {f"{name}_norm{e}": RMSNorm(d, c.rms_norm_eps) for name in "qk"}
             attention[f"o_proj{e}"] = nn.Linear(c.num_attention_heads * d, width, bias=False)
             self.add_module(f"input_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
-            self.add_module(f"mlp{e}", Qwen2MLP(mlp))
+            config = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size)
+            self.add_module(f"mlp{e}", Qwen2MLP(config))
         self.self_attn = nn.ModuleDict(attention)
 
     def project(self, rows, e, rope):
@@ -237,9 +230,7 @@ class MoTLayer(nn.Module):
         x = getattr(self, f"input_layernorm{e}")(rows)
         q, k, v = (self.self_attn[f"{name}_proj{e}"](x).unflatten(-1, (-1, self.head_dim)) for name in "qkv")
         q, k = self.self_attn[f"q_norm{e}"](q), self.self_attn[f"k_norm{e}"](k)
-        if rope is not None:
-            q, k = (turn(x, *(table[:, None] for table in rope)) for x in (q, k))                     # tables [R, 1, d]
-        return q, k, v
+        return (turn(q, *rope), turn(k, *rope), v) if rope else (q, k, v)
 
     def finish(self, rows, heard, e):
         """What an expert does with what its rows heard: rows [R, D], heard [R, H * d] -> [R, D]. The backward computes
@@ -255,28 +246,21 @@ class MoTLayer(nn.Module):
     def forward(self, und, gen, past, shapes, ropes=(None, None), causal=False, read=("und", "gen")):
         """One block of every image through this layer -> und, gen, and per group the keys and values that were seen.
 
-        und [R, D]: rows of the understanding expert, all images one after another; gen [R', D] or None: rows of the
-        generation expert. shapes: (B, n, N) of each group of equal images: each image has n und rows and N gen rows. past:
-        per group (keys, values) [B, K, S, d] of what its images said before, or None. ropes: (cos, sin) for und and for
-        gen, None where the position is 0. causal: text. read: which rows anybody reads after this layer.
-
-        With the understanding expert frozen its rows have no graph: the original detaches their q, k, v, attention and
-        MLP output in every layer, so the markers' residual stream is a constant that follows the latents' values.
+        und [R, D], gen [R', D] or None: rows of the experts, image after image; shapes: (B, n, N) of each group of equal
+        images, which have n und rows and N gen rows; past: per group (keys, values) [B, S, K, d] of what its images said
+        before, or None; ropes: (cos, sin) for und and gen, None at position 0; read: which rows are read after this layer.
+        A frozen understanding expert has no graph: the original detaches its q, k, v, attention and MLP output in every
+        layer, so the markers' residual stream is a constant that follows the latents' values.
         """
         und_graph = torch.is_grad_enabled() and self.train_und
-
-        def images(rows, k):                        # [R, heads, d] -> per group [B, heads, n, d] (k = 1) or N rows (k = 2)
-            parts = rows.split([shape[0] * shape[k] for shape in shapes])
-            return [part.unflatten(0, (shape[0], shape[k])).transpose(1, 2) for part, shape in zip(parts, shapes)]
-
         with torch.set_grad_enabled(und_graph):
-            q_und, k_und, v_und = (images(x, 1) for x in self.project(und, "", ropes[0]))
-        said = [past, zip(k_und, v_und)]
+            q_und, *kv = (split(x, shapes, 1) for x in self.project(und, "", ropes[0]))
+        said = [past, zip(*kv)]
         if gen is not None:
-            q_gen, k_gen, v_gen = (images(x, 2) for x in self.project(gen, "_moe_gen", ropes[1]))
-            said.append(zip(k_gen, v_gen))
-        # In an image block the order of the keys (start, end, latents) does not matter: no mask, and one position for all.
-        seen = [tuple(torch.cat(x, dim=2) for x in zip(*(pair for pair in group if pair))) for group in zip(*said)]
+            q_gen, *kv = (split(x, shapes, 2) for x in self.project(gen, "_moe_gen", ropes[1]))
+            said.append(zip(*kv))
+        # In an image block the order of the keys (start, end, latents) does not matter: no mask, one position for all.
+        seen = [tuple(torch.cat(x, dim=1) for x in zip(*filter(None, pairs))) for pairs in zip(*said)]
         if "und" in read:
             with torch.set_grad_enabled(und_graph):
                 und = self.finish(und, torch.cat([attend(q, *kv, causal) for q, kv in zip(q_und, seen)]), "")
@@ -292,9 +276,10 @@ class PositionTable(nn.Module):
     def __init__(self, side, width):
         super().__init__()
         self.side = side
-        angles = np.arange(side)[:, None] * 10000.0 ** (-np.arange(width // 4) / (width // 4))               # [side, D / 4]
-        axis = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()            # [side, D / 2]
-        self.register_buffer("pos_embed", torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], dim=1))
+        angles = np.arange(side)[:, None] * 10000.0 ** (-np.arange(width // 4) / (width // 4))           # [side, D / 4]
+        axis = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()        # [side, D / 2]
+        table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], dim=1)
+        self.register_buffer("pos_embed", table, persistent=False)
 
     def forward(self, height, width):
         """-> [height * width, D], row-major. No interpolation: a small image uses the top left corner of the table."""
@@ -308,20 +293,20 @@ class PositionTable(nn.Module):
 class Context:
     """What a group of images of equal shape has said so far."""
     images: list                        # their places in the batch
-    kept: list                          # keys and values [B, K, S, d] of each layer; None before the first block
+    kept: list                          # keys and values [B, S, K, d] of each layer; None before the first block
     position: int = 0                   # the next free rotary position: an image takes one, a text one a token
 
-    def fork(self):
-        """A copy that can be continued separately (tensors are shared, never written)."""
-        return replace(self, kept=list(self.kept))
+    def stack(self, values):
+        """The group's entries of a list with one tensor an image -> [B, ...]."""
+        return torch.stack([values[i] for i in self.images])
 
     def seen_from_the_latents(self, config, shift=0):
         """The copy that the noisy block reads: keys turned back by `position`, so that the block itself stands at 0.
         shift: added to the places."""
         kept = self.kept
         if self.position:
-            cos, sin = rotary(torch.tensor([-self.position], device=kept[0][0].device), config)
-            kept = [(turn(keys, cos, sin), values) for keys, values in kept]
+            rope = rotary(torch.tensor([-self.position], device=kept[0][0].device), config)
+            kept = [(turn(keys, *rope), values) for keys, values in kept]
         return Context([i + shift for i in self.images], kept)
 
 
@@ -339,14 +324,15 @@ def generates(name):
 
 
 class Bagel(nn.Module):
-    """BAGEL, named as in the release: state_dict() without `vae.` has the 1223 keys of ema.safetensors."""
+    """BAGEL, named as in the release: state_dict() without `vae.`, and the two tables, are the 1223 keys of
+    ema.safetensors."""
 
     condition = "vit"   # what RecA conditions on; "vae" is the paper's Table 7 (set for the whole class by --condition)
 
     def __init__(self, config=BagelConfig()):
         super().__init__()
-        c = self.config = config
-        width = c.hidden_size
+        c, width = config, config.hidden_size
+        self.config, self.tokenizer, self.blur, self.und_size = c, None, 0, min(UND_SIZE, c.vit_limits[0])
         self.language_model = nn.ModuleDict({
             "model": nn.ModuleDict({
                 "embed_tokens": nn.Embedding(c.vocab_size, width),
@@ -358,11 +344,10 @@ class Bagel(nn.Module):
         vit = SiglipVisionConfig(hidden_size=c.vit_hidden_size, intermediate_size=c.vit_intermediate_size,
                                  num_attention_heads=c.vit_num_attention_heads, hidden_act="gelu_pytorch_tanh",
                                  layer_norm_eps=1e-6, attn_implementation="sdpa")
-        positions = (c.vit_image_size // c.vit_patch_size) ** 2
         self.vit_model = nn.ModuleDict({"vision_model": nn.ModuleDict({
             "embeddings": nn.ModuleDict({
                 "patch_embedding": nn.Linear(3 * c.vit_patch_size ** 2, c.vit_hidden_size),
-                "position_embedding": nn.Embedding(positions, c.vit_hidden_size)}),
+                "position_embedding": nn.Embedding(c.vit_max_num_patch_per_side ** 2, c.vit_hidden_size)}),
             "encoder": nn.ModuleDict({
                 "layers": nn.ModuleList(SiglipEncoderLayer(vit) for _ in range(c.vit_num_hidden_layers))}),
             "post_layernorm": nn.LayerNorm(c.vit_hidden_size, eps=1e-6)})})
@@ -377,9 +362,6 @@ class Bagel(nn.Module):
             block_out_channels=[c.vae_ch * m for m in c.vae_ch_mult], layers_per_block=c.vae_num_res_blocks,
             down_block_types=["DownEncoderBlock2D"] * stages, up_block_types=["UpDecoderBlock2D"] * stages,
             latent_channels=c.vae_z_channels, use_quant_conv=False, use_post_quant_conv=False)
-        # what a run may change
-        self.tokenizer, self.und_size, self.blur = None, min(UND_SIZE, c.vit_limits[0]), 0
-        self.text_dropout, self.timestep_shift = TEXT_DROPOUT, TIMESTEP_SHIFT
         self.freeze()
 
     def set_und(self, size=None, blur=None):
@@ -396,7 +378,6 @@ class Bagel(nn.Module):
             parameter.requires_grad_(generates(name) or train_und and name.startswith("language_model."))
         for layer in self.blocks():
             layer.train_und = train_und
-        return self
 
     @property
     def device(self):
@@ -410,50 +391,38 @@ class Bagel(nn.Module):
         """AdamW groups of exactly the parameters that are trained. The original decays all of them alike, by 0."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
-    # ---- images and the frozen encoders ------------------------------------------------------------------
-
-    def _resized(self, image, limits, stride):
-        return image.resize(fit(*image.size, *limits, stride), Image.BICUBIC)
-
     def preprocess(self, image, task, rng=None):
-        """PIL RGB (None: a text without image) -> {"vit": [3, rows, columns], "vae": [3, rows, columns]} in [-1, 1], as the
-        task needs: recon both (the ViT's at und_size), t2i "vae", i2t "vit". Sizes follow the photo, nothing is cropped,
-        so rng is not used."""
+        """PIL RGB (None: a text without image) -> {"vit": [3, height, width], "vae": [3, height, width]} in [-1, 1]; t2i has
+        no "vit", i2t no "vae". Nothing is cropped, so rng is not used. edit: the ViT sees the photo as resized for the VAE,
+        as in the original inferencer."""
         c, pixels = self.config, {}
-        if image is None:
-            return pixels
-        if task != "t2i":
-            limits = (self.und_size, self.und_size) if task == "recon" else c.vit_limits
-            pixels["vit"] = common.to_tensor(self._resized(image, limits, c.vit_patch_size))
+        limits = {"recon": (self.und_size, self.und_size), "i2t": c.vit_limits, "edit": c.edit_limits}
+        if image is not None and task != "i2t":
+            resized = image.resize(fit(*image.size, *c.vae_limits, c.stride), Image.BICUBIC)
+            pixels["vae"] = common.to_tensor(resized)
+            image = resized if task == "edit" else image
+        if image is not None and task in limits:
+            image = image.resize(fit(*image.size, *limits[task], c.vit_patch_size), Image.BICUBIC)
+            pixels["vit"] = common.to_tensor(image)
             if self.blur > 1 and task == "recon":
                 small = F.interpolate(pixels["vit"][None], scale_factor=1 / self.blur, mode="bilinear")
                 pixels["vit"] = F.interpolate(small, size=pixels["vit"].shape[1:], mode="bilinear")[0]
-        if task != "i2t":
-            pixels["vae"] = common.to_tensor(self._resized(image, c.vae_limits, c.stride))
         return pixels
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width of the ViT],
-        "mean": [16, 2 h, 2 w], "logvar": [16, 2 h, 2 w]}, as far as the pixels are there: 2.7 MB for a photo of 1024 px.
-
-        Images of one size are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey borders
-        leak into the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest is the same.)
-        """
+        """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width of the ViT], "mean"
+        and "logvar": [16, 2 h, 2 w]}, as far as the pixels are there: 2.7 MB for a photo of 1024 px. Images of one size
+        are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey borders leak into the
+        latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest is the same.)"""
         out = [{} for _ in samples]
         for kind in ("vit", "vae"):
             for places in alike([sample[kind].shape if kind in sample else None for sample in samples]):
-                if kind not in samples[places[0]]:
-                    continue
-                # As many at a time as make 512 x 512 pixels: a larger image fills a GPU alone, and the VAE's first layers
-                # are wide (0.27 GB each at 1024 px, in bf16).
-                step = max(1, 2 ** 18 // samples[places[0]][kind][0].numel())
-                for chunk in (places[k:k + step] for k in range(0, len(places), step)):
-                    pixels = torch.stack([samples[i][kind] for i in chunk]).to(self.device)
-                    found = {"vit": self._vit(pixels)} if kind == "vit" else self._moments(pixels)
-                    for name, values in found.items():
-                        for i, value in zip(chunk, values):
-                            out[i][name] = value
+                if kind in samples[places[0]]:
+                    pixels = torch.stack([samples[i][kind] for i in places]).to(self.device)
+                    said = {"vit": self._vit(pixels)} if kind == "vit" else self._moments(pixels)
+                    for k, i in enumerate(places):
+                        out[i] |= {name: values[k] for name, values in said.items()}
         return out
 
     def _vit(self, pixels):
@@ -461,17 +430,16 @@ class Bagel(nn.Module):
         p, vit = self.config.vit_patch_size, self.vit_model["vision_model"]
         # [B, 3, rows, p, columns, p] -> [B, rows, columns, p * p * 3]
         x = pixels.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 3, 5, 1).flatten(3)
-        rows, columns = x.shape[1:3]
-        ids = torch.arange(rows, device=x.device)[:, None] * self.config.vit_max_num_patch_per_side
-        ids = ids + torch.arange(columns, device=x.device)                                               # [rows, columns]
+        (rows, columns), side = x.shape[1:3], self.config.vit_max_num_patch_per_side
+        ids = torch.arange(side ** 2, device=x.device).view(side, side)[:rows, :columns]
         patch, position = vit["embeddings"].values()
-        x = (patch(x.to(patch.weight.dtype)) + position(ids)).flatten(1, 2)                                       # [B, M, .]
+        x = (patch(x.to(patch.weight.dtype)) + position(ids)).flatten(1, 2)
         for layer in vit["encoder"]["layers"]:
             x = layer(x, None)
         return vit["post_layernorm"](x).unflatten(1, (rows, columns))
 
     def _moments(self, pixels):
-        """pixels [B, 3, height, width] in [-1, 1] -> "mean" and "logvar" [B, 16, height / 8, width / 8], float32. (On a CPU
+        """pixels [B, 3, height, width] -> "mean" and "logvar" [B, 16, height / 8, width / 8], float32. (On a CPU
         channels_last is faster, but GroupNorm is inexact there: 1e-4 of the latents where a picture is flat.)"""
         posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
         return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
@@ -479,8 +447,8 @@ class Bagel(nn.Module):
     def _latents(self, features, noises):
         """A sample of each posterior, normalised: list of [h, w, C]. RecA draws it anew at every step."""
         c = self.config
-        return [self._tokens(c.vae_scale_factor * (f["mean"] + (0.5 * f["logvar"]).exp() * noise.to(self.device)
-                                                   - c.vae_shift_factor)) for f, noise in zip(features, noises)]
+        samples = [f["mean"] + (0.5 * f["logvar"]).exp() * n.to(self.device) for f, n in zip(features, noises)]
+        return [self._tokens(c.vae_scale_factor * (sample - c.vae_shift_factor)) for sample in samples]
 
     def _tokens(self, latent):
         """latent [16, 2 h, 2 w] -> [h, w, C], a token holding (row, column, channel) of its patch."""
@@ -496,10 +464,8 @@ class Bagel(nn.Module):
     def _decode(self, latents):
         """List of [h, w, C] -> list of pixels [3, 16 h, 16 w] in about [-1, 1]."""
         c = self.config
-        latents = [(self._untokens(z)[None] / c.vae_scale_factor + c.vae_shift_factor).to(self.vae.dtype) for z in latents]
-        return [self.vae.decode(z).sample[0].float() for z in latents]
-
-    # ---- the decoder: one block of a sequence ------------------------------------------------------------
+        latents = [self._untokens(z)[None] / c.vae_scale_factor + c.vae_shift_factor for z in latents]
+        return [self.vae.decode(z.to(self.vae.dtype)).sample[0].float() for z in latents]
 
     def _block(self, contexts, und, gen=None, causal=False, read=None):
         """Run one block of every image. und: per context [B, n, D]; gen: per context [B, N, D], or None. causal: text.
@@ -507,28 +473,24 @@ class Bagel(nn.Module):
         read: "und" or "gen" to get these rows after the final norm, per context. The contexts are extended by the block,
         unless "gen" is read: that is the noisy block, which stands at 0 (seen_from_the_latents) and which nobody sees.
         """
-        model, layers, noisy = self.language_model["model"], self.blocks(), read == "gen"
+        model, layers, noisy, ropes = self.language_model["model"], self.blocks(), read == "gen", [None, None]
         shapes = [(u.shape[0], u.shape[1], gen[i].shape[1] if gen else 0) for i, u in enumerate(und)]
-
-        def tables(k):                                         # k: 1 for the und rows of a shape, 2 for its gen rows
-            rows = [(c.position + torch.arange(s[k]) * causal).repeat(s[0]) for c, s in zip(contexts, shapes)]
-            return rotary(torch.cat(rows).to(self.device), self.config)
-
-        ropes = (None, None) if noisy else (tables(1), tables(2))
+        if not noisy:
+            for k in (1, 2):                                                             # und rows, gen rows
+                rows = [(c.position + torch.arange(s[k]) * causal).repeat(s[0]) for c, s in zip(contexts, shapes)]
+                ropes[k - 1] = rotary(torch.cat(rows).to(self.device), self.config)
         und = torch.cat([u.flatten(0, 1) for u in und])                                                       # [R, D]
         gen = torch.cat([g.flatten(0, 1) for g in gen]) if gen else None
         for i, layer in enumerate(layers):
             needed = ("und", "gen") if i < len(layers) - 1 else (read,)
             und, gen, seen = layer(und, gen, [c.kept[i] for c in contexts], shapes, ropes, causal, needed)
-            for context, pair in zip(contexts, seen if not noisy else ()):
+            for context, pair in zip(contexts, [] if noisy else seen):
                 context.kept[i] = pair
-        for context, shape in zip(contexts, shapes if not noisy else ()):
+        for context, shape in zip(contexts, [] if noisy else shapes):
             context.position += shape[1] if causal else 1
-        if read is None:
-            return None
-        rows, k = (model["norm_moe_gen"](gen), 2) if noisy else (model["norm"](und), 1)
-        parts = rows.split([s[0] * s[k] for s in shapes])
-        return [part.unflatten(0, (s[0], s[k])) for part, s in zip(parts, shapes)]
+        if read == "und":
+            return split(model["norm"](und), shapes, 1)
+        return split(model["norm_moe_gen"](gen), shapes, 2) if noisy else None
 
     def _words(self, ids):
         """Token ids (nested list) -> embeddings [..., D]."""
@@ -540,8 +502,8 @@ class Bagel(nn.Module):
 
     def _embed_vit(self, vit):
         """vit [B, rows, columns, width of the ViT] -> [B, M, D]: the understanding embeddings."""
-        x = vit.flatten(1, 2).to(self.connector["fc1"].weight.dtype)
-        x = self.connector["fc2"](F.gelu(self.connector["fc1"](x), approximate="tanh"))
+        x = self.connector["fc1"](vit.flatten(1, 2).to(self.connector["fc1"].weight.dtype))
+        x = self.connector["fc2"](F.gelu(x, approximate="tanh"))
         return x + self.vit_pos_embed(*vit.shape[1:3]).to(x.dtype)
 
     def _embed_time(self, t):
@@ -557,7 +519,7 @@ class Bagel(nn.Module):
     def _latent_block(self, contexts, x, t, read=None):
         """The block of an image's latents: x list of [h, w, C] (an image each), t [images]."""
         und = [self._markers(len(c.images)) for c in contexts]
-        gen = [self._embed_latents(torch.stack([x[i] for i in c.images]), t[c.images]) for c in contexts]
+        gen = [self._embed_latents(c.stack(x), t[c.images]) for c in contexts]
         return self._block(contexts, und, gen, read=read)
 
     def _velocity(self, contexts, x, t):
@@ -573,14 +535,11 @@ class Bagel(nn.Module):
     # ==================================================================================================
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, frozen_dtype=None):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
-
-        dtype: precision of the weights that RecA trains; frozen_dtype: of all others (default: bf16 on a GPU, else dtype).
-        Every tensor goes from the file to its device by itself, in its final precision: the host never holds a copy of the
-        model (the original builds two float32 copies per process, 117 GB each). Strict in names and shapes, except that the
-        two position tables may be missing. Raises InputError.
-        """
+        dtype: of the weights that RecA trains, see _materialize. Every tensor goes from the file to its device by itself,
+        in its final precision: the host never holds a copy of the model (the original builds two float32 copies per
+        process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
             return cls.random(source, device, dtype)
         small, names = ["*.json", "*.txt", "ae.safetensors"], ["ema.safetensors", "model_bf16.safetensors"]
@@ -594,30 +553,25 @@ class Bagel(nn.Module):
             model = cls(read_config(base))
         own = {theirs: name for name, theirs in common.original_autoencoder_names(model.vae).items()}
         try:
-            with (safe_open(weights[0], "pt", str(device)) as file,
-                  safe_open(base / "ae.safetensors", "pt", str(device)) as vae):
-                places = {key: (file, key) for key in file.keys() if key not in TABLES}      # our name -> file, its name
+            with safe_open(weights[0], "pt", str(device)) as main, safe_open(base / "ae.safetensors", "pt", str(device)) as vae:
+                places = {key: (main, key) for key in main.keys() if key not in TABLES}     # our name -> file, its name
                 places |= {f"vae.{own.get(key, key)}": (vae, key) for key in vae.keys()}
-                shapes = {name: torch.empty(f.get_slice(key).get_shape(), device="meta") for name, (f, key) in places.items()}
-                shapes = {name: as_linear(name, tensor) for name, tensor in shapes.items()}
-                tables = {name: model.state_dict()[name] for name in TABLES}
-                common.load_strictly(model, shapes | tables, folder)               # shapes only: nothing is loaded yet
-                model._materialize(lambda name, _: as_linear(name, places[name][0].get_tensor(places[name][1])),
-                                   device, dtype, frozen_dtype)
+                shapes = {name: as_linear(name, torch.empty(file.get_slice(key).get_shape(), device="meta"))
+                          for name, (file, key) in places.items()}
+                common.load_strictly(model, shapes, folder)                         # no values yet, all is on "meta"
+                model._materialize(lambda name, _: as_linear(name, places[name][0].get_tensor(places[name][1])), device, dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(f"cannot read {folder}: {str(error).splitlines()[0][:200]}") from error
+            raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
         if any(base.glob("tokenizer*.json")):
             model._set_tokenizer(common.load_tokenizer(base))
         return model
 
     @classmethod
     def random(cls, name, device="cpu", dtype=torch.float32):
-        """Random weights, made on the device: for tiny, and for --bench, which downloads nothing. Any name but "tiny" means
-        the released sizes."""
+        """Random weights, made on the device: for tiny, and for --bench. Any name but "tiny" means the released sizes."""
         tokenizer = common.tiny_tokenizer(MARKERS)
-        config = replace(TINY, vocab_size=len(tokenizer)) if name == "tiny" else BagelConfig()
         with torch.device("meta"):
-            model = cls(config)
+            model = cls(replace(TINY, vocab_size=len(tokenizer)) if name == "tiny" else BagelConfig())
 
         def initial(name, parameter):
             if name.endswith("bias") or name == "llm2vae.weight":    # the latter as the original starts its pretraining
@@ -629,15 +583,15 @@ class Bagel(nn.Module):
         model._set_tokenizer(tokenizer)
         return model
 
-    def _materialize(self, tensor, device, dtype, frozen_dtype=None):
-        """Every weight, until now without memory, becomes tensor(name, parameter) on its device, in its precision: dtype
-        where RecA trains it, float32 in the VAE, as it is released (0.3 GB), frozen_dtype elsewhere."""
-        frozen_dtype = frozen_dtype or (torch.bfloat16 if torch.device(device).type == "cuda" else dtype)
+    def _materialize(self, tensor, device, dtype):
+        """Every weight, until now without memory, becomes tensor(name, parameter) on its device, in its precision: float32
+        in the VAE, as it is released (0.3 GB); elsewhere dtype, but bf16 where it is frozen on a GPU."""
         state = {}
         for name, parameter in self.named_parameters():
-            precision = dtype if parameter.requires_grad else frozen_dtype
-            state[name] = tensor(name, parameter).to(device, torch.float32 if name.startswith("vae.") else precision)
-        self.load_state_dict(state, strict=False, assign=True)                                 # all but the two tables
+            frozen = not parameter.requires_grad and torch.device(device).type == "cuda"
+            precision = torch.float32 if name.startswith("vae.") else dtype
+            state[name] = tensor(name, parameter).to(device, torch.bfloat16 if frozen else precision)
+        self.load_state_dict(state, assign=True)
         self.to(device).eval()
 
     def _set_tokenizer(self, tokenizer):
@@ -649,13 +603,11 @@ class Bagel(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Writes the released layout: ema.safetensors (with the tables), ae.safetensors (FLUX's names), configs, tokenizer.
-
         dtype: of ema.safetensors; None keeps the precision, torch.bfloat16 gives the 29 GB file that ComfyUI-BAGEL
-        (models/bagel/BAGEL-7B-MoT/ema.safetensors) and the original inferencer expect. Sharded weights are gathered one by
-        one; all ranks must call, rank 0 writes.
-        """
+        (models/bagel/BAGEL-7B-MoT) and the original inferencer expect. Sharded weights are gathered one by one: all ranks
+        must call, rank 0 writes."""
         folder, state, vae = Path(folder), {}, {}
-        for name, tensor in self.state_dict().items():
+        for name, tensor in [*self.state_dict().items(), *self.named_buffers()]:
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
             if common.world()[0] == 0:
                 state[name] = tensor.detach().to("cpu", None if name.startswith("vae.") else dtype).contiguous()
@@ -663,7 +615,7 @@ class Bagel(nn.Module):
             return
         for name, theirs in common.original_autoencoder_names(self.vae).items():
             tensor = state.pop(f"vae.{name}")
-            vae[theirs] = tensor[:, :, None, None].contiguous() if ".attn" in theirs and tensor.dim() == 2 else tensor
+            vae[theirs] = tensor[..., None, None].contiguous() if "attn" in theirs and tensor.dim() == 2 else tensor
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "ema.safetensors", {"format": "pt"})
         save_file(vae, folder / "ae.safetensors", {"format": "pt"})
@@ -679,7 +631,9 @@ class Bagel(nn.Module):
     # the picture where a caption would be answered.
 
     def _text_ids(self, text):
-        """A text block: begin, ids, end."""
+        """A text block: begin, ids, end. What is a list of ids already is handed through."""
+        if not isinstance(text, str):
+            return text
         if self.tokenizer is None:
             raise InputError("this checkpoint has no tokenizer: put tokenizer.json into its folder")
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -690,30 +644,24 @@ class Bagel(nn.Module):
 
         One entry an image: ids of the text, markers included ([]: no text); vits [rows, columns, width of the ViT]; latents
         [h, w, C]; target: what will be painted (its shape counts). Images with equal shapes form one Context.
-        -> contexts, the contexts as they were before the text, and with read="und" the text's rows after the final norm.
+        -> contexts, and with read="und" the text's rows after the final norm.
         """
-        given = [each or [None] * len(ids) for each in (vits, latents, target)]
-        vits, latents, target = given
-        keys = [(len(i), *(getattr(x, "shape", None) for x in each)) for i, *each in zip(ids, *given)]
+        vits, latents, target = (each or [None] * len(ids) for each in (vits, latents, target))
+        keys = [(len(i), *(getattr(x, "shape", None) for x in each)) for i, *each in zip(ids, vits, latents, target)]
         contexts = [Context(places, [None] * len(self.blocks())) for places in alike(keys)]
-        clean = [c for c in contexts if latents[c.images[0]] is not None]
+        clean, seeing = ([c for c in contexts if each[c.images[0]] is not None] for each in (latents, vits))
         if clean:                                           # t = 0, generation expert, everybody sees everybody
             self._latent_block(clean, latents, torch.zeros(len(ids), device=self.device))
-        seeing, rows = [c for c in contexts if vits[c.images[0]] is not None], []
-        for context in seeing:                              # one rotary position, everybody sees everybody
-            patches = self._embed_vit(torch.stack([vits[i] for i in context.images]))
-            marks = self._markers(len(context.images))
-            rows.append(torch.cat([marks[:, :1], patches.to(marks.dtype), marks[:, 1:]], dim=1))         # [B, M + 2, D]
-        if seeing:
-            self._block(seeing, rows)
-        before, rows = [c.fork() for c in contexts], None
+        if seeing:                                          # one rotary position, everybody sees everybody
+            marks = [self._markers(len(c.images)) for c in seeing]
+            patches = [self._embed_vit(c.stack(vits)) for c in seeing]
+            self._block(seeing, [torch.cat([m[:, :1], x.to(m.dtype), m[:, 1:]], dim=1) for m, x in zip(marks, patches)])
         told = [c for c in contexts if ids[c.images[0]]]
-        if told:
-            rows = self._block(told, [self._words([ids[i] for i in c.images]) for c in told], causal=True, read=read)
-        elif dist.is_initialized():
+        if not told and dist.is_initialized():
             # Every text of this rank was dropped. Under FSDP the others gather the layers' weights for theirs: join in.
-            self._block([Context([0], [None] * len(self.blocks()))], [self._words([[self.config.bos_token_id]])])
-        return contexts, before, rows
+            self._block([Context([0], [None] * len(self.blocks()))], [self._markers(1)])
+        words = [self._words([ids[i] for i in c.images]) for c in told]
+        return contexts, self._block(told, words, causal=True, read=read) if told else None
 
     # ==================================================================================================
     # 5. The losses
@@ -722,77 +670,64 @@ class Bagel(nn.Module):
     def draw(self, features, rng=None):
         """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
         vae_noise and condition_noise [16, 2 h, 2 w], flow_noise [h, w, C]."""
-        draws = {name: [] for name in ("text_kept", "timestep_normal", "vae_noise", "flow_noise", "condition_noise")}
-        for f, g in zip(features, (rng or Rng.fresh(len(features))).images):
-            draws["text_kept"].append(bool(torch.rand((), generator=g) >= self.text_dropout))
-            draws["timestep_normal"].append(torch.randn((), generator=g))
-            draws["vae_noise"].append(torch.randn(f["mean"].shape, generator=g))
-            draws["flow_noise"].append(torch.randn(self._tokens(f["mean"]).shape, generator=g))
-            draws["condition_noise"].append(torch.randn(f["mean"].shape, generator=g))
-        return draws
+        def of_image(f, g):
+            return {"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROPOUT),
+                    "timestep_normal": torch.randn((), generator=g),
+                    "vae_noise": torch.randn(f["mean"].shape, generator=g),
+                    "flow_noise": torch.randn(self._tokens(f["mean"]).shape, generator=g),
+                    "condition_noise": torch.randn(f["mean"].shape, generator=g)}
+        rows = [of_image(f, g) for f, g in zip(features, (rng or Rng.fresh(len(features))).images)]
+        return {name: [row[name] for row in rows] for name in rows[0]}
 
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA (paper, equation 2): paint the image that these understanding embeddings describe.
 
         features: encode(.., "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar:
         squared error of the velocity, mean over 64 channels and over all latent tokens of all ranks, so large images
-        weigh more (as in the original).
-        """
-        draws = draws or self.draw(features, rng)
-        ids = [self._text_ids(text) if kept else [] for text, kept in zip(templates, draws["text_kept"])]
-        return self._flow_loss(features, ids, draws, self.condition)
+        weigh more (as in the original)."""
+        return self._flow_loss(features, templates, draws or self.draw(features, rng), self.condition)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image: caption, noisy latents. RecA does not use it (lambda_t2i = 0): supervised fine-tuning."""
-        draws = draws or self.draw(features, rng)
-        ids = [self._text_ids(text) if kept else [] for text, kept in zip(captions, draws["text_kept"])]
-        return self._flow_loss(features, ids, draws, None)
+        return self._flow_loss(features, captions, draws or self.draw(features, rng), None)
 
-    def _flow_loss(self, features, ids, draws, condition):
-        velocities, targets, _ = self._flow_terms(features, ids, draws, condition)
+    def _flow_loss(self, features, texts, draws, condition):
+        velocities, targets, _ = self._flow_terms(features, texts, draws, condition)
         total = sum((v.float() - target).square().mean(-1).sum() for v, target in zip(velocities, targets))
         return common.global_mean(total, sum(target[..., 0].numel() for target in targets))
 
-    def _flow_terms(self, features, ids, draws, condition):
+    def _flow_terms(self, features, texts, draws, condition):
         """The rectified flow of one batch: -> (velocities, targets, timesteps), lists of [h, w, C] and a tensor [B].
 
-        x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal, shifted. ids: text blocks with markers ([]
-        = dropped). condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image).
+        x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal (the original's shift is 1 in training).
+        condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image).
         """
-        noises = [noise.to(self.device) for noise in draws["flow_noise"]]
-        z = self._latents(features, draws["vae_noise"])
+        ids = [self._text_ids(text) if kept else [] for text, kept in zip(texts, draws["text_kept"])]
+        z, noises = self._latents(features, draws["vae_noise"]), [noise.to(self.device) for noise in draws["flow_noise"]]
         vits = [f["vit"] for f in features] if condition == "vit" else None
         clean = self._latents(features, draws["condition_noise"]) if condition == "vae" else None
         contexts = [c.seen_from_the_latents(self.config) for c in self._contexts(ids, vits, clean, z)[0]]
         t = torch.stack(list(draws["timestep_normal"])).to(self.device).sigmoid()
-        t = self.timestep_shift * t / (1 + (self.timestep_shift - 1) * t)
         x = [(1 - ti) * zi + ti * noise for ti, zi, noise in zip(t, z, noises)]
         return self._velocity(contexts, x, t), [noise - zi for zi, noise in zip(z, noises)], t
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """Cross-entropy of the answers' tokens: ViT block, then a text block per question and per answer, all causal.
-
-        In RecA the understanding expert is frozen, so this is a measure and has no gradient; freeze(train_und=True)
-        gives it one. features without "vit" are texts without an image. The loss is the mean over all answer tokens
-        (end marker included) of all ranks.
-        """
-        ids, labels = [[] for _ in conversations], [[] for _ in conversations]
+        """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a text
+        block per question and per answer, all causal. Conversations are lists of (question, answer); features without
+        "vit" are texts without an image. In RecA the understanding expert is frozen, so this is a measure and has no
+        gradient; freeze(train_und=True) gives it one."""
+        ids, labels, total, count = [[] for _ in conversations], [[] for _ in conversations], 0.0, 0
         for turns, row, label in zip(conversations, ids, labels):
             for text, learn in ((text, k) for pair in turns for k, text in enumerate(pair) if text):
                 block = self._text_ids(text)
                 row += block
                 label += [i if learn else -100 for i in block[1:]] + [-100]     # row j predicts id j + 1 of its block
-        return self._answer_loss([f.get("vit") for f in features], ids, labels)
-
-    def _answer_loss(self, vits, ids, labels):
-        contexts, _, rows = self._contexts(ids, vits, read="und")
-        total, count = 0.0, 0
+        contexts, rows = self._contexts(ids, [f.get("vit") for f in features], read="und")
         for context, hidden in zip(contexts, rows):                                                   # hidden [B, L, D]
             target = torch.tensor([labels[i] for i in context.images], device=self.device)
-            keep = target != -100
-            logits = self.language_model["lm_head"](hidden[keep])                      # only the rows that are asked
-            total = total + F.cross_entropy(logits.float(), target[keep], reduction="sum")
-            count += int(keep.sum())
+            logits = self.language_model["lm_head"](hidden[target != -100])            # only the rows that are asked
+            total = total + F.cross_entropy(logits.float(), target[target != -100], reduction="sum")
+            count += len(logits)
         return common.global_mean(total, count)
 
     # ==================================================================================================
@@ -801,39 +736,28 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
-        """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024 pixels).
-
-        seed: see Rng.sampling. draws: {"noise": [h, w, C] per image}. sampler: what differs from GENERATE; progress=True
-        shows a bar. The guidance's text-free context is empty, its latents stand at position 0.
-        """
-        sizes = [self.config.image_size if size is None else size] * len(prompts)
-        return self._paint([{} for _ in prompts], prompts, sizes, seed, draws, **GENERATE | sampler)
+        """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024 pixels). seed: see
+        Rng.sampling. draws: {"noise": [h, w, C] per image}. sampler: what differs from GENERATE; progress=True shows a bar.
+        The guidance's text-free context is empty, its latents stand at position 0."""
+        size = self.config.image_size if size is None else size
+        return self._paint([{} for _ in prompts], (), prompts, size, seed, draws, **GENERATE | sampler)
 
     @torch.no_grad()
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, size=None, **sampler):
         """Image to image through the understanding embeddings alone (ViT at und_size, then a template): PIL in and out.
-
-        size: of the output, default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings
-        of the original's notebook (whose ViT sees more, 518 px, than in training).
-        """
+        size: default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings of the original's
+        notebook (whose ViT sees more, 518 px, than in training)."""
         samples = [self.preprocess(image, "recon") for image in images]
-        sizes = [s["vae"].shape[1:] if size is None else size for s in samples]
-        features = self.encode([{self.condition: s[self.condition]} for s in samples], "recon")
         templates = templates or [common.SEED_TEMPLATE] * len(images)
-        return self._paint(features, templates, sizes, seed, draws, **RECONSTRUCT | sampler)
+        return self._paint(samples, (self.condition,), templates, size, seed, draws, **RECONSTRUCT | sampler)
 
     @torch.no_grad()
     def edit(self, images, instructions, *, seed=0, draws=None, size=None, **sampler):
-        """Edit images by instruction: VAE block, ViT block, text. PIL in and out; `size` by default that of the input,
-        by the VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an
-        image guidance of 1.5, its function and its notebook have 2.0). The ViT sees the photo as resized for the VAE, as in
-        the original inferencer. draws: {"noise", "vae_noise": [16, 2 h, 2 w] per image}.
-        """
-        c, images = self.config, [self._resized(image, self.config.vae_limits, self.config.stride) for image in images]
-        samples = [{"vae": common.to_tensor(image), "vit": common.to_tensor(self._resized(
-            image, c.edit_limits, c.vit_patch_size))} for image in images]
-        sizes = [s["vae"].shape[1:] if size is None else size for s in samples]
-        return self._paint(self.encode(samples, "edit"), instructions, sizes, seed, draws, **EDIT | sampler)
+        """Edit images by instruction: VAE block, ViT block, text. PIL in and out; `size` by default that of the input, by
+        the VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an image
+        guidance of 1.5, its function and its notebook have 2.0). draws: {"noise", "vae_noise": [16, 2 h, 2 w]}."""
+        samples = [self.preprocess(image, "edit") for image in images]
+        return self._paint(samples, ("vae", "vit"), instructions, size, seed, draws, **EDIT | sampler)
 
     @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=512):
@@ -844,48 +768,37 @@ class Bagel(nn.Module):
 
     def _describe(self, vits, ids, max_new_tokens):
         """-> lists of new ids, without begin and end. All images decode together until the last one has ended."""
-        contexts = self._contexts(ids, vits)[0]
+        contexts, end = self._contexts(ids, vits)[0], self.config.eos_token_id
+        said = torch.full((len(ids), 1), self.config.bos_token_id, device=self.device)            # [images, ids so far]
         order = [i for context in contexts for i in context.images]
-        answers, said = [[] for _ in ids], torch.full((len(ids),), self.config.bos_token_id, device=self.device)
-        done = torch.zeros(len(ids), dtype=torch.bool, device=self.device)
-        for _ in range(max_new_tokens):
-            words = [self._words(said[c.images][:, None]) for c in contexts]                             # [B, 1, D]
-            rows = self._block(contexts, words, causal=True, read="und")
-            logits = self.language_model["lm_head"](torch.cat([r[:, 0] for r in rows]))                # [B, vocabulary]
-            said[order] = logits.argmax(-1)
-            done |= said == self.config.eos_token_id
-            if bool(done.all()):
-                break
-            for answer, token, ended in zip(answers, said.tolist(), done.tolist()):
-                if not ended:
-                    answer.append(token)
-        return answers
+        while said.shape[1] <= max_new_tokens and not (said == end).any(1).all():
+            rows = self._block(contexts, [self._words(said[c.images, -1:]) for c in contexts], causal=True, read="und")
+            logits = self.language_model["lm_head"](torch.cat(rows)[:, 0])                             # [B, vocabulary]
+            said = torch.cat([said, logits.argmax(-1, keepdim=True)[np.argsort(order)]], dim=1)
+        return [row[1:row.index(end)] if end in row else row[1:] for row in said.tolist()]
 
-    def _paint(self, features, texts, sizes, seed, draws, **sampler):
-        """What generate, reconstruct and edit share: (VAE block) (ViT block) text -> PIL. The blocks are what the features
-        hold; sizes: of the output, a side or (height, width) each. texts may be ids with their markers."""
-        s, most, noise = self.config.stride, self.config.stride * self.config.max_latent_size, []
-        rng = Rng.sampling(seed, len(texts))
-        for size, g in zip(sizes, rng.images):
-            height, width = (size, size) if isinstance(size, int) else size
-            if height % s or width % s or not 0 < height <= most or not 0 < width <= most:
-                raise InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples of {s}, "
-                                 f"at most {most}")
+    def _paint(self, samples, kinds, texts, size, seed, draws, **sampler):
+        """What generate, reconstruct and edit share: (VAE block) (ViT block) text -> PIL. kinds: the blocks to read; size:
+        a side, (height, width), or None: as the sample's VAE pixels."""
+        noise, rng, s = [], Rng.sampling(seed, len(texts)), self.config.stride
+        for sample, g in zip(samples, rng.images):
+            height, width = (size, size) if isinstance(size, int) else size or sample["vae"].shape[1:]
+            if height % s or width % s or min(height, width) < s:
+                raise InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples of {s}")
             noise.append(torch.randn(height // s, width // s, self.config.latent_dim, generator=g))
-        draws = {"noise": noise, **(draws or {})}
-        ids = [self._text_ids(text) if isinstance(text, str) else text for text in texts]
-        vits = [f["vit"] for f in features] if "vit" in features[0] else None
-        clean = None
-        if "mean" in features[0]:
-            if "vae_noise" not in draws:
-                draws["vae_noise"] = [torch.randn(f["mean"].shape, generator=g) for f, g in zip(features, rng.images)]
-            clean = self._latents(features, draws["vae_noise"])
-        full, text_free, _ = self._contexts(ids, vits, clean, noise)
-        image_free = self._contexts(ids, target=noise)[0]
-        latents = self._sample((full, text_free, image_free), draws["noise"], **sampler)
+        features = self.encode([{kind: sample[kind] for kind in kinds} for sample in samples], "edit")
+        draws, vits, clean = {"noise": noise} | (draws or {}), None, None
+        if "vae" in kinds:
+            posterior = [torch.randn(f["mean"].shape, generator=g) for f, g in zip(features, rng.images)]
+            clean = self._latents(features, draws.get("vae_noise", posterior))
+        if "vit" in kinds:
+            vits = [f["vit"] for f in features]
+        ids, nothing = [self._text_ids(text) for text in texts], [[] for _ in texts]
+        given = ((ids, vits, clean), (nothing, vits, clean), (ids, None, None))       # all; no text; no image
+        latents = self._sample([self._contexts(*each, noise)[0] for each in given], draws["noise"], **sampler)
         # (x / 2 + 1 / 2) clamped, times 255, truncated: BAGEL's rounding
-        return [Image.fromarray(((pixels * 0.5 + 0.5).clamp(0, 1) * 255).to(torch.uint8).permute(1, 2, 0).cpu().numpy())
-                for pixels in self._decode(latents)]
+        pictures = [((x / 2 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu() for x in self._decode(latents)]
+        return [Image.fromarray(picture.numpy()) for picture in pictures]
 
     def _sample(self, sets, noise, *, num_steps, timestep_shift, guidance_scale, image_guidance_scale, interval, renorm,
                 renorm_min, progress=False, trace=None):
@@ -893,50 +806,47 @@ class Bagel(nn.Module):
 
         sets: three lists of contexts, with everything, without the last text, without images; they were read once. At a
         guided step the three passes share their rows and run as one batch, each at the position of its own context.
-        num_steps 50 gives 49 evaluations, as in the original. trace: a list that gets (t, x, velocity, both scales).
+        trace: a list that gets (t, x, velocity, both scales).
         """
         if renorm not in ("global", "channel", "text_channel"):
             raise InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
         count, x = len(noise), [n.to(self.device) for n in noise]
         sets = [[c.seen_from_the_latents(self.config, k * count) for c in each] for k, each in enumerate(sets)]
         times = torch.linspace(1, 0, num_steps)
-        times = timestep_shift * times / (1 + (timestep_shift - 1) * times)
-        steps = list(zip(times[:-1].tolist(), times[1:].tolist()))
-        for t, after in tqdm(steps, disable=not progress, desc="sample", leave=False):
+        times = (timestep_shift * times / (1 + (timestep_shift - 1) * times)).tolist()
+        for t, after in tqdm(list(zip(times[:-1], times[1:])), disable=not progress, desc="sample", leave=False):
             # A text scale of 1 or less switches all guidance off, the image one too, as in the original.
             guided = interval[0] < t <= interval[1] and guidance_scale > 1
             passes = 1 + guided + (guided and image_guidance_scale > 1)
             now = torch.full((count * passes,), t, device=self.device)
             v = [vi.float() for vi in self._velocity(sum(sets[:passes], []), x * passes, now)]
+            scales = (guidance_scale, image_guidance_scale) if guided else (1.0, 1.0)
             if guided:
-                v = (v + [None] * count)[:3 * count]                                  # two or three velocities an image
-                v = [self._guide(*v[i::count], guidance_scale, image_guidance_scale, renorm, renorm_min)
-                     for i in range(count)]
+                v = [guide(v[i::count], *scales, renorm, renorm_min) for i in range(count)]
             if trace is not None:
-                trace.append((t, x, v, (guidance_scale, image_guidance_scale) if guided else (1.0, 1.0)))
+                trace.append((t, x, v, scales))
             x = [xi - vi * (t - after) for xi, vi in zip(x, v)]
         return x
 
-    @staticmethod
-    def _guide(v, v_text, v_image, text_scale, image_scale, renorm, renorm_min):
-        """Guidance of one image, [h, w, C] each. v_text: velocity without the last text; v_image: without images, or None.
 
-        A guided velocity is too long; `renorm` shrinks it back to |v|: "global" one factor an image (the original takes
-        one factor a *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a
-        token after the text guidance and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1
-        switches it off.
-        """
-        def shrink(w):
-            axes = (0, 1, 2) if renorm == "global" else -1
-            length, guided = (torch.linalg.vector_norm(y, dim=axes, keepdim=True) for y in (v, w))
-            return w * (length / (guided + 1e-8)).clamp(renorm_min, 1.0)
+def guide(velocities, text_scale, image_scale, renorm, renorm_min):
+    """Guidance of one image. velocities [h, w, C]: with everything, without the last text, and perhaps without images.
 
-        w = v_text + text_scale * (v - v_text)
-        if renorm == "text_channel":
-            w = shrink(w)
-        if v_image is not None:
-            w = v_image + image_scale * (w - v_image)
-        return w if renorm == "text_channel" else shrink(w)
+    A guided velocity is too long; `renorm` shrinks it back: "global" by one factor an image (the original takes one factor
+    a *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a token after the text
+    guidance and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1 switches it off.
+    """
+    def shrink(w):
+        axes = (0, 1, 2) if renorm == "global" else -1
+        length, guided = (torch.linalg.vector_norm(y, dim=axes, keepdim=True) for y in (v, w))
+        return w * (length / (guided + 1e-8)).clamp(renorm_min, 1.0)
+
+    v, v_text, *v_image = velocities
+    w = v_text + text_scale * (v - v_text)
+    w = shrink(w) if renorm == "text_channel" else w
+    if v_image:
+        w = v_image[0] + image_scale * (w - v_image[0])
+    return w if renorm == "text_channel" else shrink(w)
 
 
 # ======================================================================================================
@@ -945,54 +855,47 @@ class Bagel(nn.Module):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "rms_norm_eps", "rope_theta")
-VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 def read_config(folder):
-    """llm_config.json, vit_config.json and, where it says something, config.json -> BagelConfig."""
-    llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
-    rest = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    values = {k: llm[k] for k in LLM_FIELDS if k in llm} | {f"vit_{k}": vit[k] for k in VIT_FIELDS if k in vit}
-    if "num_hidden_layers" in vit:
-        values["vit_num_hidden_layers"] -= 1                    # the last layer is never built, see BagelConfig
-    values |= rest | rest.get("reca", {})
-    return BagelConfig(**{f.name: tuple(values[f.name]) if f.type is tuple else values[f.name]
-                          for f in fields(BagelConfig) if f.name in values})
+    """What write_config has put into config.json, otherwise the released sizes. Raises InputError."""
+    path = folder / "config.json"
+    values = common.read_json(path).get("reca", {}) if path.exists() else {}
+    try:
+        return BagelConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+    except TypeError as error:
+        raise InputError(f"{path}: {error}") from error
 
 
 def write_config(c, folder):
-    """The inverse, such that the original reads its files, too. What it keeps in code stands under "reca"."""
-    llm = {k: getattr(c, k) for k in LLM_FIELDS} | {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"}
-    vit = {k: getattr(c, f"vit_{k}") for k in VIT_FIELDS} | {"model_type": "siglip_vision_model"}
-    vit["num_hidden_layers"] += 1
-    rest = {"architectures": ["BagelForConditionalGeneration"], "reca": asdict(c)}
-    for name, values in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", rest)):
-        (folder / name).write_text(json.dumps(values, indent=2))
+    """config.json for us, and what the original reads: llm_config.json and vit_config.json (see vit_num_hidden_layers)."""
+    values = asdict(c)
+    vit = {name.removeprefix("vit_"): v for name, v in values.items() if name.startswith("vit_")}
+    vit |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vit_num_hidden_layers + 1}
+    llm = {name: values[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rope_theta",
+                                           "num_attention_heads", "num_key_value_heads", "rms_norm_eps")}
+    llm |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    config = {"architectures": ["BagelForConditionalGeneration"], "reca": values}
+    for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
+        common.write(folder / name, content)
 
 
 def as_linear(name, tensor):
     """The VAE's attention has 1 x 1 convolutions in the file, [out, in, 1, 1], and linears in diffusers."""
-    return tensor.flatten(1) if ".attentions." in name and tensor.dim() == 4 else tensor
+    return tensor.flatten(1) if "attentions" in name and tensor.dim() == 4 else tensor
 
 
 def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
-    """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at
-    least `shortest`. Where both cannot be had the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168.
-
-    Above max_pixels the original multiplies the sides by the ratio of the *areas*, not its root. At 1024 / 512 and 980
-    / 224 the bound is never reached; we follow it so that other limits give the same sizes as there.
-    """
+    """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at least
+    `shortest`. Where both cannot be had the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168. Above max_pixels
+    (never at our limits) the original multiplies the sides by the ratio of the *areas*, not its root; so do we."""
     def scaled(w, h, scale):
         return tuple(max(stride, round(round(side * scale) / stride) * stride) for side in (w, h))
 
     w, h = scaled(width, height, max(min(longest / max(width, height), 1.0), shortest / min(width, height)))
     if w * h > max_pixels:
         w, h = scaled(w, h, max_pixels / (w * h))
-    if max(w, h) > longest:
-        w, h = scaled(w, h, longest / max(w, h))
-    return w, h
+    return scaled(w, h, longest / max(w, h)) if max(w, h) > longest else (w, h)
 
 
 # ======================================================================================================
@@ -1010,20 +913,16 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 #     an image of 1024 px, checkpointing     + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
 #     the layer that is being recomputed    + ~1.5 GB an image of the batch   (the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
-# The original holds float32 masters, gradients, two moments and an average also for the 7.1 billion parameters that cannot
+# The original holds float32 masters, gradients, two moments and an average also for 7.1 billion parameters that cannot
 # move: 283 GB over its GPUs. Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the decoder layers is divided by
 # n: float32 AdamW then needs 8 cards of 40 GB, or 2 of 80 GB.
 
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and moments in bf16, rounded
-    stochastically.
-
-    bf16 keeps 8 bits: an update below 1/256 of a weight is lost by rounding to nearest, at every step, and 4e-5 against
-    weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut off, is right
-    in the mean. For the moments it keeps small gradients alive beside large ones. Draws follow from (seed, update, rank),
-    so a resumed run draws what the uninterrupted one would have drawn.
-    """
+    stochastically. bf16 keeps 8 bits: an update below 1/256 of a weight is lost by rounding to nearest, at every step, and
+    4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut off,
+    is right in the mean. Draws follow from (seed, update, rank), so that a resumed run draws the same."""
 
     def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0})
@@ -1034,17 +933,16 @@ class StochasticAdamW(torch.optim.Optimizer):
         for group in self.param_groups:
             group["updates"] += 1
             (beta1, beta2), n, generator = group["betas"], group["updates"], None
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
+            for p in (p for p in group["params"] if p.grad is not None):
                 state = self.state[p]
                 if not state:
                     state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
                 # Sharded weights are DTensors; everything here is elementwise, so each rank works on its own part.
                 tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
                 weight, grad, m, v = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-                generator = generator or torch.Generator(weight.device).manual_seed(
-                    common.stable_seed(self.seed, "rounding", n, common.world()[0]))
+                if generator is None:
+                    key = common.stable_seed(self.seed, "rounding", n, common.world()[0])
+                    generator = torch.Generator(weight.device).manual_seed(key)
                 grad = grad.float()
                 first = m.float().lerp_(grad, 1 - beta1)
                 second = v.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
@@ -1082,18 +980,15 @@ def shard(model):
 
 def unshard(model, whole=True):
     """Gather all weights on every rank (whole=False: give them back), so that one can sample alone. All must call."""
-    parts = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    for module in parts:
-        module.set_reshard_after_forward(not whole)
+    for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
+        module.set_reshard_after_forward(not whole, recurse=False)
         module.unshard() if whole else module.reshard()
 
 
 class BagelTrainer(common.Trainer):
-    """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews when sharded.
-
-    A checkpoint holds the files of the release (bf16 after training on GPUs: it can be used as it is), and in shards/ the
-    exact trained weights and the optimizer, written by each rank for itself with torch.distributed.checkpoint.
-    """
+    """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews when sharded. A
+    checkpoint holds the files of the release (bf16 after training on GPUs: it can be used as it is), and in shards/ the
+    exact trained weights and the optimizer, written by each rank for itself with torch.distributed.checkpoint."""
 
     def __init__(self, model, streams, args, show=None, **more):
         def show_together(step):
@@ -1102,7 +997,7 @@ class BagelTrainer(common.Trainer):
             if dist.is_initialized():
                 dist.barrier()
             unshard(model, whole=False)
-        super().__init__(model, streams, args, show_together if show else None, **more)
+        super().__init__(model, streams, args, show and show_together, **more)
 
     def _shards(self):
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -1111,30 +1006,27 @@ class BagelTrainer(common.Trainer):
     def save(self):
         """As in common.py, but all ranks take part."""
         folder, temporary = self.out / f"checkpoint-{self.step:06d}", self.out / f".tmp-checkpoint-{self.step:06d}"
-        main_process = common.world()[0] == 0
         bf16 = self.model.device.type == "cuda" and self.args.precision == "bf16"
         try:
             self.model.save_pretrained(temporary, dtype=torch.bfloat16 if bf16 else None)
             with warnings.catch_warnings(action="ignore"):            # "no process group": one process, as it should be
                 dcp.save(self._shards(), checkpoint_id=temporary / "shards")
-            if main_process:
+            if common.world()[0] == 0:
                 torch.save({"step": self.step, "seen": self.seen}, temporary / "trainer.pt")
-                shutil.rmtree(folder, ignore_errors=True)
+                common.remove(folder)
                 temporary.rename(folder)
                 for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
                     shutil.rmtree(old)
         except (OSError, dcp.api.CheckpointException, RuntimeError, SafetensorError) as error:
-            raise InputError(f"cannot write {folder}: {str(error).splitlines()[0]}; the checkpoints before it are kept") from error
-        finally:
-            if main_process:
-                shutil.rmtree(temporary, ignore_errors=True)
+            common.remove(temporary)
+            reason = f"{common.brief(error)}; the checkpoints before it are kept"
+            raise InputError(f"cannot write {folder}: {reason}") from error
         if dist.is_initialized():
             dist.barrier()
 
     def resume(self, folder):
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state, shards = torch.load(folder / "trainer.pt", weights_only=True), self._shards()
         self.step, self.seen = state["step"], state["seen"]
-        shards = self._shards()
         with warnings.catch_warnings(action="ignore"):
             dcp.load(shards, checkpoint_id=folder / "shards")                              # weights in place
         set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
@@ -1234,42 +1126,38 @@ def flags(parser):
     add = parser.add_argument_group("BAGEL only").add_argument
     add("--condition", choices=("vit", "vae"), default="vit",
         help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    add("--optimizer", choices=("auto", "bf16", "fp32"), default="auto",
-        help="bf16: weights and moments in bf16, stochastic rounding (8 bytes a weight); fp32: float32 masters and "
-             "AdamW (16 bytes); auto: what fits")
+    add("--optimizer", choices=("auto", "bf16", "fp32"), default="auto", help="bf16: weights and moments in bf16, stochastic "
+        "rounding (8 bytes a weight); fp32: float32 masters and AdamW (16 bytes); auto: what fits")
     add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
     add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
-    add("--image-guidance-scale", type=float, default=2.0,
-        help="of --edit (default 2.0; the original's ImgEdit command line: 1.5)")
+    add("--image-guidance-scale", type=float, default=EDIT["image_guidance_scale"], help="of --edit (the original: 2 or 1.5)")
 
 
 def prepare(model, args):
     """Called before training: picks what fits, says so, shards. -> arguments for the Trainer."""
     ranks, cuda = common.world()[1], model.device.type == "cuda"
     trained = [p for p in model.parameters() if p.requires_grad]
-    count, choice = sum(p.numel() for p in trained), args.optimizer
-    if choice == "auto":
-        room = torch.cuda.get_device_properties(model.device).total_memory if cuda else float("inf")
+    count, bf16 = sum(p.numel() for p in trained), args.optimizer == "bf16"
+    if args.optimizer == "auto" and cuda:
         layers = sum(p.numel() for layer in model.blocks() for p in layer.parameters() if not p.requires_grad)
         whole = sum(p.numel() for p in model.parameters() if not p.requires_grad) - layers
         copies = 2 * count if ranks == 1 else 0               # autocast's bf16 copies; FSDP makes one layer's at a time
         need = (16 * count + 2 * layers) / ranks + 2 * whole + copies + 3e9 * args.batch + 3e9
-        choice = "fp32" if need < room else "bf16"
-    if choice == "bf16":
-        for p in trained:
-            p.data = p.data.to(torch.bfloat16)
+        bf16 = need >= torch.cuda.get_device_properties(model.device).total_memory
+    for p in trained if bf16 else ():
+        p.data = p.data.to(torch.bfloat16)
     if cuda and count > 1e9:
         args.checkpointing = True                     # without it one image of 1024 px keeps about 25 GB of activations
     if ranks > 1:
         shard(model)
     groups, options = model.parameter_groups(args.weight_decay), {"lr": args.lr, "betas": args.betas, "eps": args.eps}
-    if choice == "bf16":
+    if bf16:
         optimizer = StochasticAdamW(groups, **options, seed=args.seed)
         told = "bf16 weights and moments with stochastic rounding (8 bytes a weight, gradient included)"
     else:
         optimizer, told = torch.optim.AdamW(groups, **options, fused=cuda), "float32 masters and AdamW (16 bytes a weight)"
     if common.world()[0] == 0:
-        told += f", FSDP2 over {ranks} ranks" * (ranks > 1) + ", activation checkpointing" * args.checkpointing
+        told += (f", FSDP2 over {ranks} ranks" if ranks > 1 else "") + (", checkpointing" if args.checkpointing else "")
         print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {model.device.type}: {told} [--optimizer {args.optimizer}]")
     return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})   # FSDP2 has averaged
 
@@ -1286,12 +1174,13 @@ def edit_jobs(path, sources, out):
     table = common.read_json(path, lines=gedit)
     try:
         for key, row in enumerate(table) if gedit else table.items():
-            image, text, name = row.get("id"), row.get("prompt"), key
             if gedit:
-                image, text = row.get("image", f"{row['key']}.png"), row["instruction"]
-                name = "/".join(("gen_image/fullset", row["task_type"], row["instruction_language"], row["key"]))
-            paths = [common.inside(out, f"{name}{end}.png") for end in ("", "_SRCIMG")[:1 + gedit]]
-            jobs.append((image, sources / image, text + "", paths))
+                image, text = row.get("image", f"{row['key']}.png"), common.text_in(row, "instruction")
+                key = "/".join(("gen_image/fullset", row["task_type"], row["instruction_language"], row["key"]))
+            else:
+                image, text = row["id"], common.text_in(row, "prompt")
+            paths = [common.inside(out, f"{key}{end}.png") for end in ("", "_SRCIMG")[:1 + gedit]]
+            jobs.append((image, sources / image, text, paths))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: row {len(jobs) + 1} is not as in ImgEdit's singleturn.json or GEdit's .jsonl") from error
     return jobs
@@ -1317,12 +1206,11 @@ def main():
     Bagel.condition = args.condition
     if args.lambda_i2t:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
-    jobs = edit_jobs(args.edit, args.edit_images, args.out) if args.edit else []       # refused before anything is loaded
+    jobs = edit_jobs(args.edit, args.edit_images, args.out) if args.edit else []      # refused before anything is loaded
     if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
         common.run(Bagel, args, pretrain_toy, prepare, BagelTrainer)
     if jobs and common.world()[0] == 0:
-        trained = sorted(Path(args.out).glob("checkpoint-*")) if args.steps else []
-        source = trained[-1] if trained else args.model
+        source = sorted(Path(args.out).glob("checkpoint-*"))[-1] if args.steps else args.model
         source = common.toy_folder(Bagel, args, pretrain_toy) if source == "tiny" else source
         dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
         model = Bagel.from_pretrained(str(source), "cuda" if torch.cuda.is_available() else "cpu", dtype)
