@@ -906,8 +906,8 @@ def describe_first(model, args, rows, path):
 # ======================================================================================================
 # 7. The toy world
 # ======================================================================================================
-# 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be said in
-# words, and every picture can be read back exactly: by comparing each cell with the 32 things it could hold. So what
+# 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
+# said in words, and every picture can be read back exactly, by comparing each cell with the 32 things it could hold: what
 # a benchmark's detector estimates at full size is known here without error.
 
 SHAPES = ("circle", "square", "triangle", "cross")
@@ -937,23 +937,20 @@ def random_scene(rng, objects=None):
 
 
 def draw_scene(scene, size=64):
-    """-> PIL RGB size x size."""
+    """-> PIL RGB size x size (size is even)."""
     half = size // 2
-    canvas = np.full((size, size, 3), 255.0, np.float32)
+    canvas = np.full((2, half, 2, half, 3), 255, np.uint8)                        # [row, y in it, column, x in it, RGB]
     for place, shape, color in scene:
-        row, column = divmod(place, 2)
-        canvas[row * half:(row + 1) * half, column * half:(column + 1) * half] = _cell(half)[1 + shape * 8 + color]
-    return Image.fromarray(canvas.astype(np.uint8))
+        canvas[place // 2, :, place % 2] = _cell(half)[1 + shape * 8 + color]
+    return Image.fromarray(canvas.reshape(size, size, 3))
 
 
 def read_scene(image):
-    """PIL -> the scene that it shows. A cell that is near nothing (root mean square distance over 0.2) holds (place, None, None)."""
-    size = image.width - image.width % 2
-    pixels, half, scene = np.asarray(image.convert("RGB").resize((size, size)), np.float32), size // 2, []
+    """PIL -> the scene that it shows; (place, None, None) for a cell near nothing (root mean square distance > 0.2)."""
+    half, scene = image.width // 2, []
+    pixels = np.asarray(image.convert("RGB").resize((2 * half, 2 * half)), np.float32).reshape(2, half, 2, half, 3)
     for place in range(4):
-        row, column = divmod(place, 2)
-        cell = pixels[row * half:(row + 1) * half, column * half:(column + 1) * half]
-        distance = np.sqrt(((_cell(half) - cell) ** 2).mean((1, 2, 3))) / 255
+        distance = np.sqrt(((_cell(half) - pixels[place // 2, :, place % 2]) ** 2).mean((1, 2, 3))) / 255
         best = int(distance.argmin())
         if distance[best] > 0.2:
             scene.append((place, None, None))
@@ -963,11 +960,11 @@ def read_scene(image):
 
 
 def caption(scene, p=1.0, rng=None):
-    """The scene in words. p = 1: everything ("red circle top-left and ..."); else color and place are named with probability p each
-    (rng needed): the sparse captions that the paper says generation is brought up on."""
-    def say(chance):
-        return chance >= 1 or rng.random() < chance
-    return " and ".join(" ".join(([list(COLORS)[color]] if say(p) else []) + [SHAPES[shape]] + ([PLACES[place]] if say(p) else []))
+    """The scene in words: "red circle top-left and ...". p < 1: color and place are named with probability p each (rng
+    needed), the sparse captions that the paper says generation is brought up on."""
+    def say(word):
+        return [word] if p >= 1 or rng.random() < p else []
+    return " and ".join(" ".join([*say(list(COLORS)[color]), SHAPES[shape], *say(PLACES[place])])
                         for place, shape, color in scene)
 
 
@@ -988,25 +985,24 @@ class Shapes:
 
 
 def score_generations(scenes, images):
-    """GenEval's questions, asked of pictures that prompts with full captions made: a fraction of pictures each.
+    """GenEval's questions, asked of the pictures that full captions of `scenes` made, a fraction of pictures each: is
+    the one object, or are both of two, there (its shape), in its place, with its own color?"""
+    pairs, scores = [(scene, read_scene(image)) for scene, image in zip(scenes, images)], {}
 
-    single_object, colors: prompts about one object (its shape is there; with its color). two_object, position, color_attribution: prompts
-    about two (both shapes are there; at their places; each with its own color).
-    """
-    tests = {"single_object": (1, 0, 0), "two_object": (2, 0, 0), "colors": (1, 0, 1), "position": (2, 1, 0), "color_attribution": (2, 0, 1)}
-    scores = {}
-    for name, (objects, place, color) in tests.items():
-        def seen(scene):
-            return {(o[1], o[0] if place else 0, o[2] if color else 0) for o in scene if o[1] is not None}
-        cases = [(scene, image) for scene, image in zip(scenes, images) if len(scene) == objects]
-        scores[name] = sum(seen(scene) <= seen(read_scene(image)) for scene, image in cases) / max(1, len(cases))
+    def told(scene, fields):
+        return {tuple(thing[field] for field in fields) for thing in scene}
+
+    for name, objects, fields in (("single_object", 1, [1]), ("two_object", 2, [1]), ("colors", 1, [1, 2]),
+                                  ("position", 2, [0, 1]), ("color_attribution", 2, [1, 2])):
+        hits = [told(scene, fields) <= told(seen, fields) for scene, seen in pairs if len(scene) == objects]
+        scores[name] = sum(hits) / max(1, len(hits))
     return {**scores, "overall": sum(scores.values()) / len(scores)}
 
 
 def score_toy(model, size, count, seed, options):
-    """{"reconstruction": ..., "single_object": ..., ..., "overall": ...} on held-out scenes. reconstruction: the fraction of images whose every
+    """The scores of score_generations on held-out scenes, and "reconstruction": the fraction of images whose every
     shape, color and place comes back from the model's own understanding embeddings."""
-    rng = np.random.default_rng((seed, 999_999))                                    # no training scene has this generator
+    rng = np.random.default_rng((seed, 999_999))                                  # no training scene has this generator
     scenes = [random_scene(rng) for _ in range(count)]
     seeds = list(range(seed * 1000, seed * 1000 + count))
     pictures = model.reconstruct([draw_scene(s, size) for s in scenes], seed=seeds, **options)
@@ -1017,15 +1013,14 @@ def score_toy(model, size, count, seed, options):
 
 
 def tiny_tokenizer(special_tokens=()):
-    """A word-level tokenizer for the tiny models: the toy world's words, the templates' words, the prompts' words; other words are [UNK].
-
-    special_tokens: the architecture's own markers, in the order of their ids behind the words. Newlines are tokens.
-    """
+    """A word-level tokenizer for the tiny models: the words of the toy world, the templates and the prompts; others are
+    [UNK], newlines are tokens. special_tokens: the architecture's markers, their ids follow the words' in this order."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     pattern = r"\n|[\w-]+|[^\s\w]"
-    text = " ".join([*templates(), *SHAPES, *COLORS, *PLACES, "and user assistant system generate an image : , . ? ! \n",
-                     "a chat between curious artificial intelligence gives helpful detailed polite answers to questions s '"])
+    text = " ".join([*templates(), *SHAPES, *COLORS, *PLACES, "and user assistant system generate an image : , . ? ! \n"
+                     " a chat between curious artificial intelligence gives helpful detailed polite answers to",
+                     "questions s '"])
     words = list(dict.fromkeys(re.findall(pattern, text.lower())))
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
@@ -1046,13 +1041,14 @@ def crowded_scene(rng):
 
 
 def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
-    """One stage of a tiny model's pretraining: `steps` of AdamW on loss(positions) with a warm-up and a cosine to a tenth. Used by the scripts."""
+    """One stage of a tiny model's pretraining: `steps` of AdamW on loss(positions), warm-up and a cosine to a tenth."""
     parameters = list(parameters)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     bar = tqdm(range(steps), desc=f"toy pretraining: {title}", unit="step", dynamic_ncols=True)
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, lr, min(warmup, steps // 4), 0) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+            cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
+            group["lr"] = learning_rate(step, lr, min(warmup, steps // 4), 0) * cosine
         value = loss(range(step * batch, (step + 1) * batch))
         value.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
