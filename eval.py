@@ -178,10 +178,9 @@ class Item:
 # ======================================================================================================
 
 class Endpoint:
-    """Any OpenAI-compatible endpoint, through the standard library. The key comes from OPENAI_API_KEY only.
-
-    Time-outs, broken connections, 408, 409, 429, 5xx and odd bodies are asked again with growing pauses; another 4xx (a
-    refused picture) fails its item. A wrong key or address, an empty account or a redirect stops the run."""
+    """Any OpenAI-compatible endpoint, through the standard library. The key comes from OPENAI_API_KEY only. Time-outs,
+    broken connections, 408, 409, 429, 5xx and odd bodies are asked again with growing pauses; another 4xx (a refused
+    picture) fails its item. A wrong key or address, an empty account or a redirect stops the run."""
     def __init__(self, args):
         url = urllib.parse.urlsplit(args.judge_url)
         require(url.scheme in ("http", "https") and url.hostname and not url.username and not url.query,
@@ -305,9 +304,8 @@ class LocalJudge:
                 self.processor = transformers.AutoProcessor.from_pretrained(name)
             self.model = load_model(transformers.AutoModelForImageTextToText, name, device,
                                     dtype=torch.float32 if device == "cpu" else torch.bfloat16)
-        self.tokenizer = self.processor.tokenizer
-        self.tokenizer.padding_side = "left"                   # generation starts at the right edge
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        tokenizer = self.processor.tokenizer
+        tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
 
     def inputs(self, items):
         texts = [self.processor.apply_chat_template(item.chat(lambda p: {"type": "image"}), add_generation_prompt=True,
@@ -320,9 +318,9 @@ class LocalJudge:
         inputs = {name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
                   for name, value in self.inputs(items).items()}
         out = self.model.generate(**inputs, max_new_tokens=max(item.max_tokens for item in items), do_sample=False,
-                                  pad_token_id=self.tokenizer.pad_token_id)
-        texts = self.tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1]:], skip_special_tokens=True)
-        return [text.strip() for text in texts]
+                                  pad_token_id=self.processor.tokenizer.pad_token_id)
+        out = out[:, inputs["input_ids"].shape[1]:]            # the prompts are padded on the left: replies start here
+        return [text.strip() for text in self.processor.batch_decode(out, skip_special_tokens=True)]
 
 def judge_name(args):
     """Stands in the table, and in the journal: a reply counts for the judge that gave it."""
@@ -360,10 +358,6 @@ def judge_prompt(path, *fields):
     require(texts, f"{path}: no judge text with {' and '.join('{' + f + '}' for f in fields)} in it")
     return max(texts, key=len), system
 
-def fill(text, **values):
-    """Not str.format: judge texts are full of braces."""
-    return re.sub(r"\{(" + "|".join(values) + r")\}", lambda match: str(values[match[1]]), text)
-
 # ======================================================================================================
 # 3. The loop: what is done is skipped, what is judged is written down at once
 # ======================================================================================================
@@ -392,13 +386,9 @@ def percent(value):
         return {name: percent(part) for name, part in value.items()}
     return None if value is None else 100 * value
 
-def result_folder(out, args):
-    return (out if out.is_dir() else out.parent) / "eval" / args.benchmark
-
 def judge_all(out, items, problems, args, judge):
-    """Ask about every item that has no valid line in OUT's journal -> {item id: value}. Bad files are named first.
-
-    A line counts while pictures, text and judge are the same and its reply still parses: changed pictures are judged
+    """Ask about every item that has no valid line in OUT's journal -> {item id: value}. Bad files are named first. A
+    line counts while pictures, text and judge are the same and its reply still parses: changed pictures are judged
     anew, a better parser needs no new replies. Failures are written down too, and tried again in the next run."""
     twice = [name for name, n in Counter(item.id for item in items).items() if n > 1]
     require(not twice, f"the prompt file has {', '.join(twice[:1])} twice")
@@ -419,7 +409,7 @@ def judge_all(out, items, problems, args, judge):
     problems.stop(args.strict)
     require(keys, f"{out}: nothing to score; {'; '.join(problems.lines()) or 'no image of a known prompt'}")
     items = [item for item in items if item.id in keys]
-    with open_journal(result_folder(out, args) / "items.jsonl") as (records, add):
+    with open_journal(out / "eval" / args.benchmark / "items.jsonl") as (records, add):
         for item in items:
             old = records.get(item.id, {})
             known = old.get("key") == keys[item.id] and old["reply"] is not None
@@ -622,7 +612,6 @@ def geneval_replies(items, detector, clip):
 
 def geneval(out, args, problems):
     """GenEval (Ghosh et al. 2023, github.com/djghosh13/geneval): 553 prompts about objects, counts, colors, places.
-
     OUT/<index, 5 digits>/metadata.jsonl, OUT/<index>/samples/<digits>.png, 4 each. Official: mmdet 2's Mask2Former
     Swin-S, open_clip's ViT-L/14. Here: the same architectures in transformers, float32; Meta's detector weights."""
     rows, items, work = read_rows(args.prompts, "tag", "include", "prompt"), [], {}
@@ -671,9 +660,8 @@ def dpg_questions(rows):
     return items
 
 def dpg_summary(items, answers):
-    """answers: file -> one {question id: reply} per pass. Score = 100 x mean over files of the mean over passes.
-
-    A question whose parent failed fails too. The walk is in file order: a zero passes down a chain, but a parent that
+    """answers: file -> one {question id: reply} per pass. Score = 100 x mean over files of the mean over passes. A
+    question whose parent failed fails too. The walk is in file order: a zero passes down a chain, but a parent that
     stands after its child is not zeroed yet. A file with a dependency that does not exist has failed. Categories use
     the answers before zeroing, so they do not average to the score; officially those of the last pass only."""
     files, failed, fine = {}, [], []
@@ -695,7 +683,6 @@ def dpg_summary(items, answers):
 
 def dpg(out, args, problems):
     """DPG-Bench (Hu et al. 2024, github.com/TencentQQGYLab/ELLA): 1065 long prompts, 4 images each, yes/no questions.
-
     OUT/<name>.png, a 2 x 2 grid of samples of side --grid (what --generate writes), or OUT/<name>_<k>.png (RecA's; its
     scorer asks four times the same). Official judge: mPLUG-large VQA (ModelScope); a stand-in is stricter."""
     def read(text):
@@ -771,7 +758,6 @@ def wise_summary(rows):
 
 def wise(out, args, problems):
     """WISE (Niu et al. 2025, github.com/PKU-YuanGroup/WISE): 1000 prompts that need knowledge, OUT/<prompt_id>.png.
-
     --prompts: the folder with the three JSON lists, or one. --judge-prompt: the official gpt_eval.py, or a text with
     {prompt} and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens."""
     source = Path(args.prompts)
@@ -779,9 +765,11 @@ def wise(out, args, problems):
     rows = [row for f in files for row in read_rows(f, "Prompt", "Explanation", "Subcategory", "prompt_id")]
     rows = {str(row["prompt_id"]): row for row in sorted(rows, key=lambda row: row["prompt_id"])[:args.limit]}
     text, system = judge_prompt(args.judge_prompt, "explanation", "prompt")
-    items = [Item(k, [Picture(find_image(k, out))], fill(text, prompt=row["Prompt"], explanation=row["Explanation"]),
-                  strict_wise, system, 2000, prompt=row["Prompt"], mark=lambda found: wise_score(**found))
-             for k, row in rows.items()]
+    items = []
+    for key, row in rows.items():
+        question = text.replace("{prompt}", row["Prompt"]).replace("{explanation}", row["Explanation"])
+        items.append(Item(key, [Picture(find_image(key, out))], question, strict_wise, system, 2000,
+                          prompt=row["Prompt"], mark=lambda found: wise_score(**found)))
 
     def add_up(values):
         summary = wise_summary([(rows[k]["prompt_id"], rows[k]["Subcategory"], *v.values()) for k, v in values.items()])
@@ -806,7 +794,6 @@ strict_compbench = strict(parse_compbench, lambda value: 0 <= value <= 100)     
 
 def compbench(out, args, problems):
     """T2I-CompBench as the paper scores it (appendix F.4, after SRUM, github.com/WayneJin0918/SRUM): 2670 prompts.
-
     OUT/<category>/<Question_id>.png, or in <category>/samples/. The judge rates 0-100 how well the image fits; paper:
     Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Complex: the mean of three; Overall: of all ten (fits Table 12)."""
     text, _ = judge_prompt(args.judge_prompt, "prompt")
@@ -816,7 +803,7 @@ def compbench(out, args, problems):
         category[key] = re.sub(r"[\s-]+", "_", row["Category"].strip().lower())
         require(category[key] in (*COMPBENCH, *COMPLEX), f"{args.prompts}: unknown category {row['Category']!r}")
         picture = Picture(find_image(row["Question_id"], folder, folder / "samples"))
-        items.append(Item(key, [picture], fill(text, prompt=row["Question"]), strict_compbench, image_first=True,
+        items.append(Item(key, [picture], text.replace("{prompt}", row["Question"]), strict_compbench, image_first=True,
                           prompt=row["Question"], mark=lambda value: value / 100))
 
     def add_up(values):
@@ -848,10 +835,9 @@ def imgedit_summary(types, ratings):
     return values, {name: round(value, 2) for name, value in table.items()}
 
 def imgedit(out, args, problems):
-    """ImgEdit, single turn (Ye et al. 2025, github.com/PKU-YuanGroup/ImgEdit): 737 edits, OUT/<key>.png.
-
-    The judge sees the text for the edit's type, source and result, and gives three ratings 1..5. Official judge:
-    gpt-4.1-2025-04-14, default temperature. The paper's rows fit neither overall, by key or by type, exactly."""
+    """ImgEdit, single turn (Ye et al. 2025, github.com/PKU-YuanGroup/ImgEdit): 737 edits, OUT/<key>.png. The judge sees
+    the text for the edit's type, source and result, and gives three ratings 1..5. Official judge: gpt-4.1-2025-04-14,
+    default temperature. The paper's rows fit neither overall, by key or by type, exactly."""
     edits = dict(list(read_rows(args.prompts, "id", "prompt", "edit_type", kind=dict).items())[:args.limit])
     types = {key: edit["edit_type"] for key, edit in edits.items()}
     require(not (unknown := set(types.values()) - set(IMGEDIT)), f"{args.prompts}: unknown edit_type {unknown}")
@@ -925,7 +911,6 @@ def gedit_summary(rows, language="en"):
 
 def gedit(out, args, problems):
     """GEdit-Bench-EN (Liu et al. 2025, data set stepfun-ai/GEdit-Bench): 11 groups of edits, the English rows.
-
     OUT[/gen_image]/fullset/<task_type>/en/<key>.png, the source as <key>_SRCIMG.png. --prompts: the data set as JSON
     lines. VIEScore, the lower of two ratings 0..10: SC sees source and result (resized to the source), PQ the result
     alone; as JPEG. Official judge: gpt-4.1-2025-04-14, 1400 tokens."""
@@ -977,7 +962,6 @@ def pope_metrics(labels, predictions):
 
 def pope(args):
     """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): accuracy and F1 are means over the three categories.
-
     --questions: llava_pope_test.jsonl; --labels: folder of coco_pope_<category>.json, paired with it by position."""
     rows = read_rows(args.questions, "question_id", "image", "text", "category")
     require(args.prepare or args.labels, "pope needs --labels DIR with coco_pope_random.json, _popular, _adversarial")
@@ -1012,9 +996,8 @@ def mme_task(rows):
     return 100 * mean(right) + 100 * mean(a and b for a, b in zip(right[::2], right[1::2])) if rows else None
 
 def mme(args):
-    """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000).
-
-    --questions: folder of 14 <task>.txt: image, question, Yes/No, by tabs. --images: where the images' folders are."""
+    """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000). --questions:
+    folder of 14 <task>.txt: image, question, Yes/No, by tabs. --images: where the images' folders are."""
     rows = []
     for task in MME_TASKS:
         for number, line in enumerate(read_text(file := Path(args.questions) / f"{task}.txt").splitlines()):
@@ -1038,9 +1021,8 @@ def gqa_correct(reply, gold):
     return reply.strip().lower() in [g.strip().lower() for g in ([gold] if isinstance(gold, str) else gold)]
 
 def gqa(args):
-    """GQA, testdev balanced (Hudson & Manning 2019): exact match.
-
-    --questions: testdev_balanced_questions.json, or rows of question_id, image, text, answer."""
+    """GQA, testdev balanced (Hudson & Manning 2019): exact match. --questions: testdev_balanced_questions.json, or rows
+    of question_id, image, text, answer."""
     rows = read_rows(args.questions, kind=(dict, list))
     if isinstance(rows, dict):
         rows = [{"question_id": key, "image": f"{row.get('imageId')}.jpg",
@@ -1097,7 +1079,6 @@ def with_options(question, options):
 
 def mmmu(args):
     """MMMU validation (Yue et al. 2024): accuracy over questions, by MMMU's own parser; `short` by BAGEL's.
-
     --questions: the rows: id, question, options (a list, or its text as released), answer, image or image_1."""
     rows = read_rows(args.questions, "id", "question", "options", "answer")
     for row in rows:
@@ -1113,7 +1094,6 @@ def mmmu(args):
 
 def seed(args):
     """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no letter is wrong.
-
     --questions: SEED-Bench.json, of which the image part counts."""
     rows, = need(read_rows(args.questions, kind=dict), ("questions",), args.questions)
     rows = [row for row in rows if row.get("data_type", "image") == "image"]
@@ -1192,9 +1172,8 @@ def with_sources(out, args, prefix="", **options):
                  json.loads, prompt=str(name), **options) for name in names]
 
 def recon(out, args, problems):
-    """Reconstructions OUT/<name>.png against --sources/<name>.*: PSNR, SSIM, CLIP similarity (unless --clip none).
-
-    The paper shows pictures only (figures 16, 17). Pixel measures are *expected* to be low: RecA reconstructs what the
+    """Reconstructions OUT/<name>.png against --sources/<name>.*: PSNR, SSIM, CLIP similarity (unless --clip none). The
+    paper shows pictures only (figures 16, 17). Pixel measures are *expected* to be low: RecA reconstructs what the
     understanding encoder says, not pixels."""
     items = with_sources(out, args, failure="picture smaller than SSIM's window")
 
@@ -1207,7 +1186,6 @@ SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Colo
 
 def shapes(out, args, problems):
     """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector and no error.
-
     --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All: everything said is there; GenEval-like
     columns need captions of one and of two objects that say everything. --sources: all must come back as it was."""
     require(args.prompts or args.sources, "shapes needs --prompts captions.txt or --sources DIR")
@@ -1240,7 +1218,7 @@ def shows(seen, scene):
     return all(any(all(want in (None, have) for want, have in zip(a, b)) for b in seen) for a in scene)
 
 # ======================================================================================================
-# 9. Tables
+# 9. Tables, and a picture to look at
 # ======================================================================================================
 
 # the function, the columns as in the paper, their decimals, the official judge
@@ -1329,19 +1307,15 @@ def run(args):
         text += [f"- {seed['folder']}: {line}" for seed in row["seeds"] for line in seed["problems"].lines()]
     print(text := "\n".join(text).strip())
     record = {"benchmark": args.benchmark, "judge": name, "columns": benchmark.columns, "rows": rows}
-    folder = Path(args.out) if args.out else result_folder(outputs[-1][1][-1], args)
+    last = outputs[-1][1][-1]
+    folder = Path(args.out or (last if last.is_dir() else last.parent) / "eval" / args.benchmark)
     for file, content in (("scores.json", json.dumps(record, indent=1, allow_nan=False)), ("scores.md", text)):
         with common.atomic(folder / file) as path:
             path.write_text(content + "\n", encoding="utf-8")
     print(folder / "scores.json", folder / "scores.md", file=sys.stderr)
 
-# ======================================================================================================
-# 10. The contact sheet
-# ======================================================================================================
-
 def contact_sheet(args):
     """One picture of the pictures in OUTPUTS with their prompts, framed green (right), red (failed, missing) or grey.
-
     Marks and prompts come from OUT/eval/*/items.jsonl (mean mark below 0.5: failed), else GenEval's metadata.jsonl."""
     tiles = []                                                 # (path, prompt, mark or None)
     for label, out in [(label, path) for label, paths in parse_outputs(args.outputs) for path in paths]:
@@ -1381,7 +1355,7 @@ def contact_sheet(args):
     print(f"{target}: {len(shown)} of {len(tiles)} images, {len(failures)} marked as failed")
 
 # ======================================================================================================
-# 11. The command line
+# 10. The command line
 # ======================================================================================================
 
 class Parser(argparse.ArgumentParser):
