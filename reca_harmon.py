@@ -24,17 +24,15 @@ RecA's step (paper, equation 2) on B images of 512 px: N = 32 x 32 tokens, E = 6
 
 Text to image (L_t2i) is the same without the understanding embeddings; image to text (L_i2t) is the understanding half
 and the language model's head. All but the VAE is trained, and as both halves share it the paper keeps lambda_i2t = 1.
-Sections 4 and 5 are RecA; section 2 is Harmon as it was before, section 6 its sampler.
 
     python reca_harmon.py --model tiny                       everything in minutes on a CPU, no downloads
     python reca_harmon.py --data ./images --steps 5000       RecA on Harmon-1.5B (or --model harmon-0.5b)
     python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 --generate prompts.txt --out pictures
 
-Legend of the shape comments:
-    B images     N = h*w tokens of an image     C = 16 numbers of a token     S side of the image in pixels
-    E buffer tokens     V visible tokens     M masked tokens, V + M = N     D width of the language model
-    De, Dd widths of MAR's encoder and decoder     W width of the diffusion MLP     L ids of a prompt
-    K embeddings of an image     G generated tokens     T places of a sequence     R of them, read
+Legend of the shape comments: B images, S pixels a side, N = h*w tokens of an image, C = 16 numbers of a token, E buffer
+tokens, V visible and M masked tokens (V + M = N), D width of the language model, De and Dd widths of MAR's encoder and
+decoder, W width of the diffusion MLP, L ids of a prompt, K embeddings of an image, G generated tokens, T places of a
+sequence, R of them read.
 """
 import functools
 import math
@@ -225,8 +223,8 @@ class DiffusionMLP(nn.Module):
 
 
 class MAR(nn.Module):
-    """The masked autoencoder: an encoder that sees what is visible, a decoder that fills the rest, the diffusion head.
-    The buffer's places are always visible; in a wholly masked image they are all that the encoder has."""
+    """The masked autoencoder: an encoder of what is visible (the buffer always is), a decoder that fills the rest, and
+    the diffusion head."""
 
     def __init__(self, config):
         super().__init__()
@@ -323,10 +321,10 @@ def denoising_step(at, x_t, noise, v, limit=math.inf):
 
 def diffusion_terms(net, x_0, z, t, noise):
     """MAR's diffusion loss, its two terms for each row: x_0, noise [rows, C], z [rows, Dd], t [rows] -> mse, vb [rows].
-    mse  mean squared error of the predicted noise: the simple loss. float32 (bf16 in the original, under autocast).
-    vb   the variational bound in bits, to train the variance only (the noise is detached in it): the KL between the
-         true and the predicted step; at t = 0 the likelihood of x_0 under a Gaussian in bins of 1/255. Bins that fit
-         8-bit pixels mean little for latents, but the released models were trained with this loss."""
+    mse  mean squared error of the predicted noise, in float32 (the original: bf16, under autocast).
+    vb   the variational bound in bits, to train the variance only (the noise is detached): the KL between the true and
+         the predicted step; at t = 0 the likelihood of x_0 under a Gaussian in bins of 1/255, which fit 8-bit pixels
+         and mean little for latents, but the released models were trained so."""
     def cdf(x):                                                             # of the standard normal, very nearly
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
 
@@ -371,8 +369,8 @@ class Harmon(nn.Module):
         self.vae = AutoencoderKL(
             block_out_channels=[c.vae_width * m for m in c.vae_mult], up_block_types=["UpDecoderBlock2D"] * levels,
             down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
-            latent_channels=c.latent_channels, layers_per_block=c.vae_blocks, norm_num_groups=c.vae_groups)
-        self.vae.requires_grad_(False)
+            latent_channels=c.latent_channels, layers_per_block=c.vae_blocks, norm_num_groups=c.vae_groups,
+        ).requires_grad_(False)
         self.llm = Qwen2ForCausalLM(Qwen2Config(
             vocab_size=c.vocab_size, hidden_size=c.llm_width, intermediate_size=c.llm_mlp,
             num_hidden_layers=c.llm_layers, num_attention_heads=c.llm_heads, num_key_value_heads=c.llm_kv_heads,
@@ -462,20 +460,16 @@ class Harmon(nn.Module):
 
     def _hidden_states(self, embeddings, rows):
         """The language model's last hidden states where they are read: embeddings [B, T, D], rows [B, R] -> [B, R, D].
-        Attention is causal and padding stands at the end (section 4), where nothing sees it: no mask is needed. The
-        last layer needs keys and values of all places, but queries and its MLP only of those that are read: some 200 of
-        1320 in L_recon."""
+        Attention is causal and padding stands at the end (section 4), where nothing sees it: no mask. The last layer
+        needs keys and values of all places, but queries and its MLP only where it is read: some 200 of 1320 in L_recon.
+        """
         llm, last, x = self.llm.model, self.llm.model.layers[-1], embeddings
         rope = llm.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
         for layer in llm.layers[:-1]:
             x = layer(x, attention_mask=None, position_embeddings=rope)
         attention, normed, (cos, sin) = last.self_attn, last.input_layernorm(x), rope                  # [1, T, D/heads]
-
-        def heads(y):                                                                       # -> [B, heads, ., D/heads]
-            return y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)
-
-        q = heads(attention.q_proj(take(normed, rows)))
-        k, v = heads(attention.k_proj(normed)), heads(attention.v_proj(normed))
+        q, k, v = (y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for y in (        # [B, heads, ., D/heads]
+            attention.q_proj(take(normed, rows)), attention.k_proj(normed), attention.v_proj(normed)))
         q = q * cos[0][rows][:, None] + rotate_half(q) * sin[0][rows][:, None]
         k = k * cos + rotate_half(k) * sin
         earlier = torch.arange(x.shape[1], device=x.device) <= rows[..., None]                              # [B, R, T]
@@ -501,7 +495,10 @@ class Harmon(nn.Module):
             home = folder if (folder / "kl16.ckpt").is_file() else common.hub_folder("wusize/harmon", ["kl16.ckpt"])
             vae = common.load_state(home / "kl16.ckpt")
         model = cls.from_states(read_config(folder, state), state, vae, str(path))
-        model.tokenizer = find_tokenizer(folder, model.config)
+        if (folder / "tokenizer_config.json").is_file():
+            model.tokenizer = common.load_tokenizer(folder)
+        elif model.config.llm_width in TOKENIZERS:          # other sizes do without: they take ids only
+            model.tokenizer = common.load_tokenizer(common.hub_folder(TOKENIZERS[model.config.llm_width], SMALL_FILES))
         return model.to(device, dtype).eval()
 
     @classmethod
@@ -601,10 +598,8 @@ class Harmon(nn.Module):
         return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
 
     def _assemble(self, ids, mask, image=None, generated=None):
-        """One sequence out of text, image embeddings and generated tokens.
-        ids, mask [B, L] prompts, padded on the right; with `image`, each has one IMAGE_MARKER, where the image goes
-        image [B, K, D] or None, generated [B, G, D] or None
-        -> embeddings [B, T, D], length [B] without the padding, places [B, L] of the ids in the sequence
+        """Prompts ids, mask [B, L], image embeddings [B, K, D] in place of their IMAGE_MARKERs, and generated tokens
+        [B, G, D] -> embeddings [B, T, D], length [B] without the padding, places [B, L] of the ids in the sequence.
         The original has the padding between prompt and generated tokens, masks it, and lets positions skip it. Here it
         is at the end of the row, to the same effect: positions are plainly 0, 1, 2 ..., and there is no mask."""
         text = self.llm.model.embed_tokens(ids.clamp(min=0).to(self.device))                              # [B, L, D]
@@ -644,7 +639,7 @@ class Harmon(nn.Module):
         """All random draws of recon_loss or t2i_loss. But for num_masked, an image's do not depend on its batch."""
         rng = rng or Rng.fresh(len(features))
         (h, w, C), repeats = features[0]["latents"].shape, self.config.diffusion_repeats
-        # The ratio of masked tokens: normal(1, 0.25) in [0.7, 1], one for the batch, whose images have equal V then.
+        # The ratio of masked tokens: normal(1, 0.25) in [0.7, 1], one for the batch, so that all images have equal V.
         ratio = nn.init.trunc_normal_(torch.empty((), dtype=torch.float64), 1.0, 0.25, 0.7, 1.0, generator=rng.batch)
         return {"drop": rng.uniform() < 0.1,                                            # [B] leave the text out?
                 "orders": rng.permutation(h * w),                                       # [B, N], masked ones first
@@ -696,8 +691,7 @@ class Harmon(nn.Module):
         """Text to image: prompts -> PIL images, in one batch.
         seed      one for each image, or a number s: image i has seed s + i. An image does not depend on its batch
         draws     all random draws, for a replay: see _sample
-        settings  num_steps=64, guidance_scale=3 (1: none), guidance_schedule="constant" or "linear", temperature=1,
-                  progress=False"""
+        settings  num_steps=64, guidance_scale=3 (1: none), guidance_schedule ("linear"), temperature, progress"""
         prompts = self._assemble(*self._pad([self.t2i_prompt(prompt) for prompt in prompts]))
         return self._paint_images(prompts, **settings)
 
@@ -721,7 +715,7 @@ class Harmon(nn.Module):
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     def _paint_images(self, prompts, **settings):
-        """What _assemble returned for B prompts -> B PIL images. Guidance moves away from "Generate an image." alone."""
+        """What _assemble gave for B prompts -> B PIL images. Guidance moves away from "Generate an image." alone."""
         unconditional = self._assemble(*self._pad([self.t2i_prompt()] * len(prompts[0])))
         latents = self._sample([prompts[:2], unconditional[:2]], **settings)
         return [common.to_pil(pixels) for pixels in self._pixels(latents)]
@@ -794,7 +788,8 @@ class Harmon(nn.Module):
 # 3, continued: files, sizes, names
 # ======================================================================================================
 
-TOKENIZER_FILES = ["tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
+TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}        # by width
 
 
 def find_checkpoint(source):
@@ -808,7 +803,7 @@ def find_checkpoint(source):
     if source == "wusize/harmon" and not file:              # several sizes, some 24 GB
         raise InputError(f"wusize/harmon holds several models: give one of {', '.join(RELEASED)}")
     patterns = [file] if file else ["*.index.json", "*.pth", "*.safetensors", "*.bin"]
-    folder = common.hub_folder(source, [*patterns, "kl16.ckpt", "config.json", *TOKENIZER_FILES])
+    folder = common.hub_folder(source, [*patterns, "kl16.ckpt", *SMALL_FILES])
     for pattern in patterns:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
@@ -832,16 +827,6 @@ def read_config(folder, state):
         if widths == [config.llm_width, config.encoder_width] and config.name != "harmon_tiny":
             return config
     raise InputError(f"{folder} is no released Harmon (widths {widths}) and has no config.json with its sizes")
-
-
-def find_tokenizer(folder, config):
-    """The tokenizer in the folder, else the released language model's. Other sizes do without: they take ids only."""
-    if not (folder / "tokenizer_config.json").is_file():
-        source = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}.get(config.llm_width)
-        if source is None:
-            return None
-        folder = common.hub_folder(source, ["config.json", *TOKENIZER_FILES])
-    return common.load_tokenizer(folder)
 
 
 # ======================================================================================================
