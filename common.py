@@ -907,8 +907,8 @@ def describe_first(model, args, rows, path):
 # 7. The toy world
 # ======================================================================================================
 # 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
-# said in words, and every picture can be read back exactly, by comparing each cell with the 32 things it could hold: what
-# a benchmark's detector estimates at full size is known here without error.
+# said in words, and every picture can be read back exactly, by comparing each cell with the 32 things it could hold:
+# what a benchmark's detector estimates at full size is known here without error.
 
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40),
@@ -1014,7 +1014,7 @@ def score_toy(model, size, count, seed, options):
 
 def tiny_tokenizer(special_tokens=()):
     """A word-level tokenizer for the tiny models: the words of the toy world, the templates and the prompts; others are
-    [UNK], newlines are tokens. special_tokens: the architecture's markers, their ids follow the words' in this order."""
+    [UNK], newlines are tokens. special_tokens: the architecture's markers, their ids follow the words'."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
     pattern = r"\n|[\w-]+|[^\s\w]"
@@ -1097,7 +1097,7 @@ FLAGS = (
     ("--lambda-t2i", float, None, "weight of L_t2i; 1 where --captions is given"),
     ("--i2t-data", str, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
     ("--i2t-images", str, None, "folder of its images (default: the folder of the file)"),
-    ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for L_i2t"),
+    ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for it (ours)"),
     ("--captions", str, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
     ("--cache", str, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
     ("--workers", at_least(0), None, "processes that decode images (default: by the number of cores)"),

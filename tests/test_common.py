@@ -54,8 +54,8 @@ def test_templates_are_drawn_with_a_seed(tmp_path):
 def test_every_mode_loads(tmp_path):
     base = noise()
     grey16 = Image.fromarray((np.arange(1200, dtype=np.uint32).reshape(30, 40) * 54).clip(0, 65535).astype(np.uint16))
-    for name, image in {"rgb": base, "l": base.convert("L"), "p": base.quantize(16), "one": base.convert("1"), "la": base.convert("LA"),
-                        "rgba": base.convert("RGBA"), "grey16": grey16}.items():
+    modes = {mode: base.convert(mode) for mode in ("RGB", "L", "1", "LA", "RGBA")}
+    for name, image in {**modes, "p": base.quantize(16), "grey16": grey16}.items():
         image.save(tmp_path / f"{name}.png")
     base.convert("CMYK").save(tmp_path / "cmyk.jpg")
     base.save(tmp_path / "w.webp")
@@ -129,7 +129,9 @@ def make_tar(path, count, prefix=""):
 
 
 def stream_over(rows, seed=0, cache=None):
-    return common.Stream("recon", rows, lambda image, task, rng: {"pixels": common.to_tensor(image)}, seed, common.templates(), cache)
+    def preprocess(image, task, rng):
+        return {"pixels": common.to_tensor(image)}
+    return common.Stream("recon", rows, preprocess, seed, common.templates(), cache)
 
 
 def names(stream, positions):
@@ -141,7 +143,8 @@ def test_a_stream_is_a_shuffled_permutation_every_epoch(tmp_path):
     stream = stream_over(common.Images(tmp_path))
     epochs = [names(stream, range(e * 10, e * 10 + 10)) for e in range(3)]
     assert all(len(set(epoch)) == 10 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    assert names(stream_over(common.Images(tmp_path)), range(17, 23)) == (epochs[1] + epochs[2])[7:13]     # any position, at once
+    entered = names(stream_over(common.Images(tmp_path)), range(17, 23))                      # any position, at once
+    assert entered == (epochs[1] + epochs[2])[7:13]
     assert names(stream_over(common.Images(tmp_path), seed=5), range(10)) != epochs[0]
 
 
@@ -157,7 +160,7 @@ def test_ranks_and_workers_share_without_gap_or_repeat(tmp_path, monkeypatch, wo
     for step in range(4):
         for rank in range(3):
             seen += [item["position"] for item in loaders[rank][step]]
-    assert seen == list(range(24))                                                            # = one process with batch 6
+    assert seen == list(range(24))                                                          # = one process with batch 6
     monkeypatch.setattr(common, "world", lambda: (0, 1))
     resumed = stream_over(rows).batches(12, batch=6, workers=workers)
     assert [item["name"] for item in next(resumed)] == names(stream_over(rows), range(12, 18))
@@ -217,8 +220,8 @@ def test_bad_data_is_one_line(tmp_path, make, message):
 
 def test_conversations_and_captions_name_the_malformed_line(tmp_path):
     noise().save(tmp_path / "a.png")
-    good = {"image": "a.png", "conversations": [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Noise."},
-                                                {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]}
+    said = (("human", "<image>\nWhat?"), ("gpt", "Noise."), ("human", "Sure?"), ("gpt", "Yes."))
+    good = {"image": "a.png", "conversations": [{"from": who, "value": text} for who, text in said]}
     path = tmp_path / "llava.json"
     path.write_text(json.dumps([good, {"conversations": good["conversations"]}]))
     rows = common.Conversations(path, None)
@@ -263,10 +266,10 @@ def test_the_cache_computes_once_and_checks_image_and_settings(tmp_path):
     second = features()
     assert encoder.calls == 4 and all(torch.equal(first[n], second[n]) for n in first)
     features("b")
-    assert encoder.calls == 8                                                                  # other settings: nothing is shared
+    assert encoder.calls == 8                                                        # other settings: nothing is shared
     noise(12, 12, 99).save(tmp_path / "images" / "000.png")
     changed = features()
-    assert encoder.calls == 9 and not torch.equal(changed["000.png"], first["000.png"])          # another image: computed again
+    assert encoder.calls == 9 and not torch.equal(changed["000.png"], first["000.png"])  # another image: computed again
     stored = common.Cache(tmp_path / "cache", "a").path((tmp_path / "images" / "deep" / "001.png").read_bytes())
     stored.write_bytes(stored.read_bytes()[:50])                                              # damaged on disk
     repaired = features()
@@ -274,14 +277,15 @@ def test_the_cache_computes_once_and_checks_image_and_settings(tmp_path):
     assert not list((tmp_path / "cache").rglob(".tmp*"))
 
 
-# ---- random numbers, objective, schedule -------------------------------------------------------------------------------
+# ---- random numbers, objective, schedule -----------------------------------------------------------------------------
 
 
 def test_random_numbers_do_not_depend_on_the_batch():
     whole = common.Rng(3, "recon", 7, positions=[4, 5, 6, 7])
     half = common.Rng(3, "recon", 7, positions=[6, 7])
     assert torch.equal(whole.normal(2, 5)[2:], half.normal(2, 5))
-    assert torch.equal(whole.permutation(9)[2:], half.permutation(9)) and torch.equal(whole.integers(1000, 3)[2:], half.integers(1000, 3))
+    assert torch.equal(whole.permutation(9)[2:], half.permutation(9))
+    assert torch.equal(whole.integers(1000, 3)[2:], half.integers(1000, 3))
     assert torch.equal(torch.rand(3, generator=whole.batch), torch.rand(3, generator=half.batch))
     assert torch.equal(common.Rng.sampling(5, 3).uniform()[1:], common.Rng.sampling([6, 7], 2).uniform())
     torch.manual_seed(0)
@@ -312,7 +316,8 @@ def test_objective_is_equation_3_and_computes_no_loss_of_weight_zero():
 
 def test_schedule():
     rates = [common.learning_rate(u, 1.0, 10, 110) for u in range(120)]
-    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[60] == pytest.approx(0.5) and rates[110] == rates[119] == 0
+    assert rates[0] == pytest.approx(0.1) and rates[9] == 1.0 and rates[60] == pytest.approx(0.5)
+    assert rates[110] == rates[119] == 0
     assert common.learning_rate(5000, 2.0, 10, 0) == 2.0 and common.learning_rate(0, 1.0, 0, 0) == 1.0
 
 
@@ -360,13 +365,35 @@ def test_a_hub_that_cannot_be_reached_and_a_folder_that_is_not_there():
         common.hub_folder("./nothing", ["*.json"])
 
 
+def test_a_batch_has_one_question_and_only_readable_images(tmp_path, capsys):
+    noise().save(tmp_path / "a.png")
+    (tmp_path / "b.png").write_text("not an image")
+    files = ("a.png", "b.png", "a.png")
+    rows = [(name, tmp_path / name, question) for question in ("What?", "Where?") for name in files]
+    chunks = list(common.in_batches("test", rows, 2, same=lambda row: row[2]))
+    assert [[row[2] for row in chunk] for chunk in chunks] == [["What?"] * 2, ["What?"], ["Where?"] * 2, ["Where?"]]
+    assert [(name, image.size) for name, image, _ in common.readable(chunks[0])] == [("a.png", (40, 30))]
+    assert "skipped: b.png" in capsys.readouterr().out
+
+
+def test_a_file_of_lines_that_a_kill_cut_is_mended(tmp_path):
+    path = tmp_path / "log.jsonl"
+    assert common.mend_lines(path) == []
+    common.write(path, [{"step": k} for k in range(1, 5)])
+    with open(path, "a") as file:
+        file.write('{"step": 5, "lo')
+    assert common.mend_lines(path, lambda row: row["step"] <= 3) == common.read_json(path, lines=True)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
 def test_prompt_files_of_the_benchmarks(tmp_path):
     (tmp_path / "p.txt").write_text("a cat\n\na dog\n")
     assert [(p, [q.name for q in paths]) for p, paths, _ in common.prompt_jobs(tmp_path / "p.txt", "o", 2)] == [
         ("a cat", ["00000_0.png", "00000_1.png"]), ("a dog", ["00001_0.png", "00001_1.png"])]
     (tmp_path / "g.jsonl").write_text('{"tag": "colors", "prompt": "a red cat"}\n')
     jobs = common.prompt_jobs(tmp_path / "g.jsonl", "o", 4)
-    assert [str(q) for q in jobs[0][1]] == [f"o/00000/samples/0000{k}.png" for k in range(4)] and jobs[0][2]["tag"] == "colors"
+    assert [str(q) for q in jobs[0][1]] == [f"o/00000/samples/0000{k}.png" for k in range(4)]
+    assert jobs[0][2]["tag"] == "colors"
     (tmp_path / "dpg").mkdir()
     (tmp_path / "dpg" / "COCOval1.txt").write_text("a long prompt")
     assert common.prompt_jobs(tmp_path / "dpg", "o", 1)[0] == ("a long prompt", [Path("o/COCOval1.png")] * 4, None)
@@ -394,7 +421,7 @@ def test_every_scene_is_read_back_exactly():
         for _ in range(200):
             scene = common.random_scene(rng)
             assert common.read_scene(common.draw_scene(scene, size)) == scene
-    assert common.read_scene(Image.fromarray(np.full((64, 64, 3), 128, np.uint8)))[0] == (0, None, None)       # grey is no object
+    assert common.read_scene(Image.new("RGB", (64, 64), "gray"))[0] == (0, None, None)       # grey is no object
 
 
 def test_captions_full_and_sparse():
@@ -414,12 +441,13 @@ def test_scores_of_generations_ask_one_thing_each():
     scenes = [[(0, 0, 0)], [(1, 1, 1)], [(0, 0, 0), (3, 2, 5)], [(1, 1, 1), (2, 3, 4)]]
     perfect = common.score_generations(scenes, [common.draw_scene(s) for s in scenes])
     assert set(perfect.values()) == {1.0}
-    other = [[(0, 0, 3)], [(1, 1, 1)], [(1, 0, 0), (3, 2, 5)], [(1, 1, 4), (2, 3, 1)]]           # a color; a place; colors swapped
+    # One color is wrong; in the third a place; in the fourth the colors are swapped.
+    other = [[(0, 0, 3)], [(1, 1, 1)], [(1, 0, 0), (3, 2, 5)], [(1, 1, 4), (2, 3, 1)]]
     assert common.score_generations(scenes, [common.draw_scene(s) for s in other]) == pytest.approx(
-        {"single_object": 1.0, "two_object": 1.0, "colors": 0.5, "position": 0.5, "color_attribution": 0.5, "overall": 0.7})
+        {"single_object": 1, "two_object": 1, "colors": 0.5, "position": 0.5, "color_attribution": 0.5, "overall": 0.7})
 
 
-# ---- the command line -------------------------------------------------------------------------------------------------
+# ---- the command line ------------------------------------------------------------------------------------------------
 
 
 def test_the_scripts_import_only_common():

@@ -1,4 +1,5 @@
-"""The command line end to end, on reca_harmon.py --model tiny and on images that the tests write: training, resume, ranks, errors."""
+"""The command line end to end, on reca_harmon.py --model tiny and on images that the tests write: training, resume,
+ranks, errors."""
 import io
 import json
 import os
@@ -19,7 +20,8 @@ import common
 import reca_harmon
 
 ROOT = Path(__file__).parent.parent
-TINY = ["--model", "tiny", "--pretrain", "0.005", "--batch", "2", "--self-captions", "4", "--max-new-tokens", "4", "--sampling-steps", "2", "--precision", "fp32"]
+TINY = ("--model tiny --pretrain 0.005 --batch 2 --self-captions 4 --max-new-tokens 4 --sampling-steps 2 "
+        "--precision fp32").split()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -42,7 +44,8 @@ def toy_cache(tmp_path_factory):
 def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     for k in range(9):
-        common.draw_scene(common.random_scene(np.random.default_rng(k)), 48).resize((48 + 8 * (k % 3), 48)).save(folder / f"{k}.png")
+        picture = common.draw_scene(common.random_scene(np.random.default_rng(k)), 48)
+        picture.resize((48 + 8 * (k % 3), 48)).save(folder / f"{k}.png")
     (folder / "broken.jpg").write_text("not an image")
     return folder
 
@@ -57,6 +60,13 @@ def run(*arguments):
         sys.argv = argv
         for number, handler in handlers:
             signal.signal(number, handler)
+
+
+def wait_for_steps(process, out, count):
+    """Until the run in `out` has logged `count` steps."""
+    path = out / "log.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") >= count):
+        time.sleep(0.002)
 
 
 def command(*arguments):
@@ -76,9 +86,11 @@ def test_the_embedded_default_end_to_end(tmp_path, capsys):
     run(*TINY, "--steps", 3, "--sample-every", 2, "--out", out)
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores) == {"before", "after"}
-    assert set(scores["after"]) == {"reconstruction", "single_object", "two_object", "colors", "position", "color_attribution", "overall"}
+    assert set(scores["after"]) == {"reconstruction", "single_object", "two_object", "colors", "position",
+                                    "color_attribution", "overall"}
     rows = log(out)
-    assert [row["step"] for row in rows] == [1, 2, 3] and all({"loss", "recon", "i2t", "lr", "grad_norm", "images_per_s"} <= row.keys() for row in rows)
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all({"loss", "recon", "i2t", "lr", "grad_norm", "images_per_s"} <= row.keys() for row in rows)
     assert all(row["loss"] == pytest.approx(row["recon"] + row["i2t"]) for row in rows)
     assert Image.open(out / "loss.png").size == (900, 420)
     assert {p.name for p in (out / "previews").glob("step_*.png")} == {"step_000002.png", "step_000003.png"}
@@ -93,7 +105,8 @@ def test_the_embedded_default_end_to_end(tmp_path, capsys):
 
 def test_real_images_then_inference_on_the_checkpoint(tmp_path, images, capsys):
     out = tmp_path / "out"
-    run(*TINY, "--data", images, "--steps", 6, "--lambda-i2t", 0, "--out", out, "--workers", 1, "--cache", tmp_path / "cache")
+    run(*TINY, "--data", images, "--steps", 6, "--lambda-i2t", 0, "--out", out, "--workers", 1,
+        "--cache", tmp_path / "cache")
     rows = log(out)
     assert len(rows) == 6 and not any("i2t" in row for row in rows)
     assert [s.split(" (")[0] for row in rows for s in row["skipped"]] == ["broken.jpg"]
@@ -107,13 +120,13 @@ def test_real_images_then_inference_on_the_checkpoint(tmp_path, images, capsys):
     infer = ["--model", checkpoint, "--steps", 0, "--sampling-steps", 2, "--precision", "fp32"]
     run(*infer, "--generate", prompts, "--images", 2, "--out", made)
     files = sorted(made.rglob("*.png"))
-    assert [str(f.relative_to(made)) for f in files] == [f"0000{p}/samples/0000{k}.png" for p in range(2) for k in range(2)]
+    assert files == [made / f"0000{prompt}/samples/0000{k}.png" for prompt in range(2) for k in range(2)]
     assert json.loads((made / "00001" / "metadata.jsonl").read_text())["prompt"] == "blue square"
     kept = [f.read_bytes() for f in files]
     files[2].unlink()
     run(*infer, "--generate", prompts, "--images", 2, "--out", made)
     assert "1 images generated" in capsys.readouterr().out
-    assert [f.read_bytes() for f in files] == kept                              # alone in its batch: the same image again
+    assert [f.read_bytes() for f in files] == kept                            # alone in its batch: the same image again
 
     grids = tmp_path / "dpg"
     grids.mkdir()
@@ -122,7 +135,8 @@ def test_real_images_then_inference_on_the_checkpoint(tmp_path, images, capsys):
     assert Image.open(tmp_path / "grids" / "COCOval1.png").size == (64, 64)
 
     run(*infer, "--reconstruct", images, "--out", tmp_path / "again")
-    assert len(list((tmp_path / "again").glob("[0-9].png"))) == 9 and (tmp_path / "again" / "reconstructions.png").exists()
+    assert len(list((tmp_path / "again").glob("[0-9].png"))) == 9
+    assert (tmp_path / "again" / "reconstructions.png").exists()
 
     run(*infer, "--describe", images, "--out", tmp_path / "said", "--max-new-tokens", 3)
     answers = common.read_json(tmp_path / "said" / "answers.jsonl", lines=True)
@@ -134,24 +148,27 @@ def test_real_images_then_inference_on_the_checkpoint(tmp_path, images, capsys):
 
 
 def test_i2t_data_and_captions(tmp_path, images):
-    llava = [{"image": f"{k}.png", "conversations": [{"from": "human", "value": "<image>\nDescribe the image."}, {"from": "gpt", "value": "red circle"}]}
-             for k in range(4)] + [{"conversations": [{"from": "human", "value": "red ?"}, {"from": "gpt", "value": "blue"}]}]
-    (tmp_path / "llava.json").write_text(json.dumps(llava))
-    (images / "captions.jsonl").write_text("".join(json.dumps({"image": f"{k}.png", "caption": "red circle"}) + "\n" for k in range(4)))
-    run(*TINY, "--data", images, "--steps", 3, "--i2t-data", tmp_path / "llava.json", "--i2t-images", images, "--captions", images / "captions.jsonl",
-        "--out", tmp_path / "mixed")
+    def turns(question, answer):
+        return {"conversations": [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]}
+    llava = [{"image": f"{k}.png", **turns("<image>\nDescribe the image.", "red circle")} for k in range(4)]
+    common.write(tmp_path / "llava.json", [*llava, turns("red ?", "blue")])
+    captions = images / "captions.jsonl"
+    common.write(captions, [{"image": f"{k}.png", "caption": "red circle"} for k in range(4)])
+    run(*TINY, "--data", images, "--steps", 3, "--i2t-data", tmp_path / "llava.json", "--i2t-images", images,
+        "--captions", captions, "--out", tmp_path / "mixed")
     assert all({"recon", "i2t", "t2i"} <= row.keys() for row in log(tmp_path / "mixed"))
-    run(*TINY, "--data", images, "--steps", 2, "--lambda-recon", 0, "--lambda-i2t", 0, "--captions", images / "captions.jsonl", "--out", tmp_path / "sft")
+    run(*TINY, "--data", images, "--steps", 2, "--lambda-recon", 0, "--lambda-i2t", 0, "--captions", captions,
+        "--out", tmp_path / "sft")
     assert all("t2i" in row and "recon" not in row for row in log(tmp_path / "sft"))
 
 
 def test_resume_after_sigkill_equals_the_uninterrupted_run(tmp_path, images):
-    flags = [*TINY, "--data", images, "--steps", 8, "--accum", 2, "--save-every", 2, "--sample-every", 100, "--workers", 0]
+    flags = [*TINY, "--data", images, "--steps", 8, "--accum", 2, "--save-every", 2, "--sample-every", 100,
+             "--workers", 0]
     run(*flags, "--out", tmp_path / "whole")
     broken = tmp_path / "broken"
     process = subprocess.Popen(command(*flags, "--out", broken), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while process.poll() is None and not ((broken / "log.jsonl").exists() and (broken / "log.jsonl").read_text().count("\n") >= 3):
-        time.sleep(0.002)
+    wait_for_steps(process, broken, 3)
     process.send_signal(signal.SIGKILL)
     process.wait()
     kept = sorted(broken.glob("checkpoint-*"))
@@ -160,17 +177,17 @@ def test_resume_after_sigkill_equals_the_uninterrupted_run(tmp_path, images):
         file.write('{"step": 5, "lo')                                                # what a kill can leave
     run(*flags, "--out", broken, "--resume")
     assert weights(broken, 8) == weights(tmp_path / "whole", 8)                        # bit for bit
-    timeless = [[{k: v for k, v in row.items() if k != "images_per_s"} for row in log(o)] for o in (broken, tmp_path / "whole")]
-    assert [r["step"] for r in timeless[0]] == list(range(1, 9)) and [r["loss"] for r in timeless[0]] == [r["loss"] for r in timeless[1]]
+    again, whole = ([(row["step"], row["loss"]) for row in log(out)] for out in (broken, tmp_path / "whole"))
+    assert again == whole and [step for step, _ in again] == list(range(1, 9))
     assert len(list(broken.glob("checkpoint-*"))) == 2
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_leaves_cleanly(tmp_path, images, number):
     flags = [*TINY, "--data", images, "--accum", 2, "--lambda-i2t", 0, "--sample-every", 10000, "--workers", 0]
-    process = subprocess.Popen(command(*flags, "--steps", 100000, "--out", tmp_path / "o"), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    while process.poll() is None and not ((tmp_path / "o" / "log.jsonl").exists() and (tmp_path / "o" / "log.jsonl").read_text().count("\n") >= 3):
-        time.sleep(0.01)
+    process = subprocess.Popen(command(*flags, "--steps", 100000, "--out", tmp_path / "o"),
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_steps(process, tmp_path / "o", 3)
     process.send_signal(number)
     output, error = process.communicate(timeout=60)
     assert process.returncode == 0 and f"stopped by {number.name}" in output, error
@@ -185,8 +202,10 @@ def test_a_signal_saves_and_leaves_cleanly(tmp_path, images, number):
 def test_two_gloo_processes_equal_one_with_twice_the_batch(tmp_path, images):
     flags = [*TINY, "--data", images, "--steps", 3, "--sample-every", 100, "--workers", 0]
     run(*flags, "--batch", 4, "--out", tmp_path / "one")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(29500 + os.getpid() % 400)]
-    result = subprocess.run([*launcher, *command(*flags, "--batch", 2, "--out", tmp_path / "two")[1:]], capture_output=True, text=True)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+                "--master-port", str(29500 + os.getpid() % 400)]
+    result = subprocess.run([*launcher, *command(*flags, "--batch", 2, "--out", tmp_path / "two")[1:]],
+                            capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     for a, b in zip(one, two):
@@ -202,17 +221,19 @@ def test_two_gloo_processes_equal_one_with_twice_the_batch(tmp_path, images):
 def test_a_full_disk_leaves_no_half_checkpoint(tmp_path, images):
     def small_files():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))                 # every larger file fails, like a full disk
+        resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))        # every larger file fails, like a full disk
     run(*TINY, "--data", images, "--steps", 1, "--lambda-i2t", 0, "--out", tmp_path / "first")
     result = subprocess.run(command(*TINY, "--data", images, "--steps", 2, "--lambda-i2t", 0, "--out", tmp_path / "o"),
                             capture_output=True, text=True, preexec_fn=small_files, timeout=100)
-    assert result.returncode == 2 and result.stderr.splitlines()[-1].startswith("error: cannot write"), result.stderr[-500:]
+    assert result.returncode == 2, result.stderr[-500:]
+    assert result.stderr.splitlines()[-1].startswith("error: cannot write")
     assert not list((tmp_path / "o").glob("checkpoint-*")) and not list((tmp_path / "o").rglob(".tmp*"))
 
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path, images):
     with pytest.raises(common.InputError, match=r"at step \d+.*(\d\.png|not finite).*last good checkpoint") as error:
-        run(*TINY, "--data", images, "--steps", 30, "--lambda-i2t", 0, "--save-every", 1, "--lr", 1e30, "--warmup", 0, "--out", tmp_path / "o")
+        run(*TINY, "--data", images, "--steps", 30, "--lambda-i2t", 0, "--save-every", 1, "--lr", 1e30, "--warmup", 0,
+            "--out", tmp_path / "o")
     assert "\n" not in str(error.value)
     for path in (tmp_path / "o").glob("checkpoint-*/harmon_tiny.pth"):
         assert all(torch.isfinite(v).all() for v in common.load_state(path).values())
@@ -259,8 +280,10 @@ def test_exit_code_2_and_one_line_from_the_shell():
 
 
 def test_descriptions_belong_to_their_run(tmp_path, images, capsys):
-    """Kept for --resume even where fewer could be made than asked for (RecA has changed the model since); made anew by a new run."""
-    flags = [*TINY, "--data", images, "--sample-every", 100, "--workers", 0, "--accum", 1, "--self-captions", 9, "--out", tmp_path / "o"]
+    """Kept for --resume even where fewer could be made than asked for (RecA has changed the model since); made anew by
+    a new run."""
+    flags = [*TINY, "--data", images, "--sample-every", 100, "--workers", 0, "--accum", 1, "--self-captions", 9,
+             "--out", tmp_path / "o"]
     run(*flags, "--steps", 1)
     said = tmp_path / "o" / "i2t_self.jsonl"
     said.write_text(json.dumps({"index": 0, "question": "What?", "answer": "red circle"}) + "\n")
@@ -269,12 +292,12 @@ def test_descriptions_belong_to_their_run(tmp_path, images, capsys):
     assert len(common.read_json(said, lines=True)) == 1
     run(*flags, "--steps", 1)
     assert not any(row["question"] == "What?" for row in common.read_json(said, lines=True))
-    assert "toy pretraining" not in capsys.readouterr().err                                # made once, for all runs of this file
+    assert "toy pretraining" not in capsys.readouterr().err                       # made once, for all runs of this file
 
 
 def test_the_end_in_the_middle_of_an_accumulation_loses_nothing(tmp_path, images):
     flags = [*TINY, "--data", images, "--lambda-i2t", 0, "--sample-every", 100, "--workers", 0, "--accum", 2]
-    run(*flags, "--steps", 3, "--out", tmp_path / "o")                                      # the third step moved nothing yet
+    run(*flags, "--steps", 3, "--out", tmp_path / "o")                                # the third step moved nothing yet
     assert [p.name for p in (tmp_path / "o").glob("checkpoint-*")] == ["checkpoint-000002"]
     run(*flags, "--steps", 4, "--out", tmp_path / "o", "--resume")
     run(*flags, "--steps", 4, "--out", tmp_path / "whole")
@@ -283,7 +306,8 @@ def test_the_end_in_the_middle_of_an_accumulation_loses_nothing(tmp_path, images
 
 def test_ctrl_c_works_again_after_training(tmp_path, images):
     before = signal.getsignal(signal.SIGINT)
-    sys.argv, argv = ["reca_harmon.py", *map(str, [*TINY, "--data", images, "--steps", 2, "--accum", 1, "--lambda-i2t", 0, "--out", tmp_path / "o"])], sys.argv
+    flags = [*TINY, "--data", images, "--steps", 2, "--accum", 1, "--lambda-i2t", 0, "--out", tmp_path / "o"]
+    sys.argv, argv = ["reca_harmon.py", *map(str, flags)], sys.argv
     try:
         reca_harmon.main()
         assert signal.getsignal(signal.SIGINT) is before
@@ -299,13 +323,16 @@ def test_what_a_kill_left_is_removed(tmp_path, images):
 
 
 def test_outputs_are_what_eval_reads(tmp_path, images, capsys):
-    """--generate, --reconstruct and --describe write what eval.py's sub-commands expect; one of them is started from the shell."""
+    """--generate, --reconstruct and --describe write what eval.py's sub-commands expect; one of them is started from
+    the shell."""
     import eval as scorer
     common.draw_scene([(0, 0, 0)], 32).save(tmp_path / "a.png")
     infer = [*TINY, "--steps", 0]
-    questions = [{"question_id": k, "image": "a.png", "text": f"red {word} ?", "category": "random"} for k, word in enumerate(("circle", "square"))]
-    (tmp_path / "llava_pope_test.jsonl").write_text("".join(json.dumps(q) + "\n" for q in questions))
-    (tmp_path / "coco_pope_random.json").write_text("".join(json.dumps({"question_id": k, "label": "yes"}) + "\n" for k in range(2)))
+    questions = [{"question_id": k, "image": "a.png", "text": f"red {word} ?", "category": "random"}
+                 for k, word in enumerate(("circle", "square"))]
+    common.write(tmp_path / "llava_pope_test.jsonl", questions)
+    (tmp_path / "coco_pope_random.json").write_text(
+        "".join(json.dumps({"question_id": k, "label": "yes"}) + "\n" for k in range(2)))
     (tmp_path / "shapes.txt").write_text("red circle top-left\nblue square top-right\n")
 
     def score(*arguments):
@@ -319,11 +346,13 @@ def test_outputs_are_what_eval_reads(tmp_path, images, capsys):
     score("shapes", tmp_path / "made", "--prompts", tmp_path / "shapes.txt", "--strict")
     run(*infer, "--reconstruct", images, "--out", tmp_path / "again")
     (tmp_path / "again" / "reconstructions.png").unlink()
-    result = subprocess.run([sys.executable, ROOT / "eval.py", "recon", tmp_path / "again", "--sources", images, "--clip", "none"], capture_output=True, text=True)
+    recon = [sys.executable, ROOT / "eval.py", "recon", tmp_path / "again", "--sources", images, "--clip", "none"]
+    result = subprocess.run(recon, capture_output=True, text=True)
     assert result.returncode == 0 and "PSNR" in result.stdout, result.stderr
     score("pope", "--questions", tmp_path / "llava_pope_test.jsonl", "--prepare", tmp_path / "pope.jsonl")
     run(*infer, "--describe", tmp_path / "pope.jsonl", "--i2t-images", tmp_path, "--out", tmp_path / "said")
-    score("pope", tmp_path / "said" / "answers.jsonl", "--questions", tmp_path / "llava_pope_test.jsonl", "--labels", tmp_path, "--strict")
+    score("pope", tmp_path / "said" / "answers.jsonl", "--questions", tmp_path / "llava_pope_test.jsonl",
+          "--labels", tmp_path, "--strict")
     assert "POPE" in capsys.readouterr().out.upper()
 
 
@@ -341,7 +370,8 @@ def test_a_tar_is_described_and_reconstructed_within_out(tmp_path):
     run(*TINY, "--steps", 0, "--describe", pack(tmp_path / "good", "a/0.png"), "--out", tmp_path / "said")
     assert common.read_json(tmp_path / "said" / "answers.jsonl", lines=True)[0]["question_id"] == "a/0.png"
     with pytest.raises(common.InputError, match="leads out of"):
-        run(*TINY, "--steps", 0, "--reconstruct", pack(tmp_path / "evil", "../../evil.png"), "--out", tmp_path / "deep" / "out")
+        run(*TINY, "--steps", 0, "--reconstruct", pack(tmp_path / "evil", "../../evil.png"),
+            "--out", tmp_path / "deep" / "out")
     assert not list(tmp_path.rglob("evil.png"))
 
 
@@ -363,8 +393,10 @@ def test_help_explains_every_flag(capsys):
     with pytest.raises(SystemExit):
         run("--help")
     text = capsys.readouterr().out
-    for flag in ("--model --data --out --resume --steps --batch --accum --lr --warmup --weight-decay --seed --precision --compile --checkpointing --lambda-recon "
-                 "--lambda-i2t --lambda-t2i --i2t-data --i2t-images --captions --und-size --blur --templates --generate --reconstruct --describe --bench --cache").split():
+    for flag in ("--model --data --out --resume --steps --batch --accum --lr --warmup --weight-decay --seed "
+                 "--precision --compile --checkpointing --lambda-recon --lambda-i2t --lambda-t2i --i2t-data "
+                 "--i2t-images --captions --und-size --blur --templates --generate --reconstruct --describe --bench "
+                 "--cache").split():
         assert flag in text
     assert "Table 8" in text
 
