@@ -652,11 +652,11 @@ def geneval(out, args, problems):
 def dpg_questions(rows):
     """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}}. All of them: the official reader
     loses the first, and with it a prompt that depends on it."""
-    items = defaultdict(dict)
+    items = {}
     for row in rows:
         parents = [int(p) for p in str(row["dependency"]).split(",") if int(p)]
         category, question = row["tuple"].split("(")[0].strip(), row["question_natural_language"]
-        items[row["item_id"]][int(row["proposition_id"])] = parents, category, question
+        items.setdefault(row["item_id"], {})[int(row["proposition_id"])] = parents, category, question
     return items
 
 def dpg_summary(items, answers):
@@ -666,17 +666,20 @@ def dpg_summary(items, answers):
     the answers before zeroing, so they do not average to the score; officially those of the last pass only."""
     files, failed, fine = {}, [], []
     for name, passes in answers.items():
-        questions, scores = items.get(name.split(".")[0].split("_")[0], {}), []
-        if not questions or any(p not in questions for parents, _, _ in questions.values() for p in parents):
+        scores, raw = [], []
+        try:
+            questions = items[name.split(".")[0].split("_")[0]]
+            for replies in passes:
+                final = {q: float(replies[q] == "yes") for q in questions}
+                raw += [(questions[q][1], value) for q, value in final.items()]
+                for q, (parents, _, _) in questions.items():
+                    final[q] *= all(final[p] for p in parents)
+                scores.append(mean(final.values()))
+        except KeyError:
             failed.append(name)
-            continue
-        for replies in passes:
-            final = {q: float(replies[q] == "yes") for q in questions}
-            fine += [(questions[q][1], value) for q, value in final.items()]
-            for q, (parents, _, _) in questions.items():
-                final[q] *= all(final[p] for p in parents)
-            scores.append(mean(final.values()))
-        files[name] = {"passes": scores, "score": mean(scores)}
+        else:
+            files[name] = {"passes": scores, "score": mean(scores)}
+            fine += raw
     broad = [(category.split("-")[0].strip(), value) for category, value in fine]
     return {"files": files, "failed": failed, "score": percent(mean(f["score"] for f in files.values())),
             "category_l1": percent(means(sorted(broad))), "category_l2": percent(means(sorted(fine)))}
@@ -916,7 +919,7 @@ def gedit(out, args, problems):
     alone; as JPEG. Official judge: gpt-4.1-2025-04-14, 1400 tokens."""
     rows = read_rows(args.prompts, "key", "task_type", "instruction", "instruction_language")
     rows = [row for row in rows if row["instruction_language"] == "en"][:args.limit]
-    texts = {node.targets[0].id: node.value.value for node in read_text(args.judge_prompt, ast.parse).body
+    texts = {ast.unparse(node.targets[0]): node.value.value for node in read_text(args.judge_prompt, ast.parse).body
              if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)}
     context, rule, sc, pq = need(texts, ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule",
                                          "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ"), args.judge_prompt)
@@ -1268,15 +1271,14 @@ def parse_outputs(arguments):
         paths = [Path(p) for p in ([rest] if Path(rest).exists() else rest.split(","))]
         for path in paths:
             require(path.exists(), f"no such folder or file: {path}")
-        seeds = [p for p in paths[0].glob("seed*") if p.is_dir() and len(paths) == 1]
-        paths = sorted(seeds, key=lambda p: (len(p.name), p.name)) or paths
+        paths = sorted(p for p in paths[0].glob("seed*") if p.is_dir() and len(paths) == 1) or paths
         require((label or rest) not in rows, "two rows have the same name; give LABEL=PATH")
         rows[label or rest] = paths
     return list(rows.items())
 
 def score(path, args, judge):
     """One folder, or one answer file."""
-    problems, strings = Problems(), args.benchmark in STRINGS
+    problems, strings = Problems(), args.benchmark in STRINGS.split()
     wanted = "an answer file" if strings else "a folder of pictures"
     require(path.is_dir() != strings, f"{path}: {args.benchmark} wants {wanted}")
     if strings:
@@ -1291,12 +1293,12 @@ def score(path, args, judge):
 def run(args):
     """Score every folder, print the table, write scores.json and scores.md."""
     benchmark, judge = BENCHMARKS[args.benchmark], functools.cache(lambda: make_judge(args))     # when first needed
-    if args.benchmark in STRINGS and args.prepare:
+    if args.benchmark in STRINGS.split() and args.prepare:
         return understanding(None, args, Problems())
     outputs = parse_outputs(args.outputs)
     rows = [summarize(label, [score(p, args, judge) for p in paths], benchmark.columns) for label, paths in outputs]
     text = [f"# {args.benchmark}", "", markdown(rows, benchmark.columns, benchmark.decimals), ""]
-    name = None if args.benchmark in STRINGS else judge_name(args)
+    name = None if args.benchmark in STRINGS.split() else judge_name(args)
     if benchmark.judge:
         other = "" if name == benchmark.judge else f" The paper's is {benchmark.judge}: do not compare."
         text += [f"Judge: {name} ({'endpoint' if args.judge_url else 'local'}).{other}", ""]
