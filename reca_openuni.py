@@ -220,7 +220,7 @@ class ConnectorLayer(nn.Module):
 
 
 class PrefixCache(DynamicCache):
-    """Keys and values of the prompt, written once. Once `read_only` is set, it returns [prompt's, queries'] and does not
+    """Keys and values of the prompt, written once. With `read_only` set, it returns [prompt's, queries'] and does not
     keep the queries', so that activation checkpointing can run the layers again on the same cache."""
     read_only = False
 
@@ -306,14 +306,11 @@ class OpenUni(nn.Module):
     @torch.no_grad()
     def encode(self, samples, task):
         """All that is frozen and does not depend on the prompt: samples of preprocess -> dicts, which --cache stores.
-
             und      [N, D]      InternViT features after mlp1      "recon", "i2t"    256 x 896 in bf16: 459 kB (L: 786)
             latents  [C, h, w]   DC-AE latents x scaling, float32   "recon", "t2i"    32 x 16 x 16: 33 kB
-
-        So the frozen 304M ViT and 153M encoder need not run again. Keys and values of the image's tokens (the same for
-        all templates, which stand behind it) would be next, but are not stored: 3.2 MB an image (L: 7.5), seven times
-        the rest, save an eighth of the arithmetic that is left.
-        """
+        In the encoders' own precision, not in autocast's: DC-AE sums its linear attention in float32. Keys and values
+        of the image's tokens (the same for all templates, which stand behind it) would be next, but are not stored:
+        3.2 MB an image (L: 7.5), seven times the rest, save an eighth of the arithmetic that is left."""
         features = [{} for _ in samples]
         seen = [row for row, sample in zip(features, samples) if sample]
         if seen:
@@ -323,8 +320,6 @@ class OpenUni(nn.Module):
                     for row, value in zip(seen, encoder(pixels)):
                         row[name] = value
         return features
-
-    # The frozen encoders run in their own precision, not in autocast's: DC-AE sums its linear attention in float32.
 
     def _vit_input(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> [B, 3, und_size, und_size] with ImageNet's mean and deviation. Resized without
@@ -355,14 +350,12 @@ class OpenUni(nn.Module):
 
     def _query_states(self, prompt, mask):
         """Prompt [B, L, D], mask [B, L] -> the language model's output at the queries [B, Q, D], after its final norm.
-
         Two passes. The prompt cannot see the queries behind it (causal attention) and all weights are frozen, so it
         runs without a graph and leaves its keys and values; then the queries run with one. Same numbers as the
-        original's one pass over L+Q tokens, for less than half of its activations and of its backward pass.
-        """
+        original's one pass over L+Q tokens, for less than half of its activations and of its backward pass."""
         llm, cache, L = self.lmm.model.language_model, PrefixCache(), prompt.shape[1]
         mask = F.pad(mask.bool(), (0, self.config.num_queries), value=True)                                  # [B, L+Q]
-        positions = (mask.long().cumsum(1) - 1).clamp(min=0)              # they skip padding, on either side of a prompt
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)             # they skip padding, on either side of a prompt
         with torch.no_grad():
             llm(inputs_embeds=prompt, attention_mask=mask[:, :L], position_ids=positions[:, :L], past_key_values=cache,
                 use_cache=False)
@@ -389,8 +382,8 @@ class OpenUni(nn.Module):
     #   text2image23m    meta_queries, connector.*, projector.*               (SANA was frozen)
     #   blip3o60k, RecA  the same and transformer.*
     #   whole models     all parts, lmm.* under the names of InternVL's original code
-    # What they lack comes from its own hub repository. InternVL exists there twice, as the original checkpoint
-    # (OpenGVLab/InternVL3-1B) and converted for transformers (-hf): the same numbers under other names, and both load.
+    # What they lack comes from its own hub repository. InternVL is there twice, original (OpenGVLab/InternVL3-1B) and
+    # converted for transformers (-hf): the same numbers under other names, and both load.
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, bases=None):
@@ -555,10 +548,9 @@ class OpenUni(nn.Module):
         return global_mean(F.cross_entropy(logits, labels[:, 1:][said], reduction="sum"), said.sum())
 
     def _generation_loss(self, features, ids, mask, draws=None, rng=None, und=None):
-        """Flow matching, given prompts [B, L] and und [B, N, D] or None. x_σ = (1-σ) x + σ ε; SANA predicts the
-        velocity dx_σ/dσ = ε - x; mean squared error, all noise levels alike. σ is one of {0.001, ..., 1}, and the
-        network is told 1000 σ. (The original mixes in bf16, which rounds σ by up to 0.4% while the network is told the
-        exact time. Not followed: it is noise in the target.)"""
+        """Flow matching, given prompts [B, L] and und [B, N, D] or None. x_σ = (1-σ) x + σ ε; SANA is told 1000 σ and
+        predicts the velocity dx_σ/dσ = ε - x; mean squared error, all noise levels alike. (The original mixes in bf16,
+        which rounds σ by up to 0.4% but not the time that SANA is told. Not followed: it is noise in the target.)"""
         x = torch.stack([row["latents"] for row in features])                                       # [B, C, h, w]
         rng = rng or Rng.fresh(len(x))
         noise = (draws["noise"] if draws else rng.normal(*x.shape[1:])).to(x)                       # ε
@@ -660,7 +652,7 @@ def find_checkpoint(source):
 
 
 def own_settings(config):
-    """What a checkpoint's config.json says: all but the sizes of the libraries' classes, which their own files state."""
+    """What a checkpoint's config.json says: all but the sizes of library classes, which their own files state."""
     return {k: v for k, v in asdict(config).items() if k not in ("lmm", "sana", "vae", "scheduler")}
 
 
@@ -874,7 +866,7 @@ def flags(parser):
 
 def prepare(model, args):
     """Called before training. The frozen parts take the working precision once: autocast would cast their float32
-    weights anew in every step (it remembers only those that are trained). Trained weights stay float32."""
+    weights anew in every step (it remembers only those that are trained)."""
     if args.precision == "bf16":
         model.lmm.to(torch.bfloat16)
         model.vae.to(torch.bfloat16)

@@ -130,7 +130,8 @@ def embeddings(features):
 def fixture_loss(model, features, golden, task):
     ids, mask = golden[f"in.{task}.input_ids"], golden[f"in.{task}.attention_mask"]
     draws = {name: golden[f"{task}.{name}"] for name in ("noise", "u")}
-    return model._generation_loss(features, ids, mask, draws, und=embeddings(features) if task == "image2image" else None)
+    und = embeddings(features) if task == "image2image" else None
+    return model._generation_loss(features, ids, mask, draws, und=und)
 
 
 @pytest.mark.parametrize("task", ["image2image", "text2image"])
@@ -160,7 +161,8 @@ def test_parity_openuni_loss(model, features, golden, config, task):
 def test_parity_openuni_llm_inputs(model, features, golden, task):
     ids, mask = golden[f"in.{task}.input_ids"], golden[f"in.{task}.attention_mask"]
     calls = []
-    hook = model.lmm.model.language_model.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
+    llm = model.lmm.model.language_model
+    hook = llm.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
     model._condition(ids, mask, embeddings(features) if task == "image2image" else None)
     hook.remove()
     close(torch.cat([call["inputs_embeds"] for call in calls], 1), golden[f"{task}.llm_inputs_embeds"])
@@ -341,7 +343,7 @@ def test_a_tied_head_is_copied(hub, model, tmp_path):
 
 
 def test_sampling_shift_comes_from_the_sana_folder(hub, model, tmp_path):
-    """The scheduler's file decides about sampling (4.0 in some SANA repositories), and never about training: shift 1."""
+    """The scheduler's file decides about sampling (4.0 in some SANA repositories), never about training: shift 1."""
     shutil.copytree(hub / "sana", tmp_path / "sana")
     file = tmp_path / "sana" / "scheduler" / "scheduler_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"flow_shift": 4.0}))
@@ -447,7 +449,8 @@ def test_prompt_layout(spoken, config):
             (spoken.t2i_prompt(" a red circle "),
              "<|im_start|>user\nGenerate an image: a red circle<|im_end|>\n<|im_start|>assistant\n<img>"),
             (spoken.t2i_prompt(), "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n<img>"),
-            (spoken.i2t_prompt("circle ?", image=False), "<|im_start|>user\ncircle ?<|im_end|>\n<|im_start|>assistant\n")):
+            (spoken.i2t_prompt("circle ?", image=False),
+             "<|im_start|>user\ncircle ?<|im_end|>\n<|im_start|>assistant\n")):
         assert ids == spoken._tokens(text)
     ids, mask = spoken._pad([spoken.recon_prompt(t) for t in ("Describe the image.", "Describe it.")])
     special = {name: spoken.tokenizer.convert_tokens_to_ids(name) for name in reca_openuni.MARKERS}
@@ -476,13 +479,15 @@ def test_long_captions_keep_the_frame(spoken):
 
 def test_padding_changes_nothing(spoken, features):
     """Left or right, more or less: the loss of one image depends on its own prompt alone."""
-    rows, und = [spoken.recon_prompt(t) for t in ("Describe the image in detail.", "Describe it.")], embeddings(features)
+    rows = [spoken.recon_prompt(t) for t in ("Describe the image in detail.", "Describe it.")]
+    und = embeddings(features)
     draws = {"noise": torch.randn(2, *features[0]["latents"].shape), "u": torch.rand(2)}
     ids, mask = spoken._pad(rows)
     left = torch.stack([row.roll(int(real.logical_not().sum())) for row, real in zip(ids, mask)]), mask.flip(1)
     losses = [spoken._generation_loss(features, *padded, draws, und=und).item() for padded in ((ids, mask), left)]
     one = [spoken._generation_loss(features[i:i + 1], *spoken._pad(rows[i:i + 1]),
-                                   {k: v[i:i + 1] for k, v in draws.items()}, und=und[i:i + 1]).item() for i in range(2)]
+                                   {k: v[i:i + 1] for k, v in draws.items()}, und=und[i:i + 1]).item()
+           for i in range(2)]
     assert losses == pytest.approx([sum(one) / 2] * 2, rel=1e-5)
 
 
@@ -624,7 +629,7 @@ def test_describe_is_greedy_decoding(spoken):
     end = spoken.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for image, answer in zip(images, answers):
         und = embeddings(spoken.encode([spoken.preprocess(image, "i2t")], "i2t"))
-        ids, said = spoken.recon_prompt("what is it ?")[:-1], []                                     # without its last <img>
+        ids, said = spoken.recon_prompt("what is it ?")[:-1], []                           # without its last <img>
         for _ in range(5):
             logits = spoken.lmm(inputs_embeds=spoken._embed(torch.tensor([ids + said]), und)).logits[0, -1]
             said.append(logits.argmax().item())
