@@ -1,10 +1,9 @@
-"""The README's "Reproduce the paper": its shell session command by command, with tiny models and small files in place of the real ones, and
-the paper's Table 8 against the defaults of the scripts."""
+"""The README's "Reproduce the paper": its shell session, command by command, with tiny models and small files in place
+of the real ones; and the paper's Table 8 against the defaults of the scripts."""
 import contextlib
 import importlib
 import io
 import json
-import os
 import re
 import subprocess
 import sys
@@ -19,14 +18,13 @@ import common
 import eval as ev
 from test_eval import Judge, tiny                                                  # noqa: F401 (a fixture)
 
-ROOT = Path(__file__).parent.parent
-BLOCKS = dict(re.findall(r"<!-- paper: (.*?) -->\n```bash\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL))
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- paper: (.*?) -->\n```bash\n(.*?)```", README, re.DOTALL))
 SETUP = BLOCKS.pop("setup")
-TABLES = [title.removeprefix("table ").removeprefix("tables ") for title in BLOCKS if title.startswith("table")]
 
 
 def commands(block):
-    """What bash makes of a block: its loops and variables expanded, `python` replaced by a function that prints its arguments."""
+    """What bash makes of a block, its loops and variables expanded: here `python` is a function that prints."""
     script = 'python() { echo "$*"; }\n' + SETUP + block
     return subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True).stdout.splitlines()
 
@@ -34,13 +32,14 @@ def commands(block):
 def test_every_table_has_its_row_and_its_commands():
     """1 to 14 and F.2 in the table of the README; all but 8, which is the defaults, in the title of a block."""
     tables = {*map(str, range(1, 15)), "F.2"}
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reproduce the paper")[1].split("\n## ")[0]
-    rows = re.findall(r"^\| ([\dF., ]+) \|", section, re.MULTILINE)
+    section = README.split("## Reproduce the paper")[1].split("\n## ")[0]
+    rows, titles = (re.findall(pattern, section, re.MULTILINE) for pattern in (
+        r"^\| ([\dF., ]+) \|", r"^<!-- paper: tables? (.*) -->"))
     assert {name for row in rows for name in row.split(", ")} == tables
-    assert {name for title in TABLES for name in title.split(", ")} == tables - {"8"}
+    assert {name for title in titles for name in title.split(", ")} == tables - {"8"}
 
 
-# ---- running them --------------------------------------------------------------------------------------
+# ---- running them ----------------------------------------------------------------------------------------------------
 
 
 class Asked(Exception):
@@ -69,41 +68,49 @@ def asked(module, arguments):
         common.parse_args = parse
 
 
-def run_script(module, arguments):
-    """A training or a generation, its sizes replaced: a released model by the tiny one, the understanding input in proportion, few steps of few
-    images. A checkpoint gets the number that the real run gives it, so that the README's next commands must name that one."""
-    args, small = asked(module, arguments), ["--batch", 1, "--pretrain", 0.001, "--sampling-steps", 2, "--max-new-tokens", 1, "--images", 1]
-    small += ["--precision", "fp32", "--workers", 0, "--sample-every", 100]
-    if not Path(args.model).is_dir():
-        config = getattr(module, "CONFIGS")[args.model]
-        model = "tiny" if getattr(config, "w_clip_vit", True) else "tiny-vq"
-        small += ["--model", model]
-        if "--und-size" in arguments:
-            small += ["--und-size", args.und_size * module.CONFIGS[model].image_size // config.image_size]
-    assert args.images in (1, 12)
+def run_script(module, arguments, sides):
+    """A training or a generation, its sizes replaced: a released model by the tiny one, the understanding input in
+    proportion, few steps of few images. A checkpoint gets the number that the real run would give it, so that the
+    README's next commands must name that one. sides: {folder: side of the real model's images}, extended."""
+    args, small = asked(module, arguments), ["--batch", 1, "--images", 1, "--sampling-steps", 2, "--max-new-tokens", 1]
+    small += ["--pretrain", 0.001, "--precision", "fp32", "--workers", 0, "--sample-every", 100]
     small += ["--steps", 2, "--accum", 1] if args.steps else []
+    if Path(args.model).is_dir():
+        sides[args.out] = sides[str(Path(args.model).parent)]
+    else:
+        model = "tiny" if getattr(module.CONFIGS[args.model], "w_clip_vit", True) else "tiny-vq"
+        sides[args.out], side = module.CONFIGS[args.model].image_size, module.CONFIGS[model].image_size
+        small += ["--model", model]
+        small += ["--und-size", args.und_size * side // sides[args.out]] if "--und-size" in arguments else []
+    assert args.images in (1, 12)                                                  # 12: see run_eval
     main(module, [*arguments, *map(str, small)])
     if args.steps and not args.bench:
         out = Path(args.out)
         rows = common.read_json(out / "log.jsonl", lines=True)
         losses = {name for name in common.LOSSES if getattr(args, f"lambda_{name}")}
-        assert len(rows) == 2 and all({name for name in common.LOSSES if name in row} == losses for row in rows)
+        assert len(rows) == 2 and all(row.keys() & set(common.LOSSES) == losses for row in rows)
         (out / "checkpoint-000002").rename(out / f"checkpoint-{args.steps:06d}")
 
 
-def run_eval(arguments, models, url):
-    """A scorer, with tiny models and a judge on loopback; a table comes out, with a number in every cell and nothing left out."""
-    benchmark, folders = arguments[0], [a for a in arguments[1:] if a.startswith("gen/")]
-    own = {"geneval": ["--detector", models / "mask2former", "--clip", models / "clip", "--device", "cpu"]}
-    small = own.get(benchmark, ["--judge-url", url, "--judge", "stand-in"] if folders else [])
+def run_eval(arguments, models, url, sides):
+    """A scorer, with tiny models and a judge on loopback: its table has a number in every cell, nothing is left out."""
+    benchmark, given = arguments[0], dict(zip(arguments, arguments[1:]))
+    folders = [argument for argument in arguments if argument.startswith(("gen/", "und/"))]
+    small = []
+    if benchmark == "geneval":
+        assert given["--samples"] == "12"                                          # as many as --generate was asked for
+        small = ["--samples", 1, "--detector", models / "mask2former", "--clip", models / "clip", "--device", "cpu"]
+    elif benchmark in ("dpg", "wise", "compbench", "imgedit", "gedit"):
+        small = ["--judge-url", url, "--judge", "stand-in"]
     if benchmark == "dpg":
+        assert {sides[folder] for folder in folders} == {int(given["--grid"])}
         small += ["--grid", Image.open(next(Path(folders[0]).glob("*.png"))).width // 2]
-    arguments = ["1" if (flag, value) == ("--samples", "12") else value for flag, value in zip(["", *arguments], arguments)]
     with contextlib.redirect_stdout(io.StringIO()) as text:
         ev.main([*arguments, *map(str, small)])
     rows = [line for line in text.getvalue().splitlines() if line.startswith("| ")][2:]
-    assert "--prepare" in arguments or len(rows) == sum(a.startswith(("gen/", "und/")) for a in arguments), text.getvalue()
-    assert all("(partial)" not in row and all(re.match(r" -?\d", cell) for cell in row.split("|")[2:-1]) for row in rows), text.getvalue()
+    cells = [cell for row in rows for cell in row.split("|")[2:-1]]
+    assert len(rows) == len(folders) and all(re.match(r" -?\d", cell) for cell in cells), text.getvalue()
+    assert "(partial)" not in text.getvalue()
 
 
 def reply(number, payload):
@@ -115,11 +122,12 @@ def reply(number, payload):
 
 
 def write(path, content):
-    """A text; rows as .jsonl; else .json."""
+    """A text, the rows of a .jsonl, or what a .json shall hold."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = path.suffix == ".jsonl" or path.name.startswith("coco_pope")
-    path.write_text(content if isinstance(content, str) else "\n".join(map(json.dumps, content)) if lines else json.dumps(content))
+    if path.suffix == ".jsonl" or path.name.startswith("coco_pope"):
+        content = "\n".join(map(json.dumps, content))
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
 
 
 def pictures(folder, *names):
@@ -131,10 +139,11 @@ def pictures(folder, *names):
 
 def make_data():
     """data/ and bench/ as the README describes them, in the current folder: two or three of everything."""
-    for name in ("midjourney", "midjourney-10k", "midjourney-50k", "blip3o", "blip3o-clean", "coco", "journeydb", "llava"):
+    for name in "midjourney midjourney-10k midjourney-50k blip3o blip3o-clean coco journeydb llava".split():
         pictures(f"data/{name}", "0.png", "1.png", "2.jpg")
+    captions = [{"image": "0.png", "caption": "red circle"}, {"image": "2.jpg", "caption": "blue square top-left"}]
     for path in ("midjourney/captions", "midjourney/dense", "blip3o/captions", "blip3o-clean/captions"):
-        write(f"data/{path}.jsonl", [{"image": "0.png", "caption": "red circle"}, {"image": "2.jpg", "caption": "blue square top-left"}])
+        write(f"data/{path}.jsonl", captions)
     turns = [{"from": "human", "value": "<image>\nred ?"}, {"from": "gpt", "value": "red circle"}]
     write("data/llava/llava_v1_5_mix665k.json", [{"image": "0.png", "conversations": turns}, {"conversations": turns}])
     Path("data/flux").mkdir()
@@ -145,46 +154,54 @@ def make_data():
 
 def make_generation_benchmarks():
     dog, cat = {"class": "dog", "count": 1}, {"class": "cat", "count": 1}
-    write("bench/geneval.jsonl", [{"tag": tag, "include": [dog, cat | {"color": "red"}], "prompt": f"{tag} circle"} for tag in ev.GENEVAL_TASKS])
+    write("bench/geneval.jsonl", [{"tag": tag, "include": [dog, cat | {"color": "red"}], "prompt": f"{tag} circle"}
+                                  for tag in ev.GENEVAL_TASKS])
     write("bench/dpg/7.txt", "red circle and blue square")
-    write("bench/dpg_bench.csv", "item_id,proposition_id,dependency,tuple,question_natural_language\n7,1,0,entity - whole (x),Is it red?\n")
-    write("bench/wise.json", [{"Prompt": "circle", "Explanation": "round", "Subcategory": kind, "prompt_id": k} for k, kind in
-                              {1: "Festival", 401: "Longitudinal time", 501: "Layout", 701: "State", 801: "Optics", 901: "Salt"}.items()])
+    write("bench/dpg_bench.csv", "item_id,proposition_id,dependency,tuple,question_natural_language\n"
+                                 "7,1,0,entity - whole (x),Is it red?\n")
+    kinds = {1: "Festival", 401: "Longitudinal time", 501: "Layout", 701: "State", 801: "Optics", 901: "Salt"}
+    write("bench/wise.json", [{"Prompt": "circle", "Explanation": "round", "Subcategory": kind, "prompt_id": k}
+                              for k, kind in kinds.items()])
     write("bench/gpt_eval.py", "def f(row, prompt):\n    return f'WISE {row[\"Explanation\"]} {prompt}'\n")
-    write("bench/compbench.json", [{"Question": "circle", "Category": kind, "Question_id": 1} for kind in (*ev.COMPBENCH, *ev.COMPLEX)])
+    write("bench/compbench.json", [{"Question": "circle", "Category": kind, "Question_id": 1}
+                                   for kind in (*ev.COMPBENCH, *ev.COMPLEX)])
     write("bench/qwen_eval.py", "def f(prompt_name):\n    return f'COMPBENCH {prompt_name}'\n")
 
 
 def make_editing_benchmarks():
-    write("bench/imgedit/singleturn.json", {str(k): {"id": f"{k % 2}.png", "prompt": "red", "edit_type": kind} for k, kind in enumerate(ev.IMGEDIT)})
+    write("bench/imgedit/singleturn.json", {f"{kind} 1": {"id": "0.png", "prompt": "red", "edit_type": kind}
+                                            for kind in ev.IMGEDIT})
     write("bench/imgedit/judge_prompt.json", {kind: "IMGEDIT <edit_prompt>" for kind in ev.IMGEDIT})
-    pictures("bench/imgedit/images", "0.png", "1.png")
-    write("bench/gedit/edits.jsonl", [{"key": f"k{k}", "task_type": kind, "instruction": "red", "instruction_language": "en"}
-                                      for k, kind in enumerate(ev.GEDIT_GROUPS)])
-    names = ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC", "_prompts_0shot_rule_PQ")
+    pictures("bench/imgedit/images", "0.png")
+    edit = {"instruction": "red", "instruction_language": "en"}
+    write("bench/gedit/edits.jsonl", [{"key": kind, "task_type": kind, **edit} for kind in ev.GEDIT_GROUPS])
+    names = ("_context_no_delimit", "_prompts_0shot_two_image_edit_rule", "_prompts_0shot_tie_rule_SC",
+             "_prompts_0shot_rule_PQ")
     write("bench/gedit/vie_prompts.py", "".join(f'{name} = "GEDIT <instruction>"\n' for name in names))
-    pictures("bench/gedit/images", *(f"k{k}.png" for k in range(len(ev.GEDIT_GROUPS))))
+    pictures("bench/gedit/images", *(f"{kind}.png" for kind in ev.GEDIT_GROUPS))
 
 
 def make_understanding_benchmarks():
     kinds = ("random", "popular", "adversarial")
-    write("bench/pope/llava_pope_test.jsonl", [{"question_id": k, "image": "a.jpg", "text": "red ?", "category": kind} for k, kind in enumerate(kinds)])
+    write("bench/pope/llava_pope_test.jsonl", [{"question_id": k, "image": "a.jpg", "text": "red ?", "category": kind}
+                                               for k, kind in enumerate(kinds)])
     for kind in kinds:
         write(f"bench/pope/coco_pope_{kind}.json", [{"image": "a.jpg", "label": "yes"}])
     for task in ev.MME_TASKS:
         write(f"bench/mme/{task}.txt", "a.jpg\tred ?\tYes\na.jpg\tblue ?\tNo\n")
         pictures(f"bench/mme/images/{task}", "a.jpg")
     write("bench/gqa/testdev_balanced_questions.json", {"1": {"question": "What?", "imageId": "a", "answer": "circle"}})
-    write("bench/mmmu/validation.jsonl", [{"id": "1", "question": "Which?", "options": "['red', 'blue']", "answer": "A", "image_1": "a.jpg"}])
+    question = {"question": "Which?", "answer": "A"}
+    write("bench/mmmu/validation.jsonl", [{"id": "1", "options": "['red', 'blue']", "image_1": "a.jpg", **question}])
     choices = {f"choice_{letter}": letter for letter in "abcd"}
-    write("bench/seed/SEED-Bench.json", {"questions": [{"question_id": 1, "data_id": "a.jpg", "question": "Which?", "answer": "A", **choices}]})
+    write("bench/seed/SEED-Bench.json", {"questions": [{"question_id": 1, "data_id": "a.jpg", **choices, **question}]})
     for name in ("pope", "gqa", "mmmu", "seed"):
         pictures(f"bench/{name}/images", "a.jpg")
 
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory, tiny):                                               # noqa: F811
-    """session(title): runs the blocks of the README up to that one, as far as they were not run yet, in one folder, as a reader would."""
+    """session(title) runs the README's blocks up to that one, in one folder, each once, as a reader would."""
     with pytest.MonkeyPatch.context() as patch, Judge(reply) as judge:
         patch.chdir(tmp_path_factory.mktemp("paper"))
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
@@ -194,16 +211,16 @@ def session(tmp_path_factory, tiny):                                            
         make_generation_benchmarks()
         make_editing_benchmarks()
         make_understanding_benchmarks()
-        todo = list(BLOCKS)
+        todo, sides = list(BLOCKS), {}
 
         def run(title):
             while title in todo:
                 for command in commands(BLOCKS[todo.pop(0)]):
                     script, *arguments = command.split()
                     if script == "eval.py":
-                        run_eval(arguments, tiny, judge.url)
+                        run_eval(arguments, tiny, judge.url, sides)
                     else:
-                        run_script(importlib.import_module(script.removesuffix(".py")), arguments)
+                        run_script(importlib.import_module(script.removesuffix(".py")), arguments, sides)
         yield run
 
 
@@ -212,7 +229,7 @@ def test_the_commands_run(session, title):
     session(title)
 
 
-# ---- Table 8 -------------------------------------------------------------------------------------------
+# ---- Table 8 ---------------------------------------------------------------------------------------------------------
 
 # learning rate, weight decay, warm-up, steps, accumulation, images per GPU, λ_i2t; everywhere λ_recon = 1, λ_t2i = 0
 TABLE_8 = {
