@@ -1,9 +1,9 @@
 """RecA for BAGEL: a mixture of transformers with rectified flow (Qwen2.5-7B x 2 experts + SigLIP NaViT + FLUX VAE).
 
-One decoder carries two complete sets of weights: text and ViT tokens go through the *understanding* expert, image latents
-through the *generation* expert; only attention is joint. RecA gives the generation expert nothing but what the
-understanding side says about a picture, and asks for the picture back. ViT, VAE and the understanding expert are frozen:
-6.5 of 14.6 billion parameters are trained. Paper: section 4, Table 8 (column BAGEL).
+One decoder carries two complete sets of weights: text and ViT tokens go through the *understanding* expert, image
+latents through the *generation* expert; only attention is joint. RecA gives the generation expert what the understanding
+side says about a picture, and asks for the picture back. ViT, VAE and understanding expert are frozen: 6.5 of 14.6 billion
+parameters are trained. Paper: section 4, Table 8 (column BAGEL).
 
     photo -- resize to 224 --> SigLIP ViT -> [B, M, 1152] -> connector -> [B, M, D] --.
                                                                                       +-> understanding expert, no graph
@@ -15,9 +15,8 @@ understanding side says about a picture, and asks for the picture back. ViT, VAE
                                             squared error against noise - z  <-- velocity [B, h, w, 64]
 
 A step gives the original's numbers with less work:
-  * The context never sees the noise: it runs once, without a graph, and is kept as keys and values, as for sampling.
-    (Its rows have no gradient in the original either, which detaches them in every layer.) The two markers around the
-    latents do see the latents; they run beside them, in every layer, without a graph.
+  * The context never sees the noise: it runs once, without a graph, and is kept as keys and values, as for sampling. The
+    two markers around the latents do see them; they run beside them, in every layer, without a graph.
   * Rows are sorted once into [understanding | generation], so an expert is a call on a slice; the original scatters and
     gathers ten times a layer. Images are sorted into groups of equal shape: attention is one dense call a group.
   * All rows of the noisy block have one rotary position, and rotary attention knows only differences of positions. So
@@ -29,7 +28,7 @@ A step gives the original's numbers with less work:
     python reca_bagel.py --model tiny                            a toy BAGEL on coloured shapes, CPU, minutes
     python reca_bagel.py --model sanaka87/BAGEL-RecA --steps 0 --edit singleturn.json --edit-images DIR --out edits
 
-Legend: B images (of a group of equal shapes), D width of the decoder, H query heads, K key/value heads, d size of a head,
+Legend: B images (of a group of equal shapes), D width of the decoder, H query heads, K key/value heads, d size of one,
 M ViT patches, L text ids, h w sides and N = h w number of an image's latent tokens, C = 64 channels of one, R rows of a
 packed pass, S keys that are seen.
 """
@@ -112,7 +111,7 @@ class BagelConfig:
         return 2 ** (len(self.vae_ch_mult) - 1) * self.latent_patch_size
 
     @property
-    def latent_dim(self):                                   # C, values of a latent token: 2 * 2 * 16 = 64 in the release
+    def latent_dim(self):                                   # C, values of a latent token: 2 * 2 * 16 in the release
         return self.latent_patch_size ** 2 * self.vae_z_channels
 
 
@@ -122,6 +121,8 @@ TINY = BagelConfig(
     vit_image_size=32, vit_patch_size=8, vit_max_num_patch_per_side=4, max_latent_size=4,
     vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1, vae_z_channels=8,
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
+DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
+CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
 CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
@@ -176,8 +177,8 @@ class RMSNorm(nn.RMSNorm):
 
 
 def rotary(positions, config):
-    """positions [R] (integers, also negative) -> cos, sin [R, 1, d] in float32 (the original's frequencies are bf16 under
-    FSDP, which blurs far positions; nothing depends on that)."""
+    """positions [R] (integers, also negative) -> cos, sin [R, 1, d] in float32 (the original's frequencies are bf16
+    under FSDP, which blurs far positions; nothing depends on that)."""
     frequencies = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim       # [d / 2]
     angles = positions[:, None, None].float() * (config.rope_theta ** -frequencies).repeat(2)
     return angles.cos(), angles.sin()
@@ -190,8 +191,8 @@ def turn(x, cos, sin):
 
 
 def attend(q, k, v, causal):
-    """Dense attention of one group: q [B, n, H, d], k and v [B, S, K, d] -> [B * n, H * d]. causal: query i of n sees all
-    keys but the last n - 1 - i. Otherwise everybody sees everything, and no mask exists."""
+    """Dense attention of one group: q [B, n, H, d], k and v [B, S, K, d] -> [B * n, H * d]. causal: query i of n sees
+    all keys but the last n - 1 - i. Otherwise everybody sees everything, and no mask exists."""
     mask, n, s = None, q.shape[1], k.shape[1]
     if causal and n > 1:
         mask = torch.ones(n, s, dtype=torch.bool, device=q.device).tril(s - n)
@@ -207,8 +208,8 @@ def split(rows, shapes, kind):
 
 class MoTLayer(nn.Module):
     """A Qwen2 decoder layer with two experts. Suffix "": understanding, "_moe_gen": generation, as in the checkpoint.
-    transformers' layers hold neither a second set of weights that meets the first in one attention, nor norms on queries
-    and keys together with biases on q, k, v."""
+    transformers' layers hold neither a second set of weights that meets the first in one attention, nor norms on
+    queries and keys together with biases on q, k, v."""
 
     def __init__(self, c):
         super().__init__()
@@ -245,13 +246,11 @@ class MoTLayer(nn.Module):
 
     def forward(self, und, gen, past, shapes, ropes=(None, None), causal=False, read=("und", "gen")):
         """One block of every image through this layer -> und, gen, and per group the keys and values that were seen.
-
-        und [R, D], gen [R', D] or None: rows of the experts, image after image; shapes: (B, n, N) of each group of equal
-        images, which have n und rows and N gen rows; past: per group (keys, values) [B, S, K, d] of what its images said
-        before, or None; ropes: (cos, sin) for und and gen, None at position 0; read: which rows are read after this layer.
-        A frozen understanding expert has no graph: the original detaches its q, k, v, attention and MLP output in every
-        layer, so the markers' residual stream is a constant that follows the latents' values.
-        """
+        und [R, D], gen [R', D] or None: rows of the experts, image after image; shapes: (B, n, N) of each group of
+        equal images, which have n und rows and N gen rows; past: per group (keys, values) [B, S, K, d] of what its
+        images said before, or None; ropes: (cos, sin) for und and gen, None at position 0; read: which rows are read
+        after this layer. A frozen understanding expert has no graph: the original detaches its q, k, v, attention and
+        MLP output in every layer, so the markers' residual stream is a constant that follows the latents' values."""
         und_graph = torch.is_grad_enabled() and self.train_und
         with torch.set_grad_enabled(und_graph):
             q_und, *kv = (split(x, shapes, 1) for x in self.project(und, "", ropes[0]))
@@ -271,7 +270,8 @@ class MoTLayer(nn.Module):
 
 class PositionTable(nn.Module):
     """The fixed sine-cosine table [side * side, D]: half of the channels say the column, half the row; sines, then
-    cosines. The files hold it; the original drops what they hold and computes it anew, in double precision, as we do."""
+    cosines. The files hold it; the original drops what they hold and computes it anew, in double precision, as we
+    do."""
 
     def __init__(self, side, width):
         super().__init__()
@@ -392,9 +392,9 @@ class Bagel(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
     def preprocess(self, image, task, rng=None):
-        """PIL RGB (None: a text without image) -> {"vit": [3, height, width], "vae": [3, height, width]} in [-1, 1]; t2i has
-        no "vit", i2t no "vae". Nothing is cropped, so rng is not used. edit: the ViT sees the photo as resized for the VAE,
-        as in the original inferencer."""
+        """PIL RGB (None: a text without image) -> {"vit": [3, height, width], "vae": [3, height, width]} in [-1, 1];
+        t2i has no "vit", i2t no "vae". Nothing is cropped, so rng is not used. edit: the ViT sees the photo as resized
+        for the VAE, as in the original inferencer."""
         c, pixels = self.config, {}
         limits = {"recon": (self.und_size, self.und_size), "i2t": c.vit_limits, "edit": c.edit_limits}
         if image is not None and task != "i2t":
@@ -411,10 +411,11 @@ class Bagel(nn.Module):
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width of the ViT], "mean"
-        and "logvar": [16, 2 h, 2 w]}, as far as the pixels are there: 2.7 MB for a photo of 1024 px. Images of one size
-        are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey borders leak into the
-        latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest is the same.)"""
+        """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width of the ViT],
+        "mean" and "logvar": [16, 2 h, 2 w]}, as far as the pixels are there: 2.7 MB for a photo of 1024 px. Images of
+        one size are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey borders leak
+        into the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest is the
+        same.)"""
         out = [{} for _ in samples]
         for kind in ("vit", "vae"):
             for places in alike([sample[kind].shape if kind in sample else None for sample in samples]):
@@ -469,10 +470,9 @@ class Bagel(nn.Module):
 
     def _block(self, contexts, und, gen=None, causal=False, read=None):
         """Run one block of every image. und: per context [B, n, D]; gen: per context [B, N, D], or None. causal: text.
-
-        read: "und" or "gen" to get these rows after the final norm, per context. The contexts are extended by the block,
-        unless "gen" is read: that is the noisy block, which stands at 0 (seen_from_the_latents) and which nobody sees.
-        """
+        read: "und" or "gen" to get these rows after the final norm, per context. The contexts are extended by the
+        block, unless "gen" is read: that is the noisy block, which stands at 0 (seen_from_the_latents) and which nobody
+        sees."""
         model, layers, noisy, ropes = self.language_model["model"], self.blocks(), read == "gen", [None, None]
         shapes = [(u.shape[0], u.shape[1], gen[i].shape[1] if gen else 0) for i, u in enumerate(und)]
         if not noisy:
@@ -537,9 +537,9 @@ class Bagel(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
-        dtype: of the weights that RecA trains, see _materialize. Every tensor goes from the file to its device by itself,
-        in its final precision: the host never holds a copy of the model (the original builds two float32 copies per
-        process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
+        dtype: of the weights that RecA trains, see _materialize. Every tensor goes from the file to its device by
+        itself, in its final precision: the host never holds a copy of the model (the original builds two float32 copies
+        per process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
             return cls.random(source, device, dtype)
         small, names = ["*.json", "*.txt", "ae.safetensors"], ["ema.safetensors", "model_bf16.safetensors"]
@@ -553,13 +553,18 @@ class Bagel(nn.Module):
             model = cls(read_config(base))
         own = {theirs: name for name, theirs in common.original_autoencoder_names(model.vae).items()}
         try:
-            with safe_open(weights[0], "pt", str(device)) as main, safe_open(base / "ae.safetensors", "pt", str(device)) as vae:
+            ae, device = base / "ae.safetensors", str(device)
+            with safe_open(weights[0], "pt", device) as main, safe_open(ae, "pt", device) as vae:
                 places = {key: (main, key) for key in main.keys() if key not in TABLES}     # our name -> file, its name
                 places |= {f"vae.{own.get(key, key)}": (vae, key) for key in vae.keys()}
                 shapes = {name: as_linear(name, torch.empty(file.get_slice(key).get_shape(), device="meta"))
                           for name, (file, key) in places.items()}
                 common.load_strictly(model, shapes, folder)                         # no values yet, all is on "meta"
-                model._materialize(lambda name, _: as_linear(name, places[name][0].get_tensor(places[name][1])), device, dtype)
+
+                def stored(name, _):
+                    file, key = places[name]
+                    return as_linear(name, file.get_tensor(key))
+                model._materialize(stored, device, dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
         if any(base.glob("tokenizer*.json")):
@@ -568,7 +573,8 @@ class Bagel(nn.Module):
 
     @classmethod
     def random(cls, name, device="cpu", dtype=torch.float32):
-        """Random weights, made on the device: for tiny, and for --bench. Any name but "tiny" means the released sizes."""
+        """Random weights, made on the device: for tiny, and for --bench. Any name but "tiny" means the released
+        sizes."""
         tokenizer = common.tiny_tokenizer(MARKERS)
         with torch.device("meta"):
             model = cls(replace(TINY, vocab_size=len(tokenizer)) if name == "tiny" else BagelConfig())
@@ -584,8 +590,8 @@ class Bagel(nn.Module):
         return model
 
     def _materialize(self, tensor, device, dtype):
-        """Every weight, until now without memory, becomes tensor(name, parameter) on its device, in its precision: float32
-        in the VAE, as it is released (0.3 GB); elsewhere dtype, but bf16 where it is frozen on a GPU."""
+        """Every weight, until now without memory, becomes tensor(name, parameter) on its device, in its precision:
+        float32 in the VAE, as it is released (0.3 GB); elsewhere dtype, but bf16 where it is frozen on a GPU."""
         state = {}
         for name, parameter in self.named_parameters():
             frozen = not parameter.requires_grad and torch.device(device).type == "cuda"
@@ -602,10 +608,10 @@ class Bagel(nn.Module):
                 raise InputError(f"the tokenizer does not know {token}: not BAGEL's")
 
     def save_pretrained(self, folder, dtype=None):
-        """Writes the released layout: ema.safetensors (with the tables), ae.safetensors (FLUX's names), configs, tokenizer.
-        dtype: of ema.safetensors; None keeps the precision, torch.bfloat16 gives the 29 GB file that ComfyUI-BAGEL
-        (models/bagel/BAGEL-7B-MoT) and the original inferencer expect. Sharded weights are gathered one by one: all ranks
-        must call, rank 0 writes."""
+        """Writes the released layout: ema.safetensors (with the tables), ae.safetensors (FLUX's names), configs,
+        tokenizer. dtype: of ema.safetensors; None keeps the precision, torch.bfloat16 gives the 29 GB file that
+        ComfyUI-BAGEL (models/bagel/BAGEL-7B-MoT) and the original inferencer expect. Sharded weights are gathered one
+        by one: all ranks must call, rank 0 writes."""
         folder, state, vae = Path(folder), {}, {}
         for name, tensor in [*self.state_dict().items(), *self.named_buffers()]:
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -640,12 +646,10 @@ class Bagel(nn.Module):
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
     def _contexts(self, ids, vits=None, latents=None, target=None, read=None):
-        """Reads what comes before a picture or an answer: clean latents, ViT patches, text; each where it is given.
-
-        One entry an image: ids of the text, markers included ([]: no text); vits [rows, columns, width of the ViT]; latents
-        [h, w, C]; target: what will be painted (its shape counts). Images with equal shapes form one Context.
-        -> contexts, and with read="und" the text's rows after the final norm.
-        """
+        """Reads what comes before a picture or an answer: clean latents, ViT patches, text; each where it is given. One
+        entry an image: ids of the text, markers included ([]: no text); vits [rows, columns, width of the ViT]; latents
+        [h, w, C]; target: what will be painted (its shape counts). Images with equal shapes form one Context. ->
+        contexts, and with read="und" the text's rows after the final norm."""
         vits, latents, target = (each or [None] * len(ids) for each in (vits, latents, target))
         keys = [(len(i), *(getattr(x, "shape", None) for x in each)) for i, *each in zip(ids, vits, latents, target)]
         contexts = [Context(places, [None] * len(self.blocks())) for places in alike(keys)]
@@ -680,11 +684,10 @@ class Bagel(nn.Module):
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """RecA (paper, equation 2): paint the image that these understanding embeddings describe.
-
-        features: encode(.., "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar:
-        squared error of the velocity, mean over 64 channels and over all latent tokens of all ranks, so large images
-        weigh more (as in the original)."""
+        """RecA (paper, equation 2): paint the image that these understanding embeddings describe. features: encode(..,
+        "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar: squared error of the
+        velocity, mean over 64 channels and over all latent tokens of all ranks, so large images weigh more (as in the
+        original)."""
         return self._flow_loss(features, templates, draws or self.draw(features, rng), self.condition)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
@@ -698,12 +701,10 @@ class Bagel(nn.Module):
 
     def _flow_terms(self, features, texts, draws, condition):
         """The rectified flow of one batch: -> (velocities, targets, timesteps), lists of [h, w, C] and a tensor [B].
-
         x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal (the original's shift is 1 in training).
-        condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image).
-        """
+        condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image)."""
         ids = [self._text_ids(text) if kept else [] for text, kept in zip(texts, draws["text_kept"])]
-        z, noises = self._latents(features, draws["vae_noise"]), [noise.to(self.device) for noise in draws["flow_noise"]]
+        z, noises = self._latents(features, draws["vae_noise"]), [n.to(self.device) for n in draws["flow_noise"]]
         vits = [f["vit"] for f in features] if condition == "vit" else None
         clean = self._latents(features, draws["condition_noise"]) if condition == "vae" else None
         contexts = [c.seen_from_the_latents(self.config) for c in self._contexts(ids, vits, clean, z)[0]]
@@ -712,10 +713,10 @@ class Bagel(nn.Module):
         return self._velocity(contexts, x, t), [noise - zi for zi, noise in zip(z, noises)], t
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a text
-        block per question and per answer, all causal. Conversations are lists of (question, answer); features without
-        "vit" are texts without an image. In RecA the understanding expert is frozen, so this is a measure and has no
-        gradient; freeze(train_und=True) gives it one."""
+        """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a
+        text block per question and per answer, all causal. Conversations are lists of (question, answer); features
+        without "vit" are texts without an image. In RecA the understanding expert is frozen, so this is a measure and
+        has no gradient; freeze(train_und=True) gives it one."""
         ids, labels, total, count = [[] for _ in conversations], [[] for _ in conversations], 0.0, 0
         for turns, row, label in zip(conversations, ids, labels):
             for text, learn in ((text, k) for pair in turns for k, text in enumerate(pair) if text):
@@ -737,25 +738,26 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
         """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024 pixels). seed: see
-        Rng.sampling. draws: {"noise": [h, w, C] per image}. sampler: what differs from GENERATE; progress=True shows a bar.
-        The guidance's text-free context is empty, its latents stand at position 0."""
+        Rng.sampling. draws: {"noise": [h, w, C] per image}. sampler: what differs from GENERATE; progress=True shows a
+        bar. The guidance's text-free context is empty, its latents stand at position 0."""
         size = self.config.image_size if size is None else size
         return self._paint([{} for _ in prompts], (), prompts, size, seed, draws, **GENERATE | sampler)
 
     @torch.no_grad()
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, size=None, **sampler):
         """Image to image through the understanding embeddings alone (ViT at und_size, then a template): PIL in and out.
-        size: default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings of the original's
-        notebook (whose ViT sees more, 518 px, than in training)."""
+        size: default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings of the
+        original's notebook (whose ViT sees more, 518 px, than in training)."""
         samples = [self.preprocess(image, "recon") for image in images]
         templates = templates or [common.SEED_TEMPLATE] * len(images)
         return self._paint(samples, (self.condition,), templates, size, seed, draws, **RECONSTRUCT | sampler)
 
     @torch.no_grad()
     def edit(self, images, instructions, *, seed=0, draws=None, size=None, **sampler):
-        """Edit images by instruction: VAE block, ViT block, text. PIL in and out; `size` by default that of the input, by
-        the VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an image
-        guidance of 1.5, its function and its notebook have 2.0). draws: {"noise", "vae_noise": [16, 2 h, 2 w]}."""
+        """Edit images by instruction: VAE block, ViT block, text. PIL in and out; `size` by default that of the input,
+        by the VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an
+        image guidance of 1.5, its function and its notebook have 2.0). draws: {"noise", "vae_noise": [16, 2 h, 2
+        w]}."""
         samples = [self.preprocess(image, "edit") for image in images]
         return self._paint(samples, ("vae", "vit"), instructions, size, seed, draws, **EDIT | sampler)
 
@@ -778,8 +780,8 @@ class Bagel(nn.Module):
         return [row[1:row.index(end)] if end in row else row[1:] for row in said.tolist()]
 
     def _paint(self, samples, kinds, texts, size, seed, draws, **sampler):
-        """What generate, reconstruct and edit share: (VAE block) (ViT block) text -> PIL. kinds: the blocks to read; size:
-        a side, (height, width), or None: as the sample's VAE pixels."""
+        """What generate, reconstruct and edit share: (VAE block) (ViT block) text -> PIL. kinds: the blocks to read;
+        size: a side, (height, width), or None: as the sample's VAE pixels."""
         noise, rng, s = [], Rng.sampling(seed, len(texts)), self.config.stride
         for sample, g in zip(samples, rng.images):
             height, width = (size, size) if isinstance(size, int) else size or sample["vae"].shape[1:]
@@ -802,12 +804,10 @@ class Bagel(nn.Module):
 
     def _sample(self, sets, noise, *, num_steps, timestep_shift, guidance_scale, image_guidance_scale, interval, renorm,
                 renorm_min, progress=False, trace=None):
-        """Euler steps of the flow from noise (t = 1) to latents (t = 0): list of [h, w, C] in and out.
-
-        sets: three lists of contexts, with everything, without the last text, without images; they were read once. At a
-        guided step the three passes share their rows and run as one batch, each at the position of its own context.
-        trace: a list that gets (t, x, velocity, both scales).
-        """
+        """Euler steps of the flow from noise (t = 1) to latents (t = 0): list of [h, w, C] in and out. sets: three
+        lists of contexts, with everything, without the last text, without images; they were read once. At a guided step
+        the three passes share their rows and run as one batch, each at the position of its own context. trace: a list
+        that gets (t, x, velocity, both scales)."""
         if renorm not in ("global", "channel", "text_channel"):
             raise InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
         count, x = len(noise), [n.to(self.device) for n in noise]
@@ -831,11 +831,10 @@ class Bagel(nn.Module):
 
 def guide(velocities, text_scale, image_scale, renorm, renorm_min):
     """Guidance of one image. velocities [h, w, C]: with everything, without the last text, and perhaps without images.
-
-    A guided velocity is too long; `renorm` shrinks it back: "global" by one factor an image (the original takes one factor
-    a *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a token after the text
-    guidance and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1 switches it off.
-    """
+    A guided velocity is too long; `renorm` shrinks it back: "global" by one factor an image (the original takes one
+    factor a *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a token after
+    the text guidance and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1 switches it
+    off."""
     def shrink(w):
         axes = (0, 1, 2) if renorm == "global" else -1
         length, guided = (torch.linalg.vector_norm(y, dim=axes, keepdim=True) for y in (v, w))
@@ -868,13 +867,12 @@ def read_config(folder):
 
 
 def write_config(c, folder):
-    """config.json for us, and what the original reads: llm_config.json and vit_config.json (see vit_num_hidden_layers)."""
+    """config.json for us, and what the original reads: llm_config.json and vit_config.json (see
+    vit_num_hidden_layers)."""
     values = asdict(c)
     vit = {name.removeprefix("vit_"): v for name, v in values.items() if name.startswith("vit_")}
     vit |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vit_num_hidden_layers + 1}
-    llm = {name: values[name] for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "rope_theta",
-                                           "num_attention_heads", "num_key_value_heads", "rms_norm_eps")}
-    llm |= {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    llm = dict(list(values.items())[:8]) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     config = {"architectures": ["BagelForConditionalGeneration"], "reca": values}
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
         common.write(folder / name, content)
@@ -886,9 +884,10 @@ def as_linear(name, tensor):
 
 
 def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
-    """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at least
-    `shortest`. Where both cannot be had the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168. Above max_pixels
-    (never at our limits) the original multiplies the sides by the ratio of the *areas*, not its root; so do we."""
+    """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at
+    least `shortest`. Where both cannot be had the long side wins: 1024 x 768 at 224 / 224 gives 224 x 168. Above
+    max_pixels (never at our limits) the original multiplies the sides by the ratio of the *areas*, not its root; so do
+    we."""
     def scaled(w, h, scale):
         return tuple(max(stride, round(round(side * scale) / stride) * stride) for side in (w, h))
 
@@ -913,16 +912,15 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 #     an image of 1024 px, checkpointing     + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
 #     the layer that is being recomputed    + ~1.5 GB an image of the batch   (the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
-# The original holds float32 masters, gradients, two moments and an average also for 7.1 billion parameters that cannot
-# move: 283 GB over its GPUs. Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the decoder layers is divided by
-# n: float32 AdamW then needs 8 cards of 40 GB, or 2 of 80 GB.
+# Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the decoder layers is divided by n: float32 AdamW then needs
+# 8 cards of 40 GB, or 2 of 80 GB. The original also trains 7.1 billion parameters that cannot move, 283 GB in all.
 
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and moments in bf16, rounded
-    stochastically. bf16 keeps 8 bits: an update below 1/256 of a weight is lost by rounding to nearest, at every step, and
-    4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut off,
-    is right in the mean. Draws follow from (seed, update, rank), so that a resumed run draws the same."""
+    stochastically. bf16 keeps 8 bits: an update below 1/256 of a weight is lost by rounding to nearest, at every step,
+    and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is
+    cut off, is right in the mean. Draws follow from (seed, update, rank), so that a resumed run draws the same."""
 
     def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0})
@@ -962,8 +960,8 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 def shard(model):
-    """FSDP2: every decoder layer (both experts) is divided over all ranks, and so are the trained weights outside. What is
-    frozen outside (ViT, VAE, embedding, head: 3.2 GB) stays whole on every rank, so that encoding images needs no
+    """FSDP2: every decoder layer (both experts) is divided over all ranks, and so are the trained weights outside. What
+    is frozen outside (ViT, VAE, embedding, head: 3.2 GB) stays whole on every rank, so that encoding images needs no
     communication. Gradients arrive as the mean over ranks, in float32; on a GPU the layers compute in bf16."""
     inside = {p for layer in model.blocks() for p in layer.parameters()}
     frozen_outside = {p for p in model.parameters() if not p.requires_grad} - inside
@@ -1126,11 +1124,11 @@ def flags(parser):
     add = parser.add_argument_group("BAGEL only").add_argument
     add("--condition", choices=("vit", "vae"), default="vit",
         help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    add("--optimizer", choices=("auto", "bf16", "fp32"), default="auto", help="bf16: weights and moments in bf16, stochastic "
-        "rounding (8 bytes a weight); fp32: float32 masters and AdamW (16 bytes); auto: what fits")
+    add("--optimizer", choices=("auto", "bf16", "fp32"), default="auto", help="bf16: weights and moments in bf16, "
+        "stochastic rounding (8 bytes a weight); fp32: float32 masters and AdamW (16 bytes); auto: what fits")
     add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
     add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
-    add("--image-guidance-scale", type=float, default=EDIT["image_guidance_scale"], help="of --edit (the original: 2 or 1.5)")
+    add("--image-guidance-scale", type=float, default=2.0, help="of --edit (the original's command line: 1.5)")
 
 
 def prepare(model, args):
@@ -1155,15 +1153,17 @@ def prepare(model, args):
         optimizer = StochasticAdamW(groups, **options, seed=args.seed)
         told = "bf16 weights and moments with stochastic rounding (8 bytes a weight, gradient included)"
     else:
-        optimizer, told = torch.optim.AdamW(groups, **options, fused=cuda), "float32 masters and AdamW (16 bytes a weight)"
+        optimizer = torch.optim.AdamW(groups, **options, fused=cuda)
+        told = "float32 masters and AdamW (16 bytes a weight)"
     if common.world()[0] == 0:
         told += (f", FSDP2 over {ranks} ranks" if ranks > 1 else "") + (", checkpointing" if args.checkpointing else "")
-        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {model.device.type}: {told} [--optimizer {args.optimizer}]")
+        told += f" [--optimizer {args.optimizer}]"
+        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {model.device.type}: {told}")
     return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})   # FSDP2 has averaged
 
 
 def edit_jobs(path, sources, out):
-    """--edit FILE -> [(name, source image, instruction, [output, copy of the source for GEdit])], as the scorers read them.
+    """--edit FILE -> [(name, source image, instruction, [output, GEdit's copy of the source])], as the scorers read them.
 
     ImgEdit's singleturn.json: {key: {"id": image, "prompt": ...}} -> out/<key>.png
     GEdit's rows as .jsonl: {"key", "task_type", "instruction", "instruction_language", "image" (default <key>.png)} ->
@@ -1182,7 +1182,8 @@ def edit_jobs(path, sources, out):
             paths = [common.inside(out, f"{key}{end}.png") for end in ("", "_SRCIMG")[:1 + gedit]]
             jobs.append((image, sources / image, text, paths))
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: row {len(jobs) + 1} is not as in ImgEdit's singleturn.json or GEdit's .jsonl") from error
+        what = "is neither ImgEdit's (singleturn.json: id, prompt) nor GEdit's (.jsonl: key, task_type, instruction, "
+        raise InputError(f"{path}: row {len(jobs) + 1} {what}instruction_language)") from error
     return jobs
 
 
@@ -1206,7 +1207,7 @@ def main():
     Bagel.condition = args.condition
     if args.lambda_i2t:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
-    jobs = edit_jobs(args.edit, args.edit_images, args.out) if args.edit else []      # refused before anything is loaded
+    jobs = edit_jobs(args.edit, args.edit_images, args.out) if args.edit else []       # refused before loading
     if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
         common.run(Bagel, args, pretrain_toy, prepare, BagelTrainer)
     if jobs and common.world()[0] == 0:
