@@ -70,9 +70,6 @@ class HarmonConfig:
     llm_heads: int = 12
     llm_kv_heads: int = 2
     llm_mlp: int = 8960
-    rope_theta: float = 1e6
-    rms_norm_eps: float = 1e-6
-    tied_head: bool = True              # output head = input embedding
     encoder_width: int = 1280           # MAR, size Huge
     encoder_layers: int = 20
     encoder_heads: int = 16
@@ -230,8 +227,7 @@ class MAR(nn.Module):
         super().__init__()
         c, self.config = config, config
         places, De, Dd = c.table_size ** 2, c.encoder_width, c.decoder_width
-        # A leftover of class-conditional MAR, in every checkpoint and never read. (In the original, decay shrinks it.)
-        self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)
+        self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)  # in every checkpoint, never read
         self.fake_latent = nn.Parameter(0.02 * torch.randn(1, De))   # in all buffer places; positions tell them apart
         self.z_proj = nn.Linear(c.latent_channels, De)
         self.z_proj_ln = nn.LayerNorm(De, eps=1e-6)
@@ -327,7 +323,6 @@ def diffusion_terms(net, x_0, z, t, noise):
          and mean little for latents, but the released models were trained so."""
     def cdf(x):                                                             # of the standard normal, very nearly
         return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-
     x_0, noise = x_0.float(), noise.float()
     at = {name: table[t][:, None] for name, table in diffusion_schedule(1000, x_0.device).items()}          # [rows, 1]
     x_t = at["signal"] * x_0 + at["noise"] * noise
@@ -351,10 +346,8 @@ def masked_after(N, num_steps):
     return left[1:]
 
 
-# Qwen2.5's chat template, without its system turn: Harmon never has one.
-USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
-IMAGE_MARKER = -200         # stands for all embeddings of an image in a list of ids
-IGNORED = -100              # label of what is not predicted
+USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
+IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
 
 
 class Harmon(nn.Module):
@@ -374,8 +367,8 @@ class Harmon(nn.Module):
         self.llm = Qwen2ForCausalLM(Qwen2Config(
             vocab_size=c.vocab_size, hidden_size=c.llm_width, intermediate_size=c.llm_mlp,
             num_hidden_layers=c.llm_layers, num_attention_heads=c.llm_heads, num_key_value_heads=c.llm_kv_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, rms_norm_eps=c.rms_norm_eps,
-            tie_word_embeddings=c.tied_head, bos_token_id=None, eos_token_id=None, use_cache=False))
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-6, tie_word_embeddings=True,
+            bos_token_id=None, eos_token_id=None, use_cache=False))
         self.mar = MAR(c)
         self.proj_in = projector(c.encoder_width, c.llm_width, c.llm_width)
         self.proj_out = projector(c.llm_width, c.llm_width, c.encoder_width)
@@ -450,8 +443,8 @@ class Harmon(nn.Module):
 
     def understand(self, features):
         """Understanding embeddings: B dicts of encode -> [B, K, D], K = N + E. MAR's encoder on the whole image, the
-        buffer moved to the end, where causal attention lets it see the image. Gradients of any loss are multiplied by
-        grad_scale on their way back, so that the understanding pass changes slowly; the generation pass's are not."""
+        buffer moved to the end, where causal attention lets it see the image. Gradients are multiplied by grad_scale on
+        their way back, so that the understanding pass changes slowly; the generation pass's are not."""
         latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])                     # [B, h, w, C]
         x = self.proj_in(self.mar.encode(latents.flatten(1, 2), tuple(latents.shape[1:3])))               # [B, E+N, D]
         if x.requires_grad:
@@ -461,8 +454,7 @@ class Harmon(nn.Module):
     def _hidden_states(self, embeddings, rows):
         """The language model's last hidden states where they are read: embeddings [B, T, D], rows [B, R] -> [B, R, D].
         Attention is causal and padding stands at the end (section 4), where nothing sees it: no mask. The last layer
-        needs keys and values of all places, but queries and its MLP only where it is read: some 200 of 1320 in L_recon.
-        """
+        needs keys and values of all places, but queries and its MLP only where it is read: some 200 of 1320."""
         llm, last, x = self.llm.model, self.llm.model.layers[-1], embeddings
         rope = llm.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
         for layer in llm.layers[:-1]:
@@ -529,15 +521,14 @@ class Harmon(nn.Module):
             model = cls(config)
         model.to_empty(device="cpu").llm.tie_weights()
         embedding = state.get("llm.model.embed_tokens.weight")
-        if config.tied_head and embedding is not None:      # the tied head may be listed or not
+        if embedding is not None:                           # the tied head may be listed or not
             if not torch.equal(state.get("llm.lm_head.weight", embedding), embedding):
                 raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs")
             state = {**state, "llm.lm_head.weight": embedding}
         # kl16.ckpt may hold more than the VAE. Its attention is 1x1 convolutions, [out, in, 1, 1]; ours matrices.
         ours = {theirs: own for own, theirs in common.original_autoencoder_names(model.vae).items()}
-        parts = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")
         vae = {ours.get(key, key): value.flatten(1) if "attn" in key and value.ndim == 4 else value
-               for key, value in vae.items() if key.startswith(parts)}
+               for key, value in vae.items() if key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
         common.load_strictly(model.vae, vae, f"the VAE of {name}")
         common.load_strictly(nn.ModuleDict({k: m for k, m in model.named_children() if k != "vae"}), state, name)
         return model
@@ -678,7 +669,6 @@ class Harmon(nn.Module):
         # 151936 logits a label would be the largest tensor of the step: 1024 labels at a time, again in the backward.
         def cross_entropy(hidden, labels):
             return F.cross_entropy(self.llm.lm_head(hidden).float(), labels, reduction="sum")
-
         parts = zip(hidden.split(1024), labels.split(1024))
         return global_mean(sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts), len(labels))
 

@@ -1,6 +1,7 @@
 """Harmon: equality with the original implementation on recorded inputs and draws, key lists, files, and the prompts.
 
-The fixture (tests/fixtures/harmon, or $RECA_FIXTURES/harmon) is a very small Harmon that the original code evaluated; see its README.
+The fixture (tests/fixtures/harmon, or $RECA_FIXTURES/harmon) is a very small Harmon that the original code evaluated;
+see its README.
 """
 import json
 import os
@@ -24,18 +25,21 @@ def fixture_config():
     s = SPEC
     return HarmonConfig(
         name="harmon_fixture", image_size=s["image_size"], vocab_size=s["vocab_size"], llm_width=s["llm_hidden_size"],
-        llm_layers=s["llm_layers"], llm_heads=s["llm_heads"], llm_kv_heads=s["llm_kv_heads"], llm_mlp=s["llm_intermediate_size"],
-        rope_theta=s["rope_theta"], rms_norm_eps=s["rms_norm_eps"], tied_head=s["tie_word_embeddings"],
+        llm_layers=s["llm_layers"], llm_heads=s["llm_heads"], llm_kv_heads=s["llm_kv_heads"],
+        llm_mlp=s["llm_intermediate_size"],
         encoder_width=s["mar_encoder_dim"], encoder_layers=s["mar_encoder_depth"], encoder_heads=s["mar_encoder_heads"],
         decoder_width=s["mar_decoder_dim"], decoder_layers=s["mar_decoder_depth"], decoder_heads=s["mar_decoder_heads"],
         buffer_size=s["buffer_size"], table_size=s["mar_img_size"] // 16, class_num=s["class_num"], dropout=0.0,
-        diffusion_width=s["diffloss_width"], diffusion_layers=s["diffloss_depth"], diffusion_repeats=s["diffusion_batch_mul"],
+        diffusion_width=s["diffloss_width"], diffusion_layers=s["diffloss_depth"],
+        diffusion_repeats=s["diffusion_batch_mul"],
         diffusion_steps=s["num_sampling_steps"], latent_channels=s["vae_embed_dim"], vae_width=s["vae_ch"],
-        vae_mult=tuple(s["vae_ch_mult"]), vae_blocks=s["vae_num_res_blocks"], vae_scale=s["vae_scale"], grad_scale=s["grad_scale"])
+        vae_mult=tuple(s["vae_ch_mult"]), vae_blocks=s["vae_num_res_blocks"], vae_scale=s["vae_scale"],
+        grad_scale=s["grad_scale"])
 
 
 def fixture_states():
-    return tuple({k: v.float() for k, v in load_file(FIXTURE / f"{name}.safetensors").items()} for name in ("weights", "vae_weights"))
+    states = (load_file(FIXTURE / f"{name}.safetensors") for name in ("weights", "vae_weights"))
+    return tuple({k: v.float() for k, v in state.items()} for state in states)
 
 
 @pytest.fixture(scope="module")
@@ -187,8 +191,10 @@ def test_parity_harmon_sampling_schedule():
     theirs = GOLDEN["schedule64_1024.masked_after_step"].tolist()
     mine = reca_harmon.masked_after(1024, 64)
     assert mine == theirs
-    assert [a - b for a, b in zip([1024, *mine], [*mine[:-1], 0])] == GOLDEN["schedule64_1024.predicted_in_step"].tolist()
-    assert reca_harmon.masked_after(SPEC["tokens_per_image"], SPEC["sample_iters"]) == GOLDEN["schedule_fixture.masked_after_step"].tolist()
+    painted = [a - b for a, b in zip([1024, *mine], [*mine[:-1], 0])]
+    assert painted == GOLDEN["schedule64_1024.predicted_in_step"].tolist()
+    mine = reca_harmon.masked_after(SPEC["tokens_per_image"], SPEC["sample_iters"])
+    assert mine == GOLDEN["schedule_fixture.masked_after_step"].tolist()
 
 
 def sampler_draws():
@@ -207,8 +213,8 @@ def test_parity_harmon_sampler(model, monkeypatch):
     watch(monkeypatch, log, model.mar, "encode")
     with torch.no_grad():
         branches = [model._assemble(ids[half], mask[half])[:2] for half in (slice(0, n), slice(n, 2 * n))]
-        latents = model._sample(branches, SPEC["sample_iters"], SPEC["sample_cfg"], temperature=SPEC["sample_temperature"],
-                               draws=sampler_draws())
+        latents = model._sample(branches, SPEC["sample_iters"], SPEC["sample_cfg"],
+                                temperature=SPEC["sample_temperature"], draws=sampler_draws())
         pixels = model._pixels(latents)
     N = SPEC["tokens_per_image"]
     for k, ((arguments, painted), (encoded, _)) in enumerate(zip(log["_paint"], log["encode"])):
@@ -235,7 +241,8 @@ def test_keys_harmon(name, manifest):
         theirs = json.loads((HERE / "manifests" / f"{file}.json").read_text())
         assert {key: list(value.shape) for key, value in mine.items()} == theirs
     trained = sum(p.numel() for group in model.parameter_groups(0.02) for p in group["params"])
-    assert trained == sum(p.numel() for n, p in model.named_parameters() if not n.startswith("vae.") and "class_emb" not in n)
+    assert trained == sum(p.numel() for n, p in model.named_parameters()
+                          if not n.startswith("vae.") and "class_emb" not in n)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +281,8 @@ def test_harmon_tiny_with_tokenizer(tmp_path):
 
 
 def test_harmon_other_layouts(saved, tmp_path):
-    """Shards with an index and `vae.*` inside, bfloat16, a nested state_dict, a head that is not listed, extra keys beside the VAE."""
+    """Shards with an index and `vae.*` inside, bfloat16, a nested state_dict, a head that is not listed, extra keys
+    beside the VAE."""
     from safetensors.torch import save_file
     weights, vae = fixture_states()
     config = (saved / "config.json").read_text()
@@ -358,11 +366,13 @@ def tiny():
 def pictures(count, width=80, height=64):
     import numpy as np
     from PIL import Image
-    return [Image.fromarray(np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8)) for i in range(count)]
+    return [Image.fromarray(np.random.default_rng(i).integers(0, 255, (height, width, 3), dtype=np.uint8))
+            for i in range(count)]
 
 
 def test_harmon_prompts(tiny):
-    """The strings of the recipe, with the marker at index 3 (index 4 here: Qwen has one id for two newlines, the tiny tokenizer none)."""
+    """The strings of the recipe, with the marker at index 3 (index 4 here: Qwen has one id for two newlines, the tiny
+    tokenizer none)."""
     text = tiny.tokenizer.decode
 
     def shown(ids):
@@ -372,20 +382,23 @@ def test_harmon_prompts(tiny):
         "<|im_start|>user\n\n<IMAGE>describetheimage.<|im_end|>\n<|im_start|>assistant\n"
     assert shown(tiny.recon_prompt()) == \
         "<|im_start|>user\n<IMAGE>generateanimage.<|im_end|>\n<|im_start|>assistant\n"
-    assert shown(tiny.t2i_prompt(" a red circle ")) == "<|im_start|>user\ngenerateanimage:aredcircle<|im_end|>\n<|im_start|>assistant\n"
+    assert shown(tiny.t2i_prompt(" a red circle ")) == \
+        "<|im_start|>user\ngenerateanimage:aredcircle<|im_end|>\n<|im_start|>assistant\n"
     assert shown(tiny.t2i_prompt()) == "<|im_start|>user\ngenerateanimage.<|im_end|>\n<|im_start|>assistant\n"
     ids, labels = tiny.conversation([("describe the image.", "a red circle"), ("image?", "a cross")])
-    assert shown(ids) == ("<|im_start|>user\n<IMAGE>\ndescribetheimage.<|im_end|>\n<|im_start|>assistant\naredcircle<|im_end|>\n"
-                          "<|im_start|>user\nimage?<|im_end|>\n<|im_start|>assistant\nacross<|im_end|>\n")
+    assert shown(ids) == ("<|im_start|>user\n<IMAGE>\ndescribetheimage.<|im_end|>\n"
+                          "<|im_start|>assistant\naredcircle<|im_end|>\n<|im_start|>user\nimage?<|im_end|>\n"
+                          "<|im_start|>assistant\nacross<|im_end|>\n")
     assert shown([i for i in labels if i != IGNORED]) == "aredcircle<|im_end|>across<|im_end|>"
     assert all(label in (IGNORED, i) for i, label in zip(ids, labels)) and len(ids) == len(labels)
     assert len(tiny.recon_prompt("image " * 500)) == 128 and len(tiny.conversation([("image", "a " * 3000)])[0]) == 1472
 
 
 def test_harmon_draws(tiny):
-    """Masking ratios of the truncated normal, a tenth of the texts dropped, and an image's draws do not depend on its batch."""
+    """Masking ratios of the truncated normal, a tenth of the texts dropped; an image's draws need no batch."""
     features = tiny.encode([tiny.preprocess(p, "recon") for p in pictures(2)], "recon")
-    many = [tiny.generation_draws([{"latents": torch.zeros(32, 32, 1)}], common.Rng(0, "recon", k, positions=[k])) for k in range(2000)]
+    empty = [{"latents": torch.zeros(32, 32, 1)}]
+    many = [tiny.generation_draws(empty, common.Rng(0, "recon", k, positions=[k])) for k in range(2000)]
     ratios = torch.stack([d["num_masked"] for d in many]) / 1024
     assert ratios.min() >= 0.7 and ratios.max() <= 1
     assert abs(ratios.mean() - 0.867) < 0.01 and abs(ratios.median() - 0.874) < 0.01
@@ -431,12 +444,13 @@ def test_harmon_i2t_loss_by_hand(tiny):
 
 
 def test_harmon_padding_changes_nothing(tiny):
-    """The loss of a batch with prompts of different lengths is the mean of the single losses (same number of masked tokens)."""
+    """The loss of a batch with prompts of different lengths is the mean of the single losses (equally many masked)."""
     features = tiny.encode([tiny.preprocess(p, "recon") for p in pictures(2)], "recon")
     texts = ["describe the image.", "please describe this picture in great detail."]
     with torch.no_grad():
         both = tiny.recon_loss(features, texts, rng=common.Rng(0, "recon", 1, positions=[0, 1]))
-        single = [tiny.recon_loss(features[i:i + 1], texts[i:i + 1], rng=common.Rng(0, "recon", 1, positions=[i])) for i in range(2)]
+        single = [tiny.recon_loss(features[i:i + 1], texts[i:i + 1], rng=common.Rng(0, "recon", 1, positions=[i]))
+                  for i in range(2)]
     assert torch.allclose(both, (single[0] + single[1]) / 2, rtol=1e-5)
 
 
@@ -446,7 +460,8 @@ def test_harmon_inference(tiny, monkeypatch):
     watch(monkeypatch, log, tiny, "_pixels")
 
     def latents(method, inputs, seed, **more):
-        assert [p.size for p in getattr(tiny, method)(inputs, seed=seed, **{**settings, **more})] == [(size, size)] * len(inputs)
+        made = getattr(tiny, method)(inputs, seed=seed, **{**settings, **more})
+        assert [picture.size for picture in made] == [(size, size)] * len(inputs)
         return log["_pixels"][-1][0][0]
 
     def same(a, b):
@@ -457,7 +472,8 @@ def test_harmon_inference(tiny, monkeypatch):
     assert tiny.training and not same(a, b)
     assert same(latents("generate", ["a blue square at the top left"], 8)[0], b)
     assert same(latents("generate", ["a red circle"] * 2, 6)[1], a)                         # seed s: image i has s + i
-    for seed, more in ((8, {}), (7, {"guidance_scale": 1.0}), (7, {"guidance_schedule": "linear"}), (7, {"temperature": 0.5})):
+    for seed, more in ((8, {}), (7, {"guidance_scale": 1.0}), (7, {"guidance_schedule": "linear"}),
+                       (7, {"temperature": 0.5})):
         assert not same(latents("generate", ["a red circle"], seed, **more)[0], a)
     assert not same(latents("generate", ["a blue circle"], 7)[0], a)
     assert latents("generate", ["a red circle"], 7, num_steps=40).isfinite().all()          # more steps than tokens
@@ -475,7 +491,7 @@ def test_harmon_describe(tiny):
     tiny, images, question = copy.deepcopy(tiny), pictures(2), "a red circle and a blue square?"
     for weight in tiny.llm.model.layers.parameters():
         if weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=0.3)                  # else it repeats the newline that the prompt ends in
+            torch.nn.init.normal_(weight, std=0.3)                 # else it repeats the newline that the prompt ends in
     answers = tiny.describe(images, question, max_new_tokens=6)
     assert all(answers) and answers[0] != answers[1]
     features = tiny.encode([tiny.preprocess(p, "i2t") for p in images], "i2t")
@@ -499,16 +515,18 @@ def test_harmon_preprocess_and_ablations(tiny, monkeypatch):
     for task in ("recon", "i2t", "t2i"):
         pixels = tiny.preprocess(image, task, np.random.default_rng(0))["pixels"]
         assert pixels.shape == (3, size, size) and pixels.min() >= -1 and pixels.max() <= 1
-    assert abs(tiny.preprocess(image, "i2t")["pixels"][:, 0].mean() - (127 / 127.5 - 1)) < 1e-6        # grey bars above and below
+    assert abs(tiny.preprocess(image, "i2t")["pixels"][:, 0].mean() - (127 / 127.5 - 1)) < 1e-6     # grey bars
     samples = [tiny.preprocess(image, "recon")]
     plain = tiny.encode(samples, "recon")[0]
     tiny.set_und(size=size // 2)
     small = tiny.encode(samples, "recon")[0]
-    assert 2 * small["und_latents"].shape[0] == plain["latents"].shape[0] and torch.equal(small["latents"], plain["latents"])
+    assert 2 * small["und_latents"].shape[0] == plain["latents"].shape[0]
+    assert torch.equal(small["latents"], plain["latents"])
     assert tiny.recon_loss([small], ["describe the image."]).isfinite()
     tiny.set_und(blur=2)
     blurred = tiny.encode(samples, "recon")[0]
-    assert blurred["und_latents"].shape == plain["latents"].shape and not torch.equal(blurred["und_latents"], plain["latents"])
+    assert blurred["und_latents"].shape == plain["latents"].shape
+    assert not torch.equal(blurred["und_latents"], plain["latents"])
     with pytest.raises(common.InputError):
         tiny.set_und(size=size + 1)
     tiny.set_und()
@@ -520,13 +538,14 @@ def test_harmon_parameter_groups(tiny):
     decayed = {names[id(p)] for p in decay["params"]}
     kept = {names[id(p)] for p in no_decay["params"]}
     assert decay["weight_decay"] == 0.02 and no_decay["weight_decay"] == 0
-    assert {"llm.model.embed_tokens.weight", "mar.mask_token", "mar.fake_latent", "mar.encoder_pos_embed_learned"} <= decayed
+    assert {"llm.model.embed_tokens.weight", "mar.mask_token", "mar.fake_latent",
+            "mar.encoder_pos_embed_learned"} <= decayed
     assert all("diffloss" in n or n.endswith(".bias") or "norm" in n or n == "mar.z_proj_ln.weight" for n in kept)
     assert not decayed & kept and not any("vae" in n or "class_emb" in n for n in decayed | kept)
 
 
 def test_harmon_dropout(tiny, monkeypatch):
-    """Active in MAR while training only, and never where there are no gradients: generate and describe need no eval()."""
+    """Active in MAR while training only, never where there are no gradients: generate and describe need no eval()."""
     features = tiny.encode([tiny.preprocess(p, "recon") for p in pictures(1)], "recon")
     for module in tiny.mar.modules():
         if hasattr(module, "dropout"):
