@@ -38,6 +38,7 @@ Legend of the shape comments:
 import dataclasses
 import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,8 +48,9 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import AutoTokenizer, CLIPVisionConfig, CLIPVisionModel, DynamicCache, PhiConfig, PhiForCausalLM
+from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, PhiConfig, PhiForCausalLM
 
 import common
 from common import InputError, Rng
@@ -72,8 +74,6 @@ class ShowoConfig:
     heads: int = 32
     intermediate: int = 8192
     max_positions: int = 2048
-    rope_theta: float = 10000.0
-    partial_rotary: float = 0.5             # share of a head's dimensions that the rotary embedding turns
     # CLIP ViT-L/14 at 336 px (unused in the VQ variant)
     clip_hidden: int = 1024
     clip_intermediate: int = 4096
@@ -93,27 +93,18 @@ class ShowoConfig:
     max_prompt: int = 128                   # text slots in generation
     system_len: int = 28                    # ids of SYSTEM_PROMPT
 
-    @property
-    def num_tokens(self):                   # N: the tokenizer has stride 16
-        return (self.image_size // 16) ** 2
-
-    @property
-    def num_clip(self):                     # C
-        return (self.clip_image_size // self.clip_patch) ** 2
-
-    @property
-    def codebook_size(self):                # K
-        return 2 ** self.codebook_bits
-
+    num_tokens = property(lambda self: (self.image_size // 16) ** 2)                        # N: MAGVIT-v2 has stride 16
+    num_clip = property(lambda self: (self.clip_image_size // self.clip_patch) ** 2)        # C
+    codebook_size = property(lambda self: 2 ** self.codebook_bits)                          # K
     # The vocabulary: text | [PAD] <soi> <eoi> <sov> <eov> <t2i> <mmu> <t2v> <v2v> <lvg> | K codes | mask token
     pad = property(lambda self: self.llm_vocab_size)
-    soi = property(lambda self: self.llm_vocab_size + 1)                            # start of image
-    eoi = property(lambda self: self.llm_vocab_size + 2)                            # end of image
-    t2i = property(lambda self: self.llm_vocab_size + 5)                            # task: text to image
-    mmu = property(lambda self: self.llm_vocab_size + 6)                            # task: multimodal understanding
+    soi = property(lambda self: self.llm_vocab_size + 1)                                    # start of image
+    eoi = property(lambda self: self.llm_vocab_size + 2)                                    # end of image
+    t2i = property(lambda self: self.llm_vocab_size + 5)                                    # task: text to image
+    mmu = property(lambda self: self.llm_vocab_size + 6)                                    # task: understanding
     first_code = property(lambda self: self.llm_vocab_size + 10)
     mask_token = property(lambda self: self.first_code + self.codebook_size)
-    vocab_size = property(lambda self: self.mask_token + 1)                         # 58,498
+    vocab_size = property(lambda self: self.mask_token + 1)                                 # 58,498
 
 
 TINY = ShowoConfig(
@@ -136,12 +127,10 @@ CONFIGS = {
 @dataclass
 class Recipe:
     """The paper's run (Table 8) in our steps. The defaults are those at 512 px.
-
     One of our steps is one batch of each loss with a weight not 0; the original accumulates 5 of them for a weight
     update and counts updates: its "5K steps" are 5,000 updates = 25,000 of our steps, its warm-up of 1,000 is in
     updates, as ours. Its cosine ends at update 1,000,000 at 512 px (so it is a constant) and at 10,000 at 256 px
-    (0.59 of the peak at the end of the run). Weights are float32, computation is bf16, gradients are not clipped.
-    """
+    (0.59 of the peak at the end of the run). Weights are float32, computation is bf16, gradients are not clipped."""
     steps: int = 25_000
     batch: int = 2
     accum: int = 5
@@ -171,16 +160,20 @@ SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence a
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IGNORE = -100                               # a label that is not predicted; among ids: the place of a CLIP row
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
-
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
+WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
 
 # ======================================================================================================
 # 2. The model
 # ======================================================================================================
-# Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model
-# exactly. The image tokenizer is ours. diffusers' VQModel cannot express it: there encoder and decoder share one list
-# of widths and one number of residual blocks, here they have different lists of both, and the quantiser has no
-# learned codebook.
+# Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
+# The image tokenizer is ours. diffusers' VQModel cannot express it: there encoder and decoder share one list of widths
+# and one number of residual blocks, here each has its own lists of both, and the quantiser has no learned codebook.
+
+
+def pipeline(**layers):
+    """Layers that run one after the other, under the names that they have in the checkpoints."""
+    return nn.Sequential(OrderedDict(layers))
 
 
 class ResBlock(nn.Module):
@@ -190,13 +183,12 @@ class ResBlock(nn.Module):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
         self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
-        if width != out:
-            self.nin_shortcut = nn.Conv2d(width, out, 1)
+        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
 
     def forward(self, x):
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.nin_shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -214,102 +206,46 @@ class AttnBlock(nn.Module):
         return x + self.proj_out(h.reshape(x.shape))
 
 
-class Resample(nn.Module):
-    """Halve (zeros on the right and at the bottom, then stride 2) or double (nearest neighbour) the resolution."""
-
-    def __init__(self, width, up):
-        super().__init__()
-        self.up, self.conv = up, nn.Conv2d(width, width, 3, stride=1 if up else 2, padding=1 if up else 0)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0) if self.up else F.pad(x, (0, 1, 0, 1)))
+def level(width, out, blocks, resample=None):
+    """The residual blocks of one resolution, then the change to the next one."""
+    layers = {"block": nn.Sequential(*(ResBlock(width if i == 0 else out, out) for i in range(blocks)))}
+    if resample == "downsample":                            # zeros on the right and at the bottom only
+        layers[resample] = pipeline(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(out, out, 3, stride=2))
+    if resample == "upsample":
+        layers[resample] = pipeline(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(out, out, 3, padding=1))
+    return pipeline(**layers)
 
 
 def middle(width):
-    block_1, attn_1, block_2 = ResBlock(width, width), AttnBlock(width), ResBlock(width, width)
-    return nn.ModuleDict({"block_1": block_1, "attn_1": attn_1, "block_2": block_2})
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, and the change to the next one (called downsample or upsample in
-    checkpoints)."""
-
-    def __init__(self, width, out, blocks, resample=None):
-        super().__init__()
-        self.block = nn.ModuleList(ResBlock(width if i == 0 else out, out) for i in range(blocks))
-        if resample:
-            self.add_module(resample, Resample(out, up=resample == "upsample"))
-
-    def forward(self, x):
-        for module in self.children():                                          # block (a list), then the resampling
-            for layer in (module if isinstance(module, nn.ModuleList) else [module]):
-                x = layer(x)
-        return x
-
-
-class Encoder(nn.Module):
-    """Pixels [B, 3, S, S] in [-1, 1] -> [B, bits, S/16, S/16]."""
-
-    def __init__(self, ch, mult, blocks, bits):
-        super().__init__()
-        widths, last = [ch * m for m in mult], len(mult) - 1
-        self.conv_in = nn.Conv2d(3, ch, 3, padding=1)
-        self.down = nn.ModuleList(Level([ch, *widths][i], widths[i], blocks[i], "downsample" if i < last else None)
-                                  for i in range(len(mult)))
-        self.mid = middle(widths[-1])
-        self.norm_out, self.conv_out = nn.GroupNorm(32, widths[-1], eps=1e-6), nn.Conv2d(widths[-1], bits, 3, padding=1)
-        self.quant_conv = nn.Conv2d(bits, bits, 1)
-
-    def forward(self, x):
-        x = self.conv_in(x)
-        for layer in (*self.down, *self.mid.values()):
-            x = layer(x)
-        return self.quant_conv(self.conv_out(F.silu(self.norm_out(x))))
-
-
-class Decoder(nn.Module):
-    """Signs [B, bits, h, w] -> pixels [B, 3, 16h, 16w], about [-1, 1]. Level 0 is the full resolution, as in the
-    encoder."""
-
-    def __init__(self, ch, mult, blocks, bits):
-        super().__init__()
-        widths = [ch * m for m in mult]
-        self.post_quant_conv = nn.Conv2d(bits, bits, 1)
-        self.conv_in = nn.Conv2d(bits, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1])
-        self.up = nn.ModuleList(Level([*widths, widths[-1]][i + 1], widths[i], blocks[i], "upsample" if i else None)
-                                for i in range(len(mult)))
-        self.norm_out, self.conv_out = nn.GroupNorm(32, widths[0], eps=1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
-
-    def forward(self, z):
-        x = self.conv_in(self.post_quant_conv(z))
-        for layer in (*self.mid.values(), *reversed(self.up)):
-            x = layer(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
-
-class SignQuantizer(nn.Module):
-    """Look-up free quantisation: a token is the signs of `bits` numbers; its code is those signs read as a binary
-    number, the first channel being the most significant bit. The two tables only spell that out; checkpoints hold
-    them."""
-
-    def __init__(self, bits):
-        super().__init__()
-        powers = 2 ** torch.arange(bits - 1, -1, -1)
-        signs = (torch.arange(2 ** bits)[:, None] & powers).bool().float() * 2 - 1
-        self.register_buffer("power_vals", powers)                                                      # [bits]
-        self.register_buffer("embedding", signs)                                                        # [K, bits]
+    return pipeline(block_1=ResBlock(width, width), attn_1=AttnBlock(width), block_2=ResBlock(width, width))
 
 
 class MagVit2(nn.Module):
-    """The image tokenizer: 16 x 16 pixels are one of 2^bits codes. Convolutional, so any multiple of 16 pixels
-    works."""
+    """The image tokenizer: 16 x 16 pixels are one of 2^bits codes. Convolutional: any multiple of 16 pixels works.
+    Look-up free quantisation: a token is the signs of `bits` numbers; its code is those signs read as a binary number,
+    the first channel being the most significant bit. The tables in `quantize` spell that out; checkpoints hold them."""
 
-    def __init__(self, config):
+    def __init__(self, c):
         super().__init__()
-        self.encoder = Encoder(config.vq_ch, config.vq_enc_mult, config.vq_enc_res, config.codebook_bits)
-        self.decoder = Decoder(config.vq_ch, config.vq_dec_mult, config.vq_dec_res, config.codebook_bits)
-        self.quantize = SignQuantizer(config.codebook_bits)
+        bits, last = c.codebook_bits, len(c.vq_enc_mult) - 1
+        enc, dec = ([c.vq_ch * m for m in mult] for mult in (c.vq_enc_mult, c.vq_dec_mult))     # level 0: full size
+        down = [level([c.vq_ch, *enc][i], enc[i], c.vq_enc_res[i], "downsample" if i < last else None)
+                for i in range(last + 1)]
+        up = {str(i): level([*dec, dec[-1]][i + 1], dec[i], c.vq_dec_res[i], "upsample" if i else None)
+              for i in reversed(range(last + 1))}
+        self.encoder = pipeline(                                    # [B, 3, S, S] in [-1, 1] -> [B, bits, S/16, S/16]
+            conv_in=nn.Conv2d(3, c.vq_ch, 3, padding=1), down=nn.Sequential(*down), mid=middle(enc[-1]),
+            norm_out=nn.GroupNorm(32, enc[-1], eps=1e-6), swish=nn.SiLU(),
+            conv_out=nn.Conv2d(enc[-1], bits, 3, padding=1), quant_conv=nn.Conv2d(bits, bits, 1))
+        self.decoder = pipeline(                                    # signs [B, bits, h, w] -> [B, 3, 16h, 16w]
+            post_quant_conv=nn.Conv2d(bits, bits, 1), conv_in=nn.Conv2d(bits, dec[-1], 3, padding=1),
+            mid=middle(dec[-1]), up=pipeline(**up), norm_out=nn.GroupNorm(32, dec[0], eps=1e-6), swish=nn.SiLU(),
+            conv_out=nn.Conv2d(dec[0], 3, 3, padding=1))
+        self.quantize = nn.Module()
+        powers = 2 ** torch.arange(bits - 1, -1, -1)
+        signs = (torch.arange(2 ** bits)[:, None] & powers).bool().float() * 2 - 1
+        self.quantize.register_buffer("power_vals", powers)                                             # [bits]
+        self.quantize.register_buffer("embedding", signs)                                               # [K, bits]
 
     def codes(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> int64 [B, N], rows of the grid one after the other. A zero counts as negative."""
@@ -333,12 +269,9 @@ def short_side_square(image, size):
 @dataclass
 class Rows:
     """A batch of prompts, and which positions each position attends to.
-
-    Every mask of Show-o is the same three statements with other numbers: position q attends to the span first[q] ..
-    last[q] (text: up to itself; image tokens: up to the end of their image), and to the `open` columns (the
-    conditioning image), but never to the `hidden` ones (padding). Kept like this it costs 4 B L numbers instead of B
-    L² and feeds dense attention and flex_attention alike.
-    """
+    Every mask of Show-o is the same statement with other numbers: position q attends to the span first[q] .. last[q]
+    (text: up to itself; image tokens: up to the end of their image), and to the `open` columns (the conditioning
+    image), but never to the `hidden` ones (padding). So it costs 4 B L numbers instead of B L²."""
     ids: torch.Tensor           # [B, L] int64; IGNORE where a CLIP row is put in
     labels: torch.Tensor        # [B, L] int64; IGNORE where nothing is predicted
     first: torch.Tensor         # [B, L]
@@ -346,88 +279,80 @@ class Rows:
     open: torch.Tensor          # [B, L] bool
     hidden: torch.Tensor        # [B, L] bool
     positions: torch.Tensor     # [L], those of the full layout: rotary embeddings count padding, so it may be left out
-    clip_at: int = None         # column of the first CLIP row
 
     @classmethod
-    def causal(cls, ids):
-        positions = torch.arange(ids.shape[1])
-        return cls(ids, torch.full_like(ids, IGNORE), torch.zeros_like(ids), positions.expand_as(ids).clone(),
-                   torch.zeros_like(ids, dtype=torch.bool), torch.zeros_like(ids, dtype=torch.bool), positions)
+    def causal(cls, ids, pad):
+        """B equally long lists of ids: each position sees itself and those before. Nothing looks back into padding in
+        front (padding itself does, which changes nothing)."""
+        ids = torch.tensor(ids)
+        positions, front = torch.arange(ids.shape[1]), (ids == pad).cumprod(1).sum(1, keepdim=True)
+        first, last = torch.where(positions >= front, front, 0), positions.expand_as(ids).clone()
+        none = torch.zeros_like(ids, dtype=torch.bool)
+        return cls(ids, torch.full_like(ids, IGNORE), first, last, none, none.clone(), positions)
 
     def map(self, function):
-        """The same rows with `function` applied to every tensor [B, L] and to `positions`."""
-        return dataclasses.replace(self, **{k: function(v) for k, v in vars(self).items() if torch.is_tensor(v)})
+        return Rows(**{name: function(value) for name, value in vars(self).items()})
 
     def stack(self, other):
         """These rows, then those of `other` (same columns)."""
-        names = ("ids", "labels", "first", "last", "open", "hidden")
-        return dataclasses.replace(self, **{k: torch.cat([getattr(self, k), getattr(other, k)]) for k in names})
+        both = {name: torch.cat([value, getattr(other, name)]) for name, value in vars(self).items()}
+        return Rows(**both | {"positions": self.positions})
 
     def without_padding(self, pad):
-        """Leave out the columns that are padding in every row. Exact: no other position looks at them, and
-        `positions` stay."""
+        """Leave out the columns that are padding in every row. Exact: nothing looks at them, and `positions` stay."""
         keep = (self.ids != pad).any(0)
-        return self.map(lambda v: v[..., keep])
+        return self.map(lambda value: value[..., keep])
+
+    def allowed(self, b, q, k):
+        """Does position q of row b attend to position k? Index tensors that broadcast."""
+        span = (self.first[b, q] <= self.positions[k]) & (self.positions[k] <= self.last[b, q])
+        return (span | self.open[b, k]) & ~self.hidden[b, k]
 
     def attention(self):
         """bool [B, L, L], True where row (query) q attends to column (key) k."""
-        k = self.positions
-        span = (self.first[:, :, None] <= k) & (k <= self.last[:, :, None])
-        return (span | self.open[:, None]) & ~self.hidden[:, None]
+        b, k = (torch.arange(n, device=self.ids.device) for n in self.ids.shape)
+        return self.allowed(b[:, None, None], k[:, None], k)
 
     def block_mask(self):
         """The same for flex_attention, which skips the blocks of 128 x 128 in which nothing is allowed."""
         from torch.nn.attention.flex_attention import create_block_mask
-
-        def allowed(b, head, q, k):
-            span = (self.first[b, q] <= self.positions[k]) & (self.positions[k] <= self.last[b, q])
-            return (span | self.open[b, k]) & ~self.hidden[b, k]
         batch, length = self.ids.shape
-        return create_block_mask(allowed, batch, None, length, length, device=self.ids.device)
+        return create_block_mask(lambda b, head, q, k: self.allowed(b, q, k), batch, None, length, length,
+                                 device=self.ids.device)
 
 
 class Showo(nn.Module):
-    """Show-o: `showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit`
-    (frozen)."""
+    """`showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit`."""
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
         c = self.config = config
         self.tokenizer = tokenizer
-        self.showo = PhiForCausalLM(PhiConfig(
+        self.showo = PhiForCausalLM(PhiConfig(              # rotary embedding and LayerNorm: PhiConfig's own defaults
             vocab_size=c.vocab_size, hidden_size=c.hidden, num_hidden_layers=c.layers, num_attention_heads=c.heads,
-            intermediate_size=c.intermediate, max_position_embeddings=c.max_positions,
+            intermediate_size=c.intermediate, max_position_embeddings=c.max_positions, qk_layernorm=True,
             # Phi's "gelu_new" is the same function in a dozen unfused operations, which keep their arrays for backward.
-            layer_norm_eps=1e-5, hidden_act="gelu_pytorch_tanh",
-            rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta,
-                             "partial_rotary_factor": c.partial_rotary},
-            qk_layernorm=True, attention_dropout=0.0, embd_pdrop=0.0, resid_pdrop=0.0, tie_word_embeddings=False,
-            bos_token_id=c.eot, eos_token_id=c.eot, pad_token_id=None))
+            hidden_act="gelu_pytorch_tanh", bos_token_id=c.eot, eos_token_id=c.eot, pad_token_id=None))
         if c.w_clip_vit:
             self.mm_projector = nn.Sequential(nn.Linear(c.clip_hidden, c.hidden), nn.GELU(),
                                               nn.Linear(c.hidden, c.hidden))
             self.clip = CLIPVisionModel(CLIPVisionConfig(
                 hidden_size=c.clip_hidden, intermediate_size=c.clip_intermediate, num_hidden_layers=c.clip_layers,
-                num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch,
-                hidden_act="quick_gelu"))
+                num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch))
         self.magvit = MagVit2(c)
-        for part in self.frozen():
-            part.requires_grad_(False)
+        self.frozen().requires_grad_(False)
         self.train_embeddings_in_recon = False       # see recon_loss
-        self.flex = False                            # flex_attention instead of a dense mask in the losses
+        self.set_flex(False)
         self.set_und()
 
     def set_und(self, size=None, blur=None):
-        """What the understanding side of RecA sees of an image (paper, F.2; see `shown`).
-
+        """What the understanding side of RecA sees of an image (paper, F.2; see `_shown`). InputError for other values.
         size: pixels per side. CLIP variant: 336 and nothing else; VQ variant: a multiple of 16, default half of the
-        image, or all of it where it is blurred. blur: a factor, or None. InputError for anything else.
-        """
+        image, or all of it where it is blurred. blur: a factor, or None."""
         c = self.config
         size = size or (c.clip_image_size if c.w_clip_vit else c.image_size if blur else c.image_size // 2)
         if c.w_clip_vit and size != c.clip_image_size:
-            raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only "
-                             "(the VQ variants take multiples of 16)")
+            raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (VQ: multiples of 16)")
         if not c.w_clip_vit and (size % 16 or size > c.image_size):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
         if blur and not 1 <= blur <= c.image_size // 2:
@@ -435,18 +360,23 @@ class Showo(nn.Module):
         self.und_size, self.blur = size, blur
 
     def set_flex(self, on=True):
-        """flex_attention in the losses: a sparse mask instead of a dense one. Meant for GPUs, where the kernel is
-        compiled."""
+        """flex_attention in the losses: a sparse mask instead of a dense one, in a kernel that is compiled for GPUs."""
         self.flex = on
         self.showo.set_attn_implementation("flex_attention" if on else "sdpa")
 
+    def parts(self, *names):
+        return nn.ModuleDict({name: getattr(self, name) for name in names if hasattr(self, name)})
+
+    def trained(self):
+        """The modules that are trained, which are those that a Show-o checkpoint holds."""
+        return self.parts("showo", "mm_projector")
+
     def frozen(self):
-        return [self.magvit] + ([self.clip] if self.config.w_clip_vit else [])
+        return self.parts("magvit", "clip")
 
     def train(self, mode=True):
         super().train(mode)
-        for part in self.frozen():
-            part.eval()
+        self.frozen().eval()
         return self
 
     @property
@@ -458,21 +388,15 @@ class Showo(nn.Module):
         return list(self.showo.model.layers)
 
     def parameter_groups(self, weight_decay):
-        """Everything but CLIP and tokenizer is trained.
-
-        The original exempts names with "bias", "layer_norm.weight", "mlm_ln.weight" or "embeddings.weight" from
-        weight decay, but Phi calls them layernorm.weight and embed_tokens.weight: in effect only biases are exempt.
-        Followed; at a learning rate of 5e-7 the decay of a norm's weight is next to nothing.
-        """
-        named = [(n, p) for n, p in self.named_parameters() if p.requires_grad]
+        """With weight decay and without. The original exempts "bias", "layer_norm.weight", "mlm_ln.weight" and
+        "embeddings.weight", but Phi calls them layernorm.weight and embed_tokens.weight: in effect only biases are
+        exempt. Followed; at a learning rate of 5e-7 the decay of a norm's weight is next to nothing."""
+        named = list(self.trained().named_parameters())
         return [{"params": [p for n, p in named if "bias" not in n], "weight_decay": weight_decay},
                 {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0}]
 
-    # ---- images ------------------------------------------------------------------------------------------------------
-
     def preprocess(self, image, task, rng=None):
         """PIL RGB -> the pixels of one image as the recipe of `task` wants them (on the CPU; nothing here is random).
-
         recon, t2i    {"pixels": [3, S, S] in [-1, 1]}, the whole image stretched to a square
         i2t           CLIP variant {"clip_pixels": [3, 336, 336]}, central square with CLIP's mean and deviation;
                       VQ variant {"pixels": [3, S, S]}, central square
@@ -483,125 +407,101 @@ class Showo(nn.Module):
         size = self.config.image_size
         if task != "i2t":
             return {"pixels": common.to_tensor(common.stretch_square(image, size))}
-        if self.config.w_clip_vit:
-            pixels = (common.to_tensor(short_side_square(image, self.config.clip_image_size)) + 1) / 2
-            mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (CLIP_MEAN, CLIP_STD))
-            return {"clip_pixels": (pixels - mean) / std}
-        return {"pixels": common.to_tensor(short_side_square(image, size))}
+        if not self.config.w_clip_vit:
+            return {"pixels": common.to_tensor(short_side_square(image, size))}
+        pixels = (common.to_tensor(short_side_square(image, self.config.clip_image_size)) + 1) / 2
+        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (CLIP_MEAN, CLIP_STD))
+        return {"clip_pixels": (pixels - mean) / std}
+
+    @torch.no_grad()
+    def encode(self, samples, task):
+        """What the frozen parts say of each image, always in float32 (rounding would change the signs of a code).
+
+        samples: list of what preprocess returned -> list of {"codes": int64 [N] (recon, t2i), "und": float [C, width]
+        or int64 codes (recon, i2t)}."""
+        name, features = "clip_pixels" if "clip_pixels" in samples[0] else "pixels", {}
+        pixels = torch.stack([sample[name] for sample in samples]).to(self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            if task != "i2t":
+                features["codes"] = self.magvit.codes(pixels)
+            if task != "t2i":
+                view = self.shown(pixels) if task == "recon" else pixels
+                clip = self.config.w_clip_vit
+                features["und"] = self.clip_rows(view.to(self.clip.dtype)) if clip else self.magvit.codes(view)
+        return [{k: v[i] for k, v in features.items()} for i in range(len(samples))]
+
+    def shown(self, pixels):
+        """[B, 3, S, S] -> what the understanding side of RecA sees of it, [B, 3, s, s].
+        CLIP variant: 336 px. The original resizes the image as it is normalised for the tokenizer ((x/255 - 0.5) / 0.5)
+        and never applies CLIP's own mean and deviation, though captioning does; bilinear without antialiasing. It looks
+        like an oversight, but the released weights were trained with it, so it is followed. VQ variant: `und_size`
+        pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model knows), or,
+        with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its detail."""
+        return common.resize(common.blur(pixels, self.blur) if self.blur else pixels, self.und_size)
 
     def clip_rows(self, pixels):
-        """[B, 3, 336, 336] -> [B, C, width]: the output of the last layer but one, without the class token and the
-        final norm."""
+        """[B, 3, 336, 336] -> [B, C, width]: the last layer but one, without the class token and the final norm."""
         x = self.clip.pre_layrnorm(self.clip.embeddings(pixels))
         for layer in self.clip.encoder.layers[:-1]:             # the last of the 24 layers is loaded but never needed
             x = layer(x, None)
         return x[:, 1:]
 
-    def shown(self, pixels):
-        """[B, 3, S, S] -> what the understanding side of RecA sees of it, [B, 3, s, s].
-
-        CLIP variant: 336 px. The original resizes the image as it is normalised for the tokenizer ((x/255 - 0.5) /
-        0.5) and never applies CLIP's own mean and deviation, though captioning does; bilinear without antialiasing.
-        It looks like an oversight, but the released weights were trained with it, so it is followed. VQ variant:
-        `und_size` pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model
-        knows), or, with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its
-        detail.
-        """
-        return common.resize(common.blur(pixels, self.blur) if self.blur else pixels, self.und_size)
-
-    @torch.no_grad()
-    def encode(self, samples, task):
-        """What the frozen parts say of each image, always in float32 (a sign is a bit of a code: rounding would
-        change tokens).
-
-        samples: list of what preprocess returned -> list of {"codes": int64 [N] (recon, t2i), "und": float [C, width]
-        or int64 codes (recon, i2t)}.
-        """
-        with torch.autocast(self.device.type, enabled=False):
-            name, features = "clip_pixels" if "clip_pixels" in samples[0] else "pixels", {}
-            pixels = torch.stack([sample[name] for sample in samples]).to(self.device)
-            if task in ("recon", "t2i"):
-                features["codes"] = self.magvit.codes(pixels)
-            if task != "t2i":
-                view = self.shown(pixels) if task == "recon" else pixels
-                if self.config.w_clip_vit:
-                    features["und"] = self.clip_rows(view.to(self.clip.dtype))
-                else:
-                    features["und"] = self.magvit.codes(view)
-        return [{k: v[i] for k, v in features.items()} for i in range(len(samples))]
-
-    # ---- the language model ------------------------------------------------------------------------------------------
-
     def embed(self, rows, und=None):
-        """Rows -> [B, L, D]; und: CLIP rows [B, C, width], projected and put in place of the IGNORE ids (None: ids
-        only)."""
-        table = self.showo.model.embed_tokens
-        if rows.clip_at is None:
-            return table(rows.ids)
-        a, b = rows.clip_at, rows.clip_at + self.config.num_clip
-        image = self.mm_projector(und.to(self.mm_projector[0].weight.dtype))
-        text = table(torch.cat([rows.ids[:, :a], rows.ids[:, b:]], 1))
-        return torch.cat([text[:, :a], image.to(text.dtype), text[:, a:]], 1)
+        """Rows -> [B, L, D]; und (CLIP variant): CLIP rows [B, C, width], projected and put in place of IGNORE ids."""
+        embeds = self.showo.model.embed_tokens(rows.ids.clamp(min=0))
+        if und is None or not self.config.w_clip_vit:
+            return embeds
+        image = self.mm_projector(und.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
+        return embeds.masked_scatter((rows.ids == IGNORE)[..., None], image)
 
     def hidden(self, embeds, mask, positions, cache=None):
-        """Through all layers and the final norm: [B, l, D] -> [B, l, D]. mask: bool [B, l, cached + l], or a flex
-        block mask."""
+        """Through all layers and the final norm: [B, l, D] -> [B, l, D]. mask: [B, l, cached + l] or flex's."""
         mask = mask[:, None] if torch.is_tensor(mask) else mask
         return self.showo.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None],
                                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-# ======================================================================================================
-# 3. Loading and saving
-# ======================================================================================================
+    # ==================================================================================================
+    # 3. Loading and saving
+    # ==================================================================================================
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """A Show-o with everything that belongs to it.
-
         source: a hub id (showlab/show-o, show-o-512x512, show-o-w-clip-vit, show-o-w-clip-vit-512x512,
         sanaka87/Show-o-RecA, sanaka87/Show-o-512x512-RecA), or a folder in that layout: config.json and
         pytorch_model.safetensors or .bin. Tokenizer, CLIP and MAGVIT-v2 are taken from the sub-folders that
         save_pretrained writes, else from the hub. "tiny", "tiny-vq": random weights (the command line pretrains them
         on the toy world first). dtype: of language model, projector and CLIP; MAGVIT-v2 stays float32. InputError for
-        keys that do not fit.
-        """
+        keys that do not fit."""
         if source in ("tiny", "tiny-vq"):
             return cls.random(source, device).eval()
         folder = common.hub_folder(source, ["config.json", "pytorch_model*"])
         config = cls._read_config(folder)
 
-        def part(name, hub, patterns):
+        def part(name, hub, *patterns):
             return folder / name if (folder / name).is_dir() else common.hub_folder(hub, patterns)
 
-        text = part("tokenizer", TOKENIZER_SOURCE, ["*.json", "*.txt"])
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(text)
-        except (OSError, ValueError) as error:
-            raise InputError(f"no text tokenizer in {text}: {str(error).splitlines()[0]}") from error
-        for note in ("is_local", "local_files_only"):           # where it was read from has no place in a checkpoint
-            tokenizer.init_kwargs.pop(note, None)
+        tokenizer = common.load_tokenizer(part("tokenizer", TOKENIZER_SOURCE, "*.json", "*.txt"))
         # Built without memory, then filled: initialising 1.5 billion weights at random takes longer than reading them.
         with torch.device("meta"):
             model = cls(config, tokenizer)
         model.to_empty(device="cpu")
-        model._load_released(read_weights(folder), str(source))
-        weights = ["*.safetensors", "*.bin"]
-        common.load_strictly(model.magvit, read_weights(part("magvitv2", VQ_SOURCE, weights)), "MAGVIT-v2")
+        common.load_strictly(model.trained(), common.find_weights(folder, *WEIGHTS), str(source))
+        state = common.find_weights(part("magvitv2", VQ_SOURCE, "*.safetensors", "*.bin"), *WEIGHTS)
+        common.load_strictly(model.magvit, state, "MAGVIT-v2")
         if config.w_clip_vit:
-            common.load_strictly(model.clip, clip_keys(read_weights(part("clip", CLIP_SOURCE, weights))), "CLIP")
-        model.to(device)
-        for module in [model.showo, *([model.mm_projector, model.clip] if config.w_clip_vit else [])]:
-            module.to(dtype)
-        # The buffers that no checkpoint holds, after the cast: rounded rotary frequencies would turn tokens wrongly.
-        model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.showo.config).to(device)
-        if config.w_clip_vit:
+            state = common.find_weights(part("clip", CLIP_SOURCE, "*.safetensors", "*.bin"), *WEIGHTS)
+            common.load_strictly(model.clip, clip_keys(state), "CLIP")
+            # Buffers that no checkpoint holds, here and below.
             model.clip.embeddings.position_ids.copy_(torch.arange(config.num_clip + 1))
+        model.to(device).parts("showo", "mm_projector", "clip").to(dtype)
+        # After the cast: rounded rotary frequencies would turn tokens wrongly.
+        model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.showo.config).to(device)
         return model.eval()
 
     @classmethod
     def random(cls, name, device="cpu"):
-        """A key of CONFIGS -> a model of these sizes with random weights and a word-level tokenizer. Downloads
-        nothing."""
+        """A key of CONFIGS -> a model of these sizes: random weights, a word-level tokenizer. Downloads nothing."""
         if name not in CONFIGS:
             raise InputError(f"no sizes known for {name}: choose one of {', '.join(CONFIGS)}")
         tokenizer, config = common.tiny_tokenizer(("<|endoftext|>",)), CONFIGS[name]
@@ -612,8 +512,7 @@ class Showo(nn.Module):
 
     @staticmethod
     def _read_config(folder):
-        """config.json of the released layout; "sizes" is ours and missing in released files, whose sizes are all the
-        same."""
+        """config.json as released; "sizes" is ours and missing in released files, whose sizes are all the same."""
         given = common.read_json(folder / "config.json")
         try:
             clip, side = bool(given["w_clip_vit"]), math.isqrt(given["num_vq_tokens"])
@@ -627,25 +526,15 @@ class Showo(nn.Module):
             raise InputError(f"{folder / 'config.json'}: vocab_size is {found}, expected {expected}")
         return config
 
-    def released_state(self):
-        """{key: tensor} of what a Show-o checkpoint holds: showo.* and mm_projector.* (CLIP and MAGVIT-v2 lie
-        elsewhere)."""
-        return {k: v for k, v in self.state_dict().items() if k.startswith(("showo.", "mm_projector."))}
-
-    def _load_released(self, state, name):
-        modules = {"showo": self.showo} | ({"mm_projector": self.mm_projector} if self.config.w_clip_vit else {})
-        common.load_strictly(nn.ModuleDict(modules), state, name)
-
     def save_pretrained(self, folder):
-        """The released layout (the original repository reads it), self-contained: tokenizer, CLIP and MAGVIT-v2 in
-        sub-folders."""
+        """The released layout (the original repository reads it); tokenizer, CLIP and MAGVIT-v2 in sub-folders."""
         folder, c = Path(folder), self.config
         theirs = {"_class_name": "Showo", "w_clip_vit": c.w_clip_vit, "vocab_size": c.vocab_size,
                   "llm_vocab_size": c.llm_vocab_size, "llm_model_path": TOKENIZER_SOURCE,
                   "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens, "load_from_showo": True,
                   "mask_token_id": c.mask_token}
         sizes = {k: v for k, v in dataclasses.asdict(c).items() if k not in (*theirs, "image_size")}
-        write_weights(folder, self.released_state(), {**theirs, "sizes": sizes})
+        write_weights(folder, self.trained().state_dict(), {**theirs, "sizes": sizes})
         write_weights(folder / "magvitv2", self.magvit.state_dict(), {"_class_name": "MAGVITv2"})
         if c.w_clip_vit:
             state = {f"vision_model.{k}": v for k, v in self.clip.state_dict().items()}
@@ -653,113 +542,88 @@ class Showo(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
 
-# ======================================================================================================
-# 4. The embedding-conditioned prompt
-# ======================================================================================================
-# Five layouts, each from ids (methods with an underscore take ids instead of text, so that any prompt can be replayed):
-#
-#   RecA, CLIP     <mmu> <soi> C CLIP rows <eoi> <eot> template <eot> pads   <soi> N tokens <eoi>
-#   RecA, VQ       pads <mmu> <soi> codes of the small image <eoi> <eot> template <eot>   <soi> N tokens <eoi>
-#   t2i            pads <t2i> <eot> caption <eot>   <soi> N tokens <eoi>
-#   i2t, CLIP      <mmu> system prompt <soi> C CLIP rows <eoi> USER: ... ASSISTANT: ... <eot>   pads
-#   i2t, VQ        <mmu> <soi> N codes <eoi> USER: ... ASSISTANT: ... <eot>   pads
+    # ==================================================================================================
+    # 4. The embedding-conditioned prompt
+    # ==================================================================================================
+    # Five layouts, each from ids (methods with an underscore take ids instead of text: any prompt can be replayed):
+    #
+    #   RecA, CLIP     <mmu> <soi> C CLIP rows <eoi> <eot> template <eot> pads   <soi> N tokens <eoi>
+    #   RecA, VQ       pads <mmu> <soi> codes of the small image <eoi> <eot> template <eot>   <soi> N tokens <eoi>
+    #   t2i            pads <t2i> <eot> caption <eot>   <soi> N tokens <eoi>
+    #   i2t, CLIP      <mmu> system prompt <soi> C CLIP rows <eoi> USER: ... ASSISTANT: ... <eot>   pads
+    #   i2t, VQ        <mmu> <soi> N codes <eoi> USER: ... ASSISTANT: ... <eot>   pads
+    #
+    # texts: B lists of ids; tokens: [B, N] ids, partly masked, or None: all masked (sampling); labels: [B, N] or None.
 
-    def _bracket(self, ids):
-        """<eot> in front of a text (unless it is there) and behind it."""
-        ids = list(ids)
-        return (ids if ids[:1] == [self.config.eot] else [self.config.eot, *ids]) + [self.config.eot]
-
-    def _recon_rows(self, texts, tokens, codes, und):
-        """The RecA prompt. texts: B lists of ids; tokens: [B, N] ids, partly masked; codes: [B, N] labels (IGNORE:
-        none); und: [B, n] codes of the small image; CLIP variant: not looked at, its rows are put in later (see
-        embed).
-
+    def _recon_rows(self, texts, und, tokens=None, labels=None):
+        """The RecA prompt. und: as in encode; of CLIP rows only the number matters here (see embed).
         CLIP variant: the CLIP rows are open to every position, also to those before them. Text is causal; the N image
         tokens see everything in front of them and each other, but not the closing <eoi>. Padding stands between text
         and <soi> (the released layout; the positions of the image tokens depend on it) and is seen by nobody. VQ
-        variant: each image sees itself and everything before it, text is causal, nothing sees the padding in front.
-        """
-        c, batch = self.config, len(texts)
-        texts = [self._bracket(t) for t in texts]
-        tokens = tokens.cpu()
-        soi, eoi = torch.full((batch, 1), c.soi), torch.full((batch, 1), c.eoi)
-        if c.w_clip_vit:
-            room = c.recon_text - 3                                             # markers and text share the slots
-            self._must_fit(texts, room)
-            clip = torch.full((batch, c.num_clip), IGNORE)
-            text = torch.tensor([t + [c.pad] * (room - len(t)) for t in texts])
-            rows = Rows.causal(torch.cat([torch.full((batch, 1), c.mmu), soi, clip, eoi, text, soi, tokens, eoi], 1))
-            length = rows.ids.shape[1]
-            rows.clip_at = 2
-            rows.open[:, 2:2 + c.num_clip] = True
-            rows.hidden = rows.ids == c.pad
-            rows.last[:, -1 - c.num_tokens:-1] = length - 2
-        else:
-            self._must_fit(texts, c.max_text)
-            und, pads = und.cpu() + c.first_code, [c.max_text - len(t) for t in texts]
-            front = torch.tensor([[c.pad] * n + [c.mmu, c.soi, *given, c.eoi, *text]
-                                  for n, given, text in zip(pads, und.tolist(), texts)])
-            rows = Rows.causal(torch.cat([front, soi, tokens, eoi], 1))
-            self._hide_front(rows, pads)
-            for i, n in enumerate(pads):                                        # the given image: <soi> .. <eoi>
-                rows.last[i, n + 1:n + 3 + und.shape[1]] = n + 2 + und.shape[1]
-            rows.last[:, -2 - c.num_tokens:] = rows.ids.shape[1] - 1
-        rows.labels[:, -1 - c.num_tokens:-1] = codes.cpu()
-        return rows
-
-    def _must_fit(self, texts, room):
+        variant: each image sees itself and everything before it, text is causal, nothing sees the padding in front."""
+        c, texts = self.config, [self._bracket(text) for text in texts]
+        room = c.recon_text - 3 if c.w_clip_vit else c.max_text             # CLIP variant: markers share the slots
         longest = max(map(len, texts))
         if longest > room:
             raise InputError(f"a template takes {longest} tokens, the RecA prompt has room for {room}: shorten it")
+        heads = [[c.mmu, c.soi, *image, c.eoi, *text] for image, text in zip(self._image_ids(und), texts)]
+        pads = [[c.pad] * (room - len(text)) for text in texts]
+        rows = self._with_image([h + p if c.w_clip_vit else p + h for h, p in zip(heads, pads)], tokens)
+        end = rows.ids.shape[1] - 1                                         # the closing <eoi>
+        if c.w_clip_vit:
+            rows.open, rows.hidden = rows.ids == IGNORE, rows.ids == c.pad
+            rows.last[:, end - c.num_tokens:end] = end - 1
+        else:
+            front = rows.first[:, -1:]                                      # <mmu> stands here, then <soi> codes <eoi>
+            given_end = front + 2 + und.shape[1]
+            given = (rows.positions > front) & (rows.positions <= given_end)
+            rows.last = torch.where(given, given_end, rows.last)
+            rows.last[:, end - c.num_tokens - 1:] = end
+        if labels is not None:
+            rows.labels[:, end - c.num_tokens:end] = labels
+        return rows
 
-    def _hide_front(self, rows, pads):
-        """Padding in front: no position looks back into it (padding itself does, which changes nothing)."""
-        pads = torch.tensor(pads)[:, None]
-        rows.first = torch.where(rows.positions >= pads, pads, 0)
-
-    def _t2i_rows(self, texts, tokens, codes=None, slots=None):
-        """The text-to-image prompt. texts: B lists of ids; tokens: [B, N] ids, codes: [B, N] labels or None
-        (generation); slots: room for the text (longer ones are cut and closed with <eot>).
-
+    def _t2i_rows(self, texts, tokens=None, labels=None, slots=None):
+        """The text-to-image prompt. slots: room for the text (longer ones are cut and closed with <eot>).
         Text is causal and never sees the image; <soi>, image tokens and <eoi> see all of the text and each other. In
-        training the two markers are labelled with themselves, as in the original: two easy targets for each image.
-        """
-        c, slots = self.config, (self.config.max_text if slots is None else slots) + 1
-        heads = [[c.t2i, *self._bracket(t)] for t in texts]
-        heads = [h if len(h) <= slots else h[:slots - 1] + [c.eot] for h in heads]
-        pads = [slots - len(h) for h in heads]
-        front = torch.tensor([[c.pad] * n + h for n, h in zip(pads, heads)])
-        ends = [torch.full((len(texts), 1), marker) for marker in (c.soi, c.eoi)]
-        rows = Rows.causal(torch.cat([front, ends[0], tokens.cpu(), ends[1]], 1))
-        self._hide_front(rows, pads)
+        training the two markers are labelled with themselves, as in the original: two easy targets for each image."""
+        c, slots = self.config, (slots or self.config.max_text) + 1
+        heads = [[c.t2i, *self._bracket(text)] for text in texts]
+        heads = [head if len(head) <= slots else head[:slots - 1] + [c.eot] for head in heads]
+        rows = self._with_image([[c.pad] * (slots - len(head)) + head for head in heads], tokens)
         rows.last[:, slots:] = rows.ids.shape[1] - 1
-        if codes is not None:
-            rows.labels[:, slots:] = torch.cat([ends[0], codes.cpu(), ends[1]], 1)
+        if labels is not None:
+            rows.labels[:, slots:] = torch.tensor([[c.soi, *row, c.eoi] for row in labels.tolist()])
         return rows
 
     def _i2t_rows(self, ids, labels, und, system=()):
-        """The captioning prompt. ids, labels: [B, T], padded on the right; und: as in encode; system: ids of the
-        system prompt.
-
-        Everything is causal, only the image is open to every position (in the VQ variant with all that stands before
-        it).
-        """
-        c, batch = self.config, len(ids)
-        if c.w_clip_vit:
-            head = [c.mmu, *system, c.soi]
-            image = torch.full((batch, c.num_clip), IGNORE)
-        else:
-            head = [c.mmu, c.soi]
-            image = und.cpu() + c.first_code
-        front = torch.tensor(head).expand(batch, -1)
-        rows = Rows.causal(torch.cat([front, image, torch.full((batch, 1), c.eoi), ids], 1))
+        """The captioning prompt. ids, labels: [B, T], padded on the right; und: as in encode; system: ids.
+        Causal, only the image is open to every position (in the VQ variant with all that stands before it)."""
+        c = self.config
+        rows = Rows.causal([[c.mmu, *system, c.soi, *image, c.eoi, *text]
+                            for image, text in zip(self._image_ids(und), ids.tolist())], c.pad)
         rows.labels[:, -ids.shape[1]:] = labels
         if c.w_clip_vit:
-            rows.clip_at = len(head)
-            rows.open[:, len(head):len(head) + c.num_clip] = True
+            rows.open = rows.ids == IGNORE
         else:
-            rows.open[:, :len(head) + image.shape[1] + 1] = True
+            rows.open[:, :-ids.shape[1]] = True
         return rows
+
+    def _bracket(self, ids):
+        """<eot> in front of a text (unless it is there) and behind it."""
+        eot = self.config.eot
+        return [*ids, eot] if ids[:1] == [eot] else [eot, *ids, eot]
+
+    def _image_ids(self, und):
+        """What stands for the given images: places for CLIP rows, or their codes."""
+        c = self.config
+        return [[IGNORE] * c.num_clip] * len(und) if c.w_clip_vit else (und + c.first_code).tolist()
+
+    def _with_image(self, heads, tokens):
+        """B equally long lists of ids, the image behind them."""
+        c = self.config
+        tokens = [[c.mask_token] * c.num_tokens] * len(heads) if tokens is None else tokens.tolist()
+        return Rows.causal([[*head, c.soi, *image, c.eoi] for head, image in zip(heads, tokens)], c.pad)
 
     def _text_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -767,150 +631,178 @@ class Showo(nn.Module):
     def _recon_text(self, template):
         return self._text_ids(f"USER: \n {template} ASSISTANT:")
 
-    def _conversation(self, turns):
-        """[(question, answer), ...] -> (ids, labels): "USER: q ASSISTANT: a<|endoftext|>USER: ...", answers and their
-        end are the labels. Cut to the slots which the recipe leaves for it."""
-        c, ids, labels = self.config, [], []
-        for question, answer in turns:
-            asked = self._text_ids(f"USER: {question.strip()} ASSISTANT:")
-            said = self._text_ids(f" {answer.strip()}") + [c.eot]
-            ids, labels = ids + asked + said, labels + [IGNORE] * len(asked) + said
-        # CLIP variant: the original makes a captioning row as long as a t2i row, so that both share a batch.
-        room = c.max_text - (c.num_clip - c.num_tokens) - c.system_len if c.w_clip_vit else c.max_text
-        return ids[:room], labels[:room]
-
-    def _conversations(self, conversations):
-        """B conversations -> ids and labels [B, T], padded on the right to the longest (the original: always to the
-        full room, 996 slots at 512 px, which no position looks at)."""
-        pairs = [self._conversation(turns) for turns in conversations]
-        longest = max(len(ids) for ids, _ in pairs)
-        return (torch.tensor([ids + [self.config.pad] * (longest - len(ids)) for ids, _ in pairs]),
-                torch.tensor([labels + [IGNORE] * (longest - len(labels)) for _, labels in pairs]))
-
     def _system_ids(self):
         return self._text_ids(SYSTEM_PROMPT) if self.config.w_clip_vit and self.config.system_len else []
 
-# ======================================================================================================
-# 5. The losses
-# ======================================================================================================
+    def _conversations(self, conversations):
+        """B lists [(question, answer), ...] -> ids, labels [B, T]: "USER: q ASSISTANT: a<|endoftext|>USER: ...". The
+        answers and their end are the labels. Cut to the recipe's slots, padded on the right to the longest (the
+        original: always to the full room, 996 slots at 512 px, which no position looks at)."""
+        c, all_ids, all_labels = self.config, [], []
+        # CLIP variant: the original makes a captioning row as long as a t2i row, so that both share a batch.
+        room = c.max_text - (c.num_clip - c.num_tokens) - c.system_len if c.w_clip_vit else c.max_text
+        for turns in conversations:
+            ids, labels = [], []
+            for question, answer in turns:
+                asked = self._text_ids(f"USER: {question.strip()} ASSISTANT:")
+                said = self._text_ids(f" {answer.strip()}") + [c.eot]
+                ids, labels = ids + asked + said, labels + [IGNORE] * len(asked) + said
+            all_ids.append(torch.tensor(ids[:room]))
+            all_labels.append(torch.tensor(labels[:room]))
+        return (pad_sequence(all_ids, batch_first=True, padding_value=c.pad),
+                pad_sequence(all_labels, batch_first=True, padding_value=IGNORE))
 
-    def _mask_tokens(self, codes, draws):
-        """MaskGIT's corruption. codes: [B, N] -> (ids [B, N], some of them the mask token; labels [B, N], IGNORE
-        where not masked).
-
-        A share cos(u pi/2) of each image is masked, u ~ U(0, 1), at least one token. draws: "timesteps" u [B],
-        "scores" [B, N] uniform: the permutation argsort(scores) says which tokens go.
-        """
-        tokens = codes.cpu() + self.config.first_code
-        number = (tokens.shape[1] * torch.cos(draws["timesteps"] * math.pi * 0.5)).round().clamp(min=1)
-        masked = draws["scores"].argsort(-1) < number[:, None]
-        return tokens.masked_fill(masked, self.config.mask_token), tokens.masked_fill(~masked, IGNORE)
-
-    def _mask_draws(self, rng, batch):
-        rng = rng or Rng.fresh(batch)
-        return {"timesteps": rng.uniform(), "scores": rng.uniform(self.config.num_tokens)}
-
-    def _cross_entropy(self, rows, und=None, shift=False, detach=False):
-        """Mean cross-entropy over the labels of `rows`; shift: the label stands one position behind the row that
-        predicts it.
-
-        Only rows with a label meet the output layer: its 58,498 columns would otherwise be computed for every
-        position of every prompt (0.5 GB in float32 for one 512 px prompt, of which about a third is used). detach: no
-        gradient into the inputs.
-        """
-        rows = rows.without_padding(self.config.pad)
-        labels = rows.labels[:, 1:] if shift else rows.labels
-        where = (labels != IGNORE).nonzero()                                    # [n, 2]: row and column, on the CPU
-        target = labels[where[:, 0], where[:, 1]].to(self.device)
-        rows = rows.map(lambda v: v.to(self.device))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
-            embeds = self.embed(rows, und)
-        hidden = self.hidden(embeds, rows.block_mask() if self.flex else rows.attention(), rows.positions)
-        chosen = hidden[where[:, 0].to(self.device), where[:, 1].to(self.device)]       # [n, D]
-        logits = self.showo.lm_head(chosen)                                             # [n, V]
-        return common.global_mean(F.cross_entropy(logits.float(), target, reduction="sum"), len(target))
+    # ==================================================================================================
+    # 5. The losses
+    # ==================================================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
         """L_recon, the RecA loss (section 3, equation 3): reconstruct the masked tokens of an image from its own
         understanding embeddings, behind a captioning instruction and without a caption.
 
         features: list of encode(..., "recon"); templates: list of B instructions (the original draws one per image in
-        the CLIP variant, one per batch in the VQ variant; here it is one per image in both). draws: "timesteps" [B],
-        "scores" [B, N]. Returns a scalar: the mean over all masked tokens of the batch, so that an image with more of
-        them weighs more.
+        the CLIP variant, one per batch in the VQ variant; here it is one per image in both). draws: see _draws. Returns
+        a scalar: the mean over all masked tokens of the batch, so that an image with more of them weighs more.
 
-        CLIP variant: the original builds the inputs of this pass without autograd, so that neither mm_projector nor
-        the embedding table learns from it; both are trained by L_i2t alone. Whether that was meant or not, the
-        released weights were made so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant
-        the table does learn.
-        """
-        return self._recon_loss(features, [self._recon_text(t) for t in templates], draws, rng)
+        CLIP variant: the original builds the inputs of this pass without autograd, so that neither mm_projector nor the
+        embedding table learns from it; both are trained by L_i2t alone. Whether that was meant or not, the released
+        weights were made so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant the table
+        does learn."""
+        return self._recon_loss(features, [self._recon_text(template) for template in templates], draws, rng)
 
     def _recon_loss(self, features, texts, draws=None, rng=None):
-        return self._cross_entropy(*self._recon_inputs(features, texts, draws, rng),
-                                   detach=self.config.w_clip_vit and not self.train_embeddings_in_recon)
-
-    def _recon_inputs(self, features, texts, draws=None, rng=None):
-        draws = draws or self._mask_draws(rng, len(features))
         und = torch.stack([f["und"] for f in features])
-        tokens, labels = self._mask_tokens(torch.stack([f["codes"] for f in features]), draws)
-        return self._recon_rows(texts, tokens, labels, und), und
+        rows = self._recon_rows(texts, und, *self._mask_tokens(features, draws or self._draws(features, rng)))
+        return self._cross_entropy(rows, und, detach=self.config.w_clip_vit and not self.train_embeddings_in_recon)
+
+    def t2i_loss(self, features, captions, draws=None, rng=None):
+        """L_t2i: the masked tokens of an image behind its caption. lambda_t2i = 0 in RecA; the loss of supervised
+        fine-tuning.
+        features: list of encode(..., "t2i"); captions: list of strings. Returns the mean over all targets."""
+        return self._t2i_loss(features, [self._text_ids(caption) for caption in captions], draws, rng)
+
+    def _t2i_loss(self, features, texts, draws=None, rng=None):
+        draws = draws or self._draws(features, rng)
+        texts = [[] if u < TEXT_DROP else text for text, u in zip(texts, draws["text_drop"].tolist())]
+        return self._cross_entropy(self._t2i_rows(texts, *self._mask_tokens(features, draws)))
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """L_i2t: next-token prediction of the answers in conversations about an image (LLaVA data); keeps
-        understanding alive.
-
+        """L_i2t: next-token prediction of the answers in conversations about an image; keeps understanding alive.
         features: list of encode(..., "i2t"); conversations: list of [(question, answer), ...]. draws, rng: nothing is
-        drawn. Returns a scalar, the mean over all answer tokens (with their end token) of the batch.
-        """
+        drawn. Returns a scalar, the mean over all answer tokens (with their end token) of the batch."""
         return self._i2t_loss(features, *self._conversations(conversations), self._system_ids())
 
     def _i2t_loss(self, features, ids, labels, system=()):
         und = torch.stack([f["und"] for f in features])
         return self._cross_entropy(self._i2t_rows(ids, labels, und, system), und, shift=True)
 
-    def t2i_loss(self, features, captions, draws=None, rng=None):
-        """L_t2i: the masked tokens of an image behind its caption. lambda_t2i = 0 in RecA; it is the loss of supervised
-        fine-tuning.
-
-        features: list of encode(..., "t2i"); captions: list of strings. draws: "timesteps" [B], "scores" [B, N],
-        "text_drop" [B] uniform: below 0.1 the caption is left out. Returns a scalar, the mean over all targets.
-        """
-        return self._t2i_loss(features, [self._text_ids(caption) for caption in captions], draws, rng)
-
-    def _t2i_loss(self, features, texts, draws=None, rng=None):
+    def _draws(self, features, rng):
+        """The random numbers of a loss, all uniform: "timesteps" [B], "scores" [B, N], "text_drop" [B] (t2i only)."""
         rng = rng or Rng.fresh(len(features))
-        draws = draws or self._mask_draws(rng, len(features)) | {"text_drop": rng.uniform()}
-        tokens, labels = self._mask_tokens(torch.stack([f["codes"] for f in features]), draws)
-        texts = [[] if u < TEXT_DROP else t for t, u in zip(texts, draws["text_drop"].tolist())]
-        return self._cross_entropy(self._t2i_rows(texts, tokens, labels))
+        return {"timesteps": rng.uniform(), "scores": rng.uniform(self.config.num_tokens), "text_drop": rng.uniform()}
 
-# ======================================================================================================
-# 6. Inference
-# ======================================================================================================
+    def _mask_tokens(self, features, draws):
+        """MaskGIT's corruption -> (ids [B, N], some of them the mask token; labels [B, N], IGNORE where not masked).
+        A share cos(u pi/2) of each image is masked, u = draws["timesteps"], at least one token: those that the
+        permutation argsort(scores) puts first."""
+        tokens = torch.stack([f["codes"] for f in features]).cpu() + self.config.first_code
+        number = (tokens.shape[1] * torch.cos(draws["timesteps"] * math.pi * 0.5)).round().clamp(min=1)
+        masked = draws["scores"].argsort(-1) < number[:, None]
+        return tokens.masked_fill(masked, self.config.mask_token), tokens.masked_fill(~masked, IGNORE)
+
+    def _cross_entropy(self, rows, und=None, shift=False, detach=False):
+        """Mean cross-entropy over the labels of `rows`. shift: a label stands one position behind the one that predicts
+        it. detach: no gradient into the inputs.
+        Only positions with a label meet the output layer: its 58,498 columns would otherwise be computed for every
+        position of every prompt (0.5 GB in float32 for one 512 px prompt, of which about a third is used)."""
+        rows = rows.without_padding(self.config.pad)
+        labels = rows.labels[:, 1:] if shift else rows.labels
+        row, column = (labels != IGNORE).nonzero(as_tuple=True)                         # [n] each, found on the CPU
+        target = labels[row, column].to(self.device)
+        rows = rows.map(lambda value: value.to(self.device))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
+            embeds = self.embed(rows, und)
+        hidden = self.hidden(embeds, rows.block_mask() if self.flex else rows.attention(), rows.positions)
+        logits = self.showo.lm_head(hidden[row.to(self.device), column.to(self.device)])        # [n, V]
+        return common.global_mean(F.cross_entropy(logits.float(), target, reduction="sum"), len(target))
+
+    # ==================================================================================================
+    # 6. Inference
+    # ==================================================================================================
+
+    def generate(self, prompts, *, seed=0, draws=None, progress=False, **settings):
+        """Text to image: list of strings -> list of PIL images, in one batch.
+        seed: image i is drawn from seed + i, or a list with one seed an image; settings: num_steps=50, temperature=1,
+        guidance_scale=5 (g: logits (1 + g) with prompt - g without; 0: none), those of the published benchmarks."""
+        rows = self._t2i_rows([self._text_ids(prompt) for prompt in prompts], slots=self.config.max_prompt)
+        return self._paint(rows, seed=seed, draws=draws, progress=progress, **settings)
+
+    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, **settings):
+        """Image to image, as generate: the RecA prompt with every token masked, sampled (the original leaves this half
+        finished). templates: list of instructions, one an image (None: the seed template)."""
+        features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
+        und = torch.stack([f["und"] for f in features])
+        texts = [self._recon_text(template) for template in templates or [common.SEED_TEMPLATE] * len(images)]
+        return self._paint(self._recon_rows(texts, und), und, seed=seed, draws=draws, progress=progress, **settings)
 
     @torch.no_grad()
-    def _sample(self, prompt, empty, und=None, num_steps=50, guidance_scale=5.0, temperature=1.0, draws=None, rng=None,
+    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=200):
+        """Image to text: list of PIL -> list of strings (greedy decoding), in one batch.
+        The prompt is the one of i2t_loss. (For the VQ variant the original's demo puts one more <eot> and a line break
+        in; no training ever did.)"""
+        features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
+        und = torch.stack([f["und"] for f in features])
+        ids = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")] * len(images))
+        rows = self._i2t_rows(ids, torch.full_like(ids, IGNORE), und, self._system_ids())
+        texts = []
+        for answer in self._continue(rows, und, max_new_tokens).tolist():
+            answer = answer[:answer.index(self.config.eot)] if self.config.eot in answer else answer
+            words = [i for i in answer if i < self.config.llm_vocab_size]
+            texts.append(self.tokenizer.decode(words, skip_special_tokens=True).strip())
+        return texts
+
+    @torch.no_grad()
+    def _continue(self, rows, und, max_new_tokens, stop=True):
+        """Greedy continuation of prompts without padding, with a KV cache -> ids int64 [B, <= max_new_tokens]. Every
+        column of the vocabulary is allowed, as in the original. stop: end when every row has said <eot>."""
+        rows = rows.map(lambda value: value.to(self.device))
+        embeds, mask, positions, cache = self.embed(rows, und), rows.attention(), rows.positions, DynamicCache()
+        new, done = [], torch.zeros(len(rows.ids), dtype=torch.bool, device=self.device)
+        while len(new) < max_new_tokens and not (stop and done.all()):
+            hidden = self.hidden(embeds, mask, positions, cache)
+            new.append(self.showo.lm_head(hidden[:, -1]).argmax(-1))
+            done |= new[-1] == self.config.eot
+            embeds = self.showo.model.embed_tokens(new[-1][:, None])
+            mask, positions = F.pad(mask[:, -1:], (0, 1), value=True), positions[-1:] + 1       # the last row sees all
+        return torch.stack(new, 1)
+
+    @torch.no_grad()
+    def _paint(self, rows, und=None, **settings):
+        """Prompts with all image tokens masked -> PIL images. [-1, 1] is truncated to 0..255, as in the original."""
+        codes = self._sample(rows, und, **settings)
+        with torch.autocast(self.device.type, enabled=False):
+            pixels = (self.magvit.decode(codes).clamp(-1, 1) + 1) / 2 * 255                        # [B, 3, S, S]
+        return [Image.fromarray(p) for p in pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
+
+    @torch.no_grad()
+    def _sample(self, rows, und=None, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None,
                 progress=False, watch=None):
-        """MaskGIT sampling with guidance -> codes int64 [B, N].
+        """MaskGIT sampling with guidance: Rows that end with <soi> N masked tokens <eoi> -> codes int64 [B, N].
 
-        prompt, empty: Rows that end with <soi> N masked tokens <eoi> (empty: without a condition, or None: no
-        guidance). In each of `num_steps` steps every masked token is drawn from its guided distribution, then the
-        least certain draws are masked again, so that a cosine of the tokens is left. draws: "drawn_ids" [num_steps,
-        B, N] (the codes themselves) and "gumbel_uniform" [num_steps, B, N]; rng: else they are drawn from there.
-        watch(step, tokens, probabilities): for tests.
+        In each of `num_steps` steps every masked token is drawn from its guided distribution, then the least certain
+        draws are masked again, so that a cosine of the tokens is left. draws: "drawn_ids" [num_steps, B, N] (the codes
+        themselves) and "gumbel_uniform" [num_steps, B, N], instead of seed. watch(step, tokens, probabilities): for
+        tests.
 
-        Text never sees the image, so what stands in front of <soi> is computed once and its keys and values are kept;
-        each step runs only the N + 2 positions of the image, guided and unguided rows in one batch.
-        """
-        c, batch = self.config, len(prompt.ids)
-        rows = prompt if empty is None else prompt.stack(empty)
-        rows = rows.without_padding(c.pad).map(lambda v: v.to(self.device))
-        embeds = self.embed(dataclasses.replace(rows, ids=rows.ids[:batch]), und)
-        if empty is not None:
-            embeds = torch.cat([embeds, self.showo.model.embed_tokens(rows.ids[batch:].clamp(min=0))])
+        Unguided rows are the empty text-to-image prompt, moved so that its image tokens have the same positions (rotary
+        embeddings are relative). Text never sees the image, so what stands in front of <soi> is computed once and its
+        keys and values are kept; each step runs only the N + 2 positions of the image, all rows in one batch."""
+        c, batch, rng = self.config, len(rows.ids), Rng.sampling(seed, len(rows.ids))
+        if guidance_scale > 0:
+            rows = rows.stack(self._t2i_rows([[]] * batch, slots=rows.ids.shape[1] - c.num_tokens - 3))
+        rows = rows.without_padding(c.pad).map(lambda value: value.to(self.device))
+        embeds, mask, cache = self.embed(rows, und), rows.attention(), DynamicCache()               # [B or 2B, L, D]
         front = rows.ids.shape[1] - c.num_tokens - 2
-        mask, cache = rows.attention(), DynamicCache()
         self.hidden(embeds[:, :front], mask[:, :front, :front], rows.positions[:front], cache)
         weight, bias = (p[c.first_code:c.mask_token] for p in (self.showo.lm_head.weight, self.showo.lm_head.bias))
 
@@ -921,13 +813,12 @@ class Showo(nn.Module):
             hidden = self.hidden(image, mask[:, front:], rows.positions[front:], cache)[:, 1:-1]
             cache.crop(-image.shape[1])                                                         # forget the image again
             logits = F.linear(hidden, weight, bias).float()                                     # [B or 2B, N, K]
-            if empty is not None:
+            if guidance_scale > 0:
                 logits = (1 + guidance_scale) * logits[:batch] - guidance_scale * logits[batch:]
             probs = logits.softmax(-1)
             if draws:
                 drawn, noise = draws["drawn_ids"][step].to(self.device), draws["gumbel_uniform"][step].to(self.device)
-            else:
-                # One uniform number per token picks a code from the cumulated distribution.
+            else:                                   # one uniform number per token picks from the cumulated distribution
                 total = probs.cumsum(-1)
                 pick = rng.uniform(c.num_tokens, 1).to(self.device) * total[..., -1:]
                 drawn = torch.searchsorted(total, pick, right=True)[..., 0].clamp(max=c.codebook_size - 1)
@@ -950,118 +841,12 @@ class Showo(nn.Module):
             tokens = torch.where(sure < threshold, c.codebook_size, drawn)
         return drawn                        # the draws of the last step: also the one token that would be masked again
 
-    def _blank(self, batch):
-        return torch.full((batch, self.config.num_tokens), self.config.mask_token)
 
-    def _images(self, codes):
-        """int64 [B, N] -> list of PIL images. [-1, 1] becomes 0..255 by (x + 1) / 2 * 255, truncated, as in the
-        original."""
-        with torch.autocast(self.device.type, enabled=False):
-            pixels = (self.magvit.decode(codes).clamp(-1, 1) + 1) / 2 * 255                        # [B, 3, S, S]
-        return [Image.fromarray(p) for p in pixels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()]
+# ======================================================================================================
+# 3, continued: files, sizes, names
+# ======================================================================================================
 
-    def _sampled(self, count, rows, unds, seed, draws, batch_size, settings):
-        """`count` images for the prompts that rows(slice) builds, batch_size at a time; an image's draws do not
-        depend on that."""
-        seeds = [seed + i for i in range(count)] if isinstance(seed, int) else list(seed)
-        images = []
-        for start in range(0, count, batch_size):
-            part = slice(start, min(start + batch_size, count))
-            some = {k: v[:, part] for k, v in draws.items()} if draws else None
-            rng = Rng.sampling(seeds[part], part.stop - start) if draws is None else None
-            prompt, empty = rows(part)
-            codes = self._sample(prompt, empty, None if unds is None else unds[part], draws=some, rng=rng, **settings)
-            images += self._images(codes)
-        return images
-
-    def generate(self, prompts, *, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None,
-                 progress=False, batch_size=8):
-        """Text to image: list of strings -> list of PIL images. The defaults are those of the published benchmarks.
-
-        guidance_scale g: logits (1 + g) with prompt - g without; 0: no guidance. seed: image i is drawn from seed +
-        i, or a list with one seed an image; draws: see _sample.
-        """
-        def rows(part):
-            texts = [self._text_ids(p) for p in prompts[part]]
-            blank, slots = self._blank(len(texts)), self.config.max_prompt
-            return (self._t2i_rows(texts, blank, slots=slots),
-                    self._t2i_rows([[]] * len(texts), blank, slots=slots) if guidance_scale > 0 else None)
-        settings = dict(num_steps=num_steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
-        return self._sampled(len(prompts), rows, None, seed, draws, batch_size, settings)
-
-    def reconstruct(self, images, *, templates=None, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0,
-                    draws=None, progress=False, batch_size=8):
-        """Image to image: the RecA prompt with every token masked, sampled. list of PIL -> list of PIL.
-
-        templates: list of instructions, one an image (None: the seed template). The unguided rows are the empty
-        text-to-image prompt, moved so that its image tokens have the same positions (the original leaves
-        reconstruction half finished; rotary embeddings are relative, so the empty prompt means the same there).
-        """
-        templates = templates or [common.SEED_TEMPLATE] * len(images)
-        und = torch.stack([f["und"] for i in range(0, len(images), batch_size) for f in self.encode(
-            [self.preprocess(image, "recon") for image in images[i:i + batch_size]], "recon")])
-
-        def rows(part):
-            texts = [self._recon_text(t) for t in templates[part]]
-            blank = self._blank(len(texts))
-            prompt = self._recon_rows(texts, blank, torch.full_like(blank, IGNORE), und[part])
-            slots = prompt.ids.shape[1] - self.config.num_tokens - 3
-            return prompt, self._t2i_rows([[]] * len(texts), blank, slots=slots) if guidance_scale > 0 else None
-        settings = dict(num_steps=num_steps, guidance_scale=guidance_scale, temperature=temperature, progress=progress)
-        return self._sampled(len(images), rows, und, seed, draws, batch_size, settings)
-
-    @torch.no_grad()
-    def _continue(self, rows, und, max_new_tokens, stop=True):
-        """Greedy continuation of prompts without padding, with a KV cache -> (ids int64 [B, <= max_new_tokens], first
-        logits [B, V]). Every column of the vocabulary is allowed, as in the original. stop: end when every row has
-        said <eot>."""
-        rows = rows.map(lambda v: v.to(self.device))
-        batch, length = rows.ids.shape
-        cache, new, done = DynamicCache(), [], torch.zeros(batch, dtype=torch.bool, device=self.device)
-        hidden = self.hidden(self.embed(rows, und), rows.attention(), rows.positions, cache)
-        logits = first = self.showo.lm_head(hidden[:, -1])
-        for i in range(max_new_tokens):
-            new.append(logits.argmax(-1))
-            done |= new[-1] == self.config.eot
-            if (stop and done.all()) or i + 1 == max_new_tokens:
-                break
-            mask = torch.ones(batch, 1, length + i + 1, dtype=torch.bool, device=self.device)
-            embeds = self.showo.model.embed_tokens(new[-1][:, None])
-            position = torch.tensor([length + i], device=self.device)
-            logits = self.showo.lm_head(self.hidden(embeds, mask, position, cache)[:, -1])
-        return torch.stack(new, 1), first
-
-    @torch.no_grad()
-    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=200, batch_size=8):
-        """Image -> text: list of PIL -> list of strings (greedy decoding).
-
-        The prompt is the one of i2t_loss. (For the VQ variant the original's demo puts one more <eot> and a line
-        break in; no training ever did.)
-        """
-        texts = []
-        asked = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")])
-        for start in range(0, len(images), batch_size):
-            samples = [self.preprocess(image, "i2t") for image in images[start:start + batch_size]]
-            und = torch.stack([f["und"] for f in self.encode(samples, "i2t")])
-            ids = asked.expand(len(und), -1)
-            rows = self._i2t_rows(ids, torch.full_like(ids, IGNORE), und, self._system_ids())
-            for answer in self._continue(rows, und, max_new_tokens)[0].tolist():
-                answer = answer[:answer.index(self.config.eot)] if self.config.eot in answer else answer
-                texts.append(self.tokenizer.decode([i for i in answer if i < self.config.llm_vocab_size],
-                                                   skip_special_tokens=True).strip())
-        return texts
-
-
-def read_weights(folder):
-    """The state dict in a folder of the released layout; the original's loader, too, tries .safetensors before .bin."""
-    for name in ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin"):
-        for path in (folder / name, folder / f"{name}.index.json"):
-            if path.exists():
-                return common.load_state(path)
-    raise InputError(f"no pytorch_model.safetensors, model.safetensors or pytorch_model.bin in {folder}")
-
-
-def write_weights(folder, state, config, name="pytorch_model.safetensors"):
+def write_weights(folder, state, config, name=WEIGHTS[0]):
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / name, metadata={"format": "pt"})
@@ -1073,6 +858,7 @@ def clip_keys(state):
     if any(k.startswith("vision_model.") for k in state):
         state = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
     return {k: v for k, v in state.items() if not k.endswith("position_ids")}
+
 
 # ======================================================================================================
 # 7. main()

@@ -32,8 +32,6 @@ def fixture_config(c, w_clip_vit):
         heads=c["heads"],
         intermediate=c["intermediate"],
         max_positions=c["phi"]["max_position_embeddings"],
-        rope_theta=c["phi"]["rope_theta"],
-        partial_rotary=c["partial_rotary_factor"],
         clip_hidden=c["clip"]["hidden_size"],
         clip_intermediate=c["clip"]["intermediate_size"],
         clip_layers=c["clip"]["num_hidden_layers"],
@@ -70,7 +68,8 @@ def norms():
 def load_model(config, w_clip_vit):
     model = Showo(fixture_config(config, w_clip_vit))
     state = load_file(FIXTURE / "weights.safetensors")
-    model._load_released({k: v for k, v in state.items() if w_clip_vit or k.startswith("showo.")}, "fixture")
+    state = {k: v for k, v in state.items() if w_clip_vit or k.startswith("showo.")}
+    common.load_strictly(model.trained(), state, "fixture")
     common.load_strictly(model.magvit, load_file(FIXTURE / "vq_weights.safetensors"), "MAGVIT-v2")
     if w_clip_vit:
         common.load_strictly(model.clip, reca_showo.clip_keys(load_file(FIXTURE / "clip_weights.safetensors")), "CLIP")
@@ -139,6 +138,11 @@ def i2t_features(model, golden):
     return model.encode([{"pixels": pixels(golden["in.recon_pixels_u8"])[0]}] * len(golden["mmu_vq.labels"]), "i2t")
 
 
+def first_of_clip(rows):
+    """Column of the first CLIP row."""
+    return rows.ids[0].tolist().index(IGNORE)
+
+
 def draws(golden, prefix):
     names = ("timesteps", "scores", "text_drop")
     return {n: golden[f"{prefix}.draw_{n}"] for n in names if f"{prefix}.draw_{n}" in golden}
@@ -178,9 +182,14 @@ def recon_inputs(model, config, golden, prefix):
     return recon_features(model, golden), prompts, draws(golden, prefix)
 
 
+def recon_rows(model, features, texts, draws):
+    und = torch.stack([f["und"] for f in features])
+    return model._recon_rows(texts, und, *model._mask_tokens(features, draws)), und
+
+
 def test_parity_showo_recon_prompt(clip_model, config, golden):
     """Ids, mask (bit for bit), inputs and logits of the CLIP variant."""
-    rows, und = clip_model._recon_inputs(*recon_inputs(clip_model, config, golden, "recon"))
+    rows, und = recon_rows(clip_model, *recon_inputs(clip_model, config, golden, "recon"))
     n = clip_model.config.num_tokens
     assert torch.equal(rows.ids, golden["recon.token_ids"])
     assert torch.equal(rows.labels[:, -n - 1 : -1], golden["recon.labels"][:, -n - 1 : -1])
@@ -216,7 +225,7 @@ def test_parity_showo_recon_vq_loss(vq_model, config, golden, norms):
     features, prompts, given = recon_inputs(vq_model, config, golden, "recon_vq")
     close(vq_model.shown(pixels(golden["in.recon_pixels_u8"]))[:1], golden["recon_vq.small_pixels_first"])
     assert torch.equal(torch.stack([f["und"] for f in features]), golden["recon_vq.given_codes"])
-    rows, _ = vq_model._recon_inputs(features, prompts, given)
+    rows, _ = recon_rows(vq_model, features, prompts, given)
     n = vq_model.config.num_tokens
     assert torch.equal(rows.ids, golden["recon_vq.token_ids"])
     assert torch.equal(rows.labels, golden["recon_vq.labels"])
@@ -230,7 +239,7 @@ def test_parity_showo_recon_vq_loss(vq_model, config, golden, norms):
 def test_parity_showo_t2i_loss(clip_model, config, golden, norms):
     features = clip_model.encode([{"pixels": p} for p in pixels(golden["in.t2i_pixels_u8"])], "t2i")
     given = draws(golden, "t2i")
-    tokens, labels = clip_model._mask_tokens(torch.stack([f["codes"] for f in features]), given)
+    tokens, labels = clip_model._mask_tokens(features, given)
     texts = [[] if u < 0.1 else t for t, u in zip(config["t2i_prompts"], given["text_drop"])]
     rows = clip_model._t2i_rows(texts, tokens, labels)
     assert torch.equal(rows.ids, golden["t2i.token_ids"])
@@ -251,7 +260,7 @@ def test_parity_showo_i2t_loss(clip_model, golden, norms):
     features, ids, labels, system = i2t_inputs(clip_model, golden)
     und = torch.stack([f["und"] for f in features])
     rows = clip_model._i2t_rows(ids, labels, und, system)
-    at, c = rows.clip_at, clip_model.config
+    at, c = first_of_clip(rows), clip_model.config
     assert torch.equal(
         torch.cat([rows.ids[:, :at], rows.ids[:, at + c.num_clip :]], 1), golden["mmu.token_ids_without_image"]
     )
@@ -296,9 +305,8 @@ def test_parity_showo_total_loss(clip_model, config, golden, norms):
 def test_parity_showo_sampler(clip_model, config, golden):
     c, steps = clip_model.config, config["sample_steps"]
     prompts = config["gen_prompts"]
-    blank = clip_model._blank(len(prompts))
-    cond = clip_model._t2i_rows(prompts, blank, slots=c.max_prompt)
-    uncond = clip_model._t2i_rows([[]] * len(prompts), blank, slots=c.max_prompt)
+    cond = clip_model._t2i_rows(prompts, slots=c.max_prompt)
+    uncond = clip_model._t2i_rows([[]] * len(prompts), slots=c.max_prompt)
     assert torch.equal(cond.ids, golden["sample.cond_ids"])
     assert torch.equal(uncond.ids, golden["sample.uncond_ids"])
     assert torch.equal(cond.stack(uncond).attention(), golden["sample.attention"])
@@ -313,9 +321,7 @@ def test_parity_showo_sampler(clip_model, config, golden):
         if f"sample.step{step}.probs" in golden:
             close(probs, golden[f"sample.step{step}.probs"])
 
-    codes = clip_model._sample(
-        cond, uncond, num_steps=steps, guidance_scale=config["guidance"], draws=given, watch=watch
-    )
+    codes = clip_model._sample(cond, num_steps=steps, guidance_scale=config["guidance"], draws=given, watch=watch)
     assert seen == list(range(steps))
     assert torch.equal(codes, golden["sample.codes"])
 
@@ -324,14 +330,15 @@ def test_parity_showo_caption(clip_model, config, golden):
     und = torch.stack([f["und"] for f in i2t_features(clip_model, golden)])[:1]
     ids = torch.tensor([config["caption"]])
     rows = clip_model._i2t_rows(ids, torch.full_like(ids, IGNORE), und, golden["in.mmu_system_ids"].tolist())
-    at = rows.clip_at
+    at = first_of_clip(rows)
     assert torch.equal(
         torch.cat([rows.ids[:, :at], rows.ids[:, at + clip_model.config.num_clip :]], 1),
         golden["caption.token_ids_without_image"],
     )
-    new, first = clip_model._continue(rows, und, config["caption_new"], stop=False)
-    close(first[0], golden["caption.first_logits"])
-    assert torch.equal(new[0], golden["caption.new_ids"])
+    with torch.no_grad():
+        hidden = clip_model.hidden(clip_model.embed(rows, und), rows.attention(), rows.positions)
+    close(clip_model.showo.lm_head(hidden[:, -1])[0], golden["caption.first_logits"])
+    assert torch.equal(clip_model._continue(rows, und, config["caption_new"], stop=False)[0], golden["caption.new_ids"])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -354,7 +361,7 @@ def test_released_keys_showo(name, manifest):
 
     with torch.device("meta"):
         model = Showo(reca_showo.CONFIGS[name])
-    assert {k: list(v.shape) for k, v in model.released_state().items()} == listed(manifest)
+    assert {k: list(v.shape) for k, v in model.trained().state_dict().items()} == listed(manifest)
     assert {k: list(v.shape) for k, v in model.magvit.state_dict().items()} == listed("magvitv2")
     assert model.config.vocab_size == 58498 and model.config.mask_token == 58497 and model.config.first_code == 50305
     if model.config.w_clip_vit:
@@ -412,7 +419,7 @@ def test_showo_loads_bin(tiny, tmp_path):
     """The hub's files are .bin; CLIP there comes with its text half; a half-precision file is read into float32."""
     tiny.save_pretrained(tmp_path)
     (tmp_path / "pytorch_model.safetensors").unlink()
-    torch.save({k: v.half() for k, v in tiny.released_state().items()}, tmp_path / "pytorch_model.bin")
+    torch.save({k: v.half() for k, v in tiny.trained().state_dict().items()}, tmp_path / "pytorch_model.bin")
     (tmp_path / "magvitv2" / "pytorch_model.safetensors").unlink()
     torch.save(tiny.magvit.state_dict(), tmp_path / "magvitv2" / "pytorch_model.bin")
     if tiny.config.w_clip_vit:
@@ -492,7 +499,7 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
     image = common.draw_scene([(0, 1, 2)], 64)
     (feature,) = tiny.encode([tiny.preprocess(image, "recon")], "recon")
     draws = {"timesteps": torch.zeros(1), "scores": torch.arange(n)[None] / n}  # u = 0: everything masked
-    rows, _ = tiny._recon_inputs([feature], [tiny._recon_text("Describe the image in detail.")], draws)
+    rows, _ = recon_rows(tiny, [feature], [tiny._recon_text("Describe the image in detail.")], draws)
     text = ["<eot>", "user", ":", "\n", "describe", "the", "image", "in", "detail", ".", "assistant", ":", "<eot>"]
     if c.w_clip_vit:
         assert words(tiny, rows.ids[0]) == [
@@ -521,7 +528,7 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
             "<eoi>",
         ]
         assert rows.ids.shape[1] == c.max_text + 1 + given + 2 + n + 2
-    rows = tiny._t2i_rows([tiny._text_ids("red circle"), []], tiny._blank(2), slots=5)
+    rows = tiny._t2i_rows([tiny._text_ids("red circle"), []], slots=5)
     assert words(tiny, rows.ids[0]) == [
         "[PAD]",
         "<t2i>",
@@ -534,11 +541,10 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
         "<eoi>",
     ]
     assert words(tiny, rows.ids[1]) == ["3 [PAD]", "<t2i>", "2 <eot>", "<soi>", f"{n} mask", "<eoi>"]
-    rows = tiny._t2i_rows(
-        [tiny._text_ids("red circle and blue cross")], tiny._blank(1), slots=4
-    )  # too long: cut and closed
+    rows = tiny._t2i_rows([tiny._text_ids("red circle and blue cross")], slots=4)  # too long: cut and closed
     assert words(tiny, rows.ids[0])[:6] == ["<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>"]
-    ids, labels = tiny._conversation([("What is it?", "a red circle"), ("Where?", "top-left")])
+    turns = [("What is it?", "a red circle"), ("Where?", "top-left")]
+    ids, labels = (rows[0].tolist() for rows in tiny._conversations([turns]))
     assert words(tiny, torch.tensor(ids)) == [
         "user",
         ":",
@@ -607,8 +613,8 @@ def test_showo_flex_attention_equals_dense(tiny, monkeypatch):
     image = common.draw_scene([(0, 1, 2), (2, 3, 4)], 64)
     features = tiny.encode([tiny.preprocess(image, "recon")] * 2, "recon")
     draws = {"timesteps": torch.tensor([0.3, 0.8]), "scores": torch.rand(2, tiny.config.num_tokens)}
-    rows, _ = tiny._recon_inputs(
-        features, [tiny._recon_text("Describe the image in detail."), tiny._recon_text("Describe this picture.")], draws
+    rows, _ = recon_rows(
+        tiny, features, [tiny._recon_text("Describe the image in detail."), tiny._recon_text("Describe this picture.")], draws
     )
     rows = rows.without_padding(tiny.config.pad)
     block, dense = rows.block_mask(), rows.attention()
@@ -633,7 +639,7 @@ def test_showo_sampling_is_per_image(tiny):
     """An image depends on its prompt and its seed, not on the batch; guidance and its absence both run."""
     prompts = ["red circle", "blue cross top-left", "green square"]
     together = tiny.generate(prompts, num_steps=3, guidance_scale=2.0, seed=5)
-    alone = tiny.generate(prompts[1:2], num_steps=3, guidance_scale=2.0, seed=[6], batch_size=1)
+    alone = tiny.generate(prompts[1:2], num_steps=3, guidance_scale=2.0, seed=[6])
     near = np.abs(np.asarray(together[1], int) - np.asarray(alone[0], int)).max()  # convolutions round by batch size
     assert near <= 2 and together[0].size == (64, 64)
     assert np.abs(np.asarray(together[0], int) - np.asarray(together[1], int)).max() > 2
@@ -649,7 +655,7 @@ def test_showo_describe_equals_uncached(tiny):
     und = torch.stack([f["und"] for f in tiny.encode([tiny.preprocess(i, "i2t") for i in images], "i2t")])
     asked = torch.tensor([tiny._text_ids("USER: Describe the image in detail. ASSISTANT:")]).expand(2, -1)
     rows = tiny._i2t_rows(asked, torch.full_like(asked, IGNORE), und, tiny._system_ids())
-    new, _ = tiny._continue(rows, und, 5, stop=False)
+    new = tiny._continue(rows, und, 5, stop=False)
     with torch.no_grad():
         ids = asked
         for step in range(5):
@@ -669,7 +675,7 @@ def test_showo_parameter_groups(tiny):
         "bias" in names[id(p)] for p in decayed["params"]
     )
     trained = {names[id(p)] for g in (decayed, free) for p in g["params"]}
-    assert trained == tiny.released_state().keys()  # not CLIP, not the tokenizer
+    assert trained == tiny.trained().state_dict().keys()  # not CLIP, not the tokenizer
 
 
 def test_showo_und_size_and_blur():
