@@ -346,7 +346,7 @@ class Showo(nn.Module):
         self.set_und()
 
     def set_und(self, size=None, blur=None):
-        """What the understanding side of RecA sees of an image (paper, F.2; see `_shown`). InputError for other values.
+        """What the understanding side of RecA sees of an image (paper, F.2; see `shown`). InputError for other values.
         size: pixels per side. CLIP variant: 336 and nothing else; VQ variant: a multiple of 16, default half of the
         image, or all of it where it is blurred. blur: a factor, or None."""
         c = self.config
