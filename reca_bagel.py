@@ -1,9 +1,9 @@
 """RecA for BAGEL: a mixture of transformers with rectified flow (Qwen2.5-7B x 2 experts + SigLIP NaViT + FLUX VAE).
 
 One decoder carries two complete sets of weights: text and ViT tokens go through the *understanding* expert, image
-latents through the *generation* expert; only attention is joint. RecA gives the generation expert what the understanding
-side says about a picture, and asks for the picture back. ViT, VAE and understanding expert are frozen: 6.5 of 14.6 billion
-parameters are trained. Paper: section 4, Table 8 (column BAGEL).
+latents through the *generation* expert; only attention is joint. RecA gives the generation expert what the
+understanding side says about a picture, and asks for the picture back. ViT, VAE and understanding expert are frozen:
+6.5 of 14.6 billion parameters are trained. Paper: section 4, Table 8 (column BAGEL).
 
     photo -- resize to 224 --> SigLIP ViT -> [B, M, 1152] -> connector -> [B, M, D] --.
                                                                                       +-> understanding expert, no graph
@@ -15,8 +15,8 @@ parameters are trained. Paper: section 4, Table 8 (column BAGEL).
                                             squared error against noise - z  <-- velocity [B, h, w, 64]
 
 A step gives the original's numbers with less work:
-  * The context never sees the noise: it runs once, without a graph, and is kept as keys and values, as for sampling. The
-    two markers around the latents do see them; they run beside them, in every layer, without a graph.
+  * The context never sees the noise: it runs once, without a graph, and is kept as keys and values, as for sampling.
+    The two markers around the latents do see them; they run beside them, in every layer, without a graph.
   * Rows are sorted once into [understanding | generation], so an expert is a call on a slice; the original scatters and
     gathers ten times a layer. Images are sorted into groups of equal shape: attention is one dense call a group.
   * All rows of the noisy block have one rotary position, and rotary attention knows only differences of positions. So
@@ -154,7 +154,7 @@ class Recipe:
     und_size: int = None                # the model's own: 224 (or what its ViT can see, where that is less)
 
 
-RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=1e-3, eps=1e-8, warmup=20, steps=300, batch=32, accum=1)}
+RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=800, batch=32, accum=1)}
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
 
@@ -170,7 +170,7 @@ RECONSTRUCT = EDIT | {"renorm_min": 1.0}                                        
 
 
 class RMSNorm(nn.RMSNorm):
-    """torch's, with the weight in the rows' precision, so that bf16 rows stay bf16 beside float32 master weights."""
+    """torch's, with the weight in the rows' precision: bf16 rows stay bf16 beside float32 master weights."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
@@ -388,7 +388,7 @@ class Bagel(nn.Module):
         return list(self.language_model["model"]["layers"])
 
     def parameter_groups(self, weight_decay):
-        """AdamW groups of exactly the parameters that are trained. The original decays all of them alike, by 0."""
+        """What is trained. The original decays all weights alike, by 0."""
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
     def preprocess(self, image, task, rng=None):
@@ -517,23 +517,17 @@ class Bagel(nn.Module):
         return rows + self._embed_time(t)[:, None].to(rows.dtype) + self.latent_pos_embed(*x.shape[1:3]).to(rows.dtype)
 
     def _latent_block(self, contexts, x, t, read=None):
-        """The block of an image's latents: x list of [h, w, C] (an image each), t [images]."""
+        """The block of the images' latents: x list of [h, w, C], t [images]. read="gen": the noisy block, contexts as
+        seen_from_the_latents -> list of velocities [h, w, C]."""
         und = [self._markers(len(c.images)) for c in contexts]
         gen = [self._embed_latents(c.stack(x), t[c.images]) for c in contexts]
-        return self._block(contexts, und, gen, read=read)
-
-    def _velocity(self, contexts, x, t):
-        """The noisy block: x list of [h, w, C], t [images] -> list of velocities. contexts as seen_from_the_latents."""
-        out = [None] * len(x)
-        for context, rows in zip(contexts, self._latent_block(contexts, x, t, read="gen")):
-            for i, velocity in zip(context.images, self.llm2vae(rows)):
-                out[i] = velocity.view(x[i].shape)
-        return out
+        rows = self._block(contexts, und, gen, read=read)
+        said = {i: v for c, each in zip(contexts, rows or ()) for i, v in zip(c.images, self.llm2vae(each))}
+        return [said[i].view(xi.shape) for i, xi in enumerate(x)] if rows else None
 
     # ==================================================================================================
     # 3. Loading and saving
     # ==================================================================================================
-
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
@@ -577,7 +571,7 @@ class Bagel(nn.Module):
         sizes."""
         tokenizer = common.tiny_tokenizer(MARKERS)
         with torch.device("meta"):
-            model = cls(replace(TINY, vocab_size=len(tokenizer)) if name == "tiny" else BagelConfig())
+            model = cls(replace(CONFIGS[name], vocab_size=len(tokenizer)) if name == "tiny" else CONFIGS[DEFAULT])
 
         def initial(name, parameter):
             if name.endswith("bias") or name == "llm2vae.weight":    # the latter as the original starts its pretraining
@@ -592,11 +586,10 @@ class Bagel(nn.Module):
     def _materialize(self, tensor, device, dtype):
         """Every weight, until now without memory, becomes tensor(name, parameter) on its device, in its precision:
         float32 in the VAE, as it is released (0.3 GB); elsewhere dtype, but bf16 where it is frozen on a GPU."""
-        state = {}
+        state, cuda = {}, torch.device(device).type == "cuda"
         for name, parameter in self.named_parameters():
-            frozen = not parameter.requires_grad and torch.device(device).type == "cuda"
-            precision = torch.float32 if name.startswith("vae.") else dtype
-            state[name] = tensor(name, parameter).to(device, torch.bfloat16 if frozen else precision)
+            precision = torch.bfloat16 if cuda and not parameter.requires_grad else dtype
+            state[name] = tensor(name, parameter).to(device, torch.float32 if name.startswith("vae.") else precision)
         self.load_state_dict(state, assign=True)
         self.to(device).eval()
 
@@ -670,7 +663,6 @@ class Bagel(nn.Module):
     # ==================================================================================================
     # 5. The losses
     # ==================================================================================================
-
     def draw(self, features, rng=None):
         """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
         vae_noise and condition_noise [16, 2 h, 2 w], flow_noise [h, w, C]."""
@@ -695,14 +687,8 @@ class Bagel(nn.Module):
         return self._flow_loss(features, captions, draws or self.draw(features, rng), None)
 
     def _flow_loss(self, features, texts, draws, condition):
-        velocities, targets, _ = self._flow_terms(features, texts, draws, condition)
-        total = sum((v.float() - target).square().mean(-1).sum() for v, target in zip(velocities, targets))
-        return common.global_mean(total, sum(target[..., 0].numel() for target in targets))
-
-    def _flow_terms(self, features, texts, draws, condition):
-        """The rectified flow of one batch: -> (velocities, targets, timesteps), lists of [h, w, C] and a tensor [B].
-        x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal (the original's shift is 1 in training).
-        condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image)."""
+        """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal (the original's shift is
+        1 in training). condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image)."""
         ids = [self._text_ids(text) if kept else [] for text, kept in zip(texts, draws["text_kept"])]
         z, noises = self._latents(features, draws["vae_noise"]), [n.to(self.device) for n in draws["flow_noise"]]
         vits = [f["vit"] for f in features] if condition == "vit" else None
@@ -710,7 +696,10 @@ class Bagel(nn.Module):
         contexts = [c.seen_from_the_latents(self.config) for c in self._contexts(ids, vits, clean, z)[0]]
         t = torch.stack(list(draws["timestep_normal"])).to(self.device).sigmoid()
         x = [(1 - ti) * zi + ti * noise for ti, zi, noise in zip(t, z, noises)]
-        return self._velocity(contexts, x, t), [noise - zi for zi, noise in zip(z, noises)], t
+        velocities = self._latent_block(contexts, x, t, read="gen")
+        errors = [(v.float() - (n - zi)).square().mean(-1).flatten() for v, zi, n in zip(velocities, z, noises)]
+        errors = torch.cat(errors)                                                                # one a latent token
+        return common.global_mean(errors.sum(), len(errors))
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a
@@ -734,7 +723,6 @@ class Bagel(nn.Module):
     # ==================================================================================================
     # 6. Inference
     # ==================================================================================================
-
     @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
         """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024 pixels). seed: see
@@ -819,7 +807,7 @@ class Bagel(nn.Module):
             guided = interval[0] < t <= interval[1] and guidance_scale > 1
             passes = 1 + guided + (guided and image_guidance_scale > 1)
             now = torch.full((count * passes,), t, device=self.device)
-            v = [vi.float() for vi in self._velocity(sum(sets[:passes], []), x * passes, now)]
+            v = [vi.float() for vi in self._latent_block(sum(sets[:passes], []), x * passes, now, read="gen")]
             scales = (guidance_scale, image_guidance_scale) if guided else (1.0, 1.0)
             if guided:
                 v = [guide(v[i::count], *scales, renorm, renorm_min) for i in range(count)]
@@ -854,6 +842,8 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "rms_norm_eps", "rope_theta")
 
 
 def read_config(folder):
@@ -872,7 +862,7 @@ def write_config(c, folder):
     values = asdict(c)
     vit = {name.removeprefix("vit_"): v for name, v in values.items() if name.startswith("vit_")}
     vit |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vit_num_hidden_layers + 1}
-    llm = dict(list(values.items())[:8]) | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    llm = {name: values[name] for name in LLM_FIELDS} | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
     config = {"architectures": ["BagelForConditionalGeneration"], "reca": values}
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
         common.write(folder / name, content)
@@ -912,8 +902,8 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 #     an image of 1024 px, checkpointing     + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
 #     the layer that is being recomputed    + ~1.5 GB an image of the batch   (the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
-# Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the decoder layers is divided by n: float32 AdamW then needs
-# 8 cards of 40 GB, or 2 of 80 GB. The original also trains 7.1 billion parameters that cannot move, 283 GB in all.
+# Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the layers is divided by n: float32 AdamW then needs 8
+# cards of 40 GB, or 2 of 80 GB. The original also trains 7.1 billion parameters that cannot move, in float32: 283 GB.
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -996,6 +986,7 @@ class BagelTrainer(common.Trainer):
                 dist.barrier()
             unshard(model, whole=False)
         super().__init__(model, streams, args, show and show_together, **more)
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")          # one process, as it should be
 
     def _shards(self):
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
@@ -1007,8 +998,7 @@ class BagelTrainer(common.Trainer):
         bf16 = self.model.device.type == "cuda" and self.args.precision == "bf16"
         try:
             self.model.save_pretrained(temporary, dtype=torch.bfloat16 if bf16 else None)
-            with warnings.catch_warnings(action="ignore"):            # "no process group": one process, as it should be
-                dcp.save(self._shards(), checkpoint_id=temporary / "shards")
+            dcp.save(self._shards(), checkpoint_id=temporary / "shards")
             if common.world()[0] == 0:
                 torch.save({"step": self.step, "seen": self.seen}, temporary / "trainer.pt")
                 common.remove(folder)
@@ -1025,8 +1015,7 @@ class BagelTrainer(common.Trainer):
     def resume(self, folder):
         state, shards = torch.load(folder / "trainer.pt", weights_only=True), self._shards()
         self.step, self.seen = state["step"], state["seen"]
-        with warnings.catch_warnings(action="ignore"):
-            dcp.load(shards, checkpoint_id=folder / "shards")                              # weights in place
+        dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
         set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
 
     def train(self):
@@ -1035,32 +1024,30 @@ class BagelTrainer(common.Trainer):
 
 
 def pretrain_toy(model, fraction, seed):
-    """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that describes
-    pictures in full; a generation expert, started as its copy (as BAGEL's was) and brought up on sparse captions.
-    fraction: of the usual number of steps."""
-    c, size = model.config, model.config.image_size
-    rows = common.Shapes(size, count=max(64, int(2048 * fraction)), seed=seed + 1000, captions=0.1)
-    scenes = [rows[i] for i in range(len(rows))]
-    sparse = [text for _, _, text in scenes]
-    full = [common.caption(common.read_scene(picture)) for _, picture, _ in scenes]
+    """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that reads and
+    describes; a ViT whose embeddings are words; a generation expert, started as a copy of the other (as BAGEL's was)
+    and brought up on sparse captions. fraction: of the usual number of steps."""
+    c, size, pool = model.config, model.config.image_size, max(64, int(2048 * fraction))
+    table = model.language_model["model"]["embed_tokens"].weight
+    words = model.tokenizer.convert_tokens_to_ids(list(common.TOY_WORDS))
+    side = c.vit_image_size // c.vit_patch_size
 
-    def pick(positions, among):
-        return [among[i % len(among)] for i in positions]
+    def steps(count):
+        return max(2, int(count * fraction))
+
+    def rng(stage, position):
+        return np.random.default_rng((seed, stage, position))
 
     # 1. The autoencoder, first on quarters of pictures (one cell, a quarter of the work), then on whole ones: its norms
-    # see the whole picture. Most cells are full, white teaches nothing.
+    # see the whole picture.
     model.requires_grad_(False)
     model.vae.requires_grad_(True)
-
     with torch.no_grad():                       # the posterior's spread is set, not learnt: exp(-6 / 2) = 0.05
         spread = model.vae.encoder.conv_out
         spread.weight[c.vae_z_channels:], spread.bias[c.vae_z_channels:] = 0, -6
 
     def crowded(positions):
-        rng = np.random.default_rng((seed, 1, positions[0]))
-        drawn = [[(place, rng.integers(4), rng.integers(8)) for place in range(4) if rng.random() < 0.8]
-                 for _ in positions]
-        return torch.stack([common.to_tensor(common.draw_scene(scene, size)) for scene in drawn])
+        return common.toy_pixels([common.crowded_scene(rng(1, p)) for p in positions], size)
 
     def autoencode(pixels):
         mean = model.vae.encode(pixels).latent_dist.mean
@@ -1068,42 +1055,60 @@ def pretrain_toy(model, fraction, seed):
         return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * mean.square().mean()
 
     def quarters(positions):
-        half = size // 2
-        pixels = crowded(positions).unflatten(2, (2, half)).unflatten(4, (2, half))           # [B, 3, 2, half, 2, half]
+        pixels = crowded(positions).unflatten(2, (2, -1)).unflatten(4, (2, -1))              # [B, 3, 2, S/2, 2, S/2]
         return autoencode(pixels[:, :, positions[0] // 16 % 2, :, positions[0] // 32 % 2])
 
-    common.toy_stage("autoencoder", model.vae.parameters(), quarters, max(2, int(350 * fraction)), lr=2e-3, batch=16)
-    common.toy_stage("autoencoder", model.vae.parameters(), lambda positions: autoencode(crowded(positions)),
-                     max(2, int(200 * fraction)), lr=1e-3, batch=4)
+    vae = list(model.vae.parameters())
+    common.toy_stage("autoencoder", vae, quarters, steps(300), lr=2e-3, batch=16)
+    common.toy_stage("autoencoder", vae, lambda positions: autoencode(crowded(positions)), steps(200), batch=4)
     model.vae.requires_grad_(False)
-    features, seen = [], []
-    for start in range(0, len(scenes), 64):
-        samples = [model.preprocess(picture, "recon") for _, picture, _ in scenes[start:start + 64]]
-        features += model.encode([{"vae": s["vae"]} for s in samples], "t2i")
-        seen += [s["vit"] for s in samples]
+    scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
+    pictures = [model.preprocess(common.draw_scene(scene, size), "recon") for scene in scenes]
+    features = [f for k in range(0, pool, 64)
+                for f in model.encode([{"vae": s["vae"]} for s in pictures[k:k + 64]], "t2i")]
     means = torch.stack([f["mean"] for f in features[:512]])
     c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()     # mean 0, deviation 1
 
-    # 2. Understanding: picture -> full caption. The second term makes single patches say words, which pretraining on
-    # billions of pairs does for the real model: without it the embeddings are codes that only its own decoder reads.
+    # 2. Language: descriptions of what the places of the patches say, which are mixtures of words, and of captions in
+    # any order. While this lasts, a picture's "vit" is [side, side, 16], how loud each word is.
+    def mixed(said):
+        return (said @ table[words]).flatten(1, 2) + model.vit_pos_embed(side, side)
+
+    def language(positions):
+        seen, talks = [], []
+        for k, (g, scene) in enumerate((rng(3, p), common.random_scene(rng(4, p))) for p in positions):
+            said = common.scene_words(scene, side) * torch.from_numpy(g.uniform(0.3, 1.2, (side ** 2, 16))).float()
+            seen.append({"vit": said.unflatten(0, (side, side))} if k % 2 else {})
+            order = g.permutation(len(scene))
+            asked = common.templates()[g.integers(360)] if k % 2 else common.caption([scene[i] for i in order])
+            talks.append([(asked, common.caption(scene))])
+        return model.i2t_loss(seen, talks)
+
     model.freeze(train_und=True)
-    for module in (model.vit_model, model.connector):
-        module.requires_grad_(True)
-    words = model.language_model["model"]["embed_tokens"].weight
-
-    def describe(positions):
-        vit, texts = model._vit(torch.stack(pick(positions, seen))), pick(positions, full)
-        patches = F.layer_norm(model._embed_vit(vit), (c.hidden_size,))
-        says = F.log_softmax(patches @ words.T, dim=-1)                                             # [B, M, vocabulary]
-        ids = [sorted(set(model._text_ids(text)[1:-1])) for text in texts]
-        tags = torch.stack([torch.logsumexp(s[:, own], dim=0).clamp(max=0).mean() for s, own in zip(says, ids)]).mean()
-        turns = [[(common.SEED_TEMPLATE, text)] for text in texts]
-        return model.i2t_loss([{"vit": v} for v in vit], turns) - 0.1 * tags
-
+    model._embed_vit = mixed
     und = [p for n, p in model.named_parameters() if p.requires_grad and not generates(n)]
-    common.toy_stage("understanding", und, describe, max(2, int(600 * fraction)), lr=2e-3)
+    common.toy_stage("language", und, language, steps(500))
+    del model._embed_vit                                                                # the class's own method again
+    model.freeze()
 
-    # 3. Generation from sparse captions.
+    # 3. ViT and the first half of the connector; the second half is set to the words' embeddings, one word a hidden
+    # number. So an image's embeddings live where words live: RecA's premise, true of the real model by its size.
+    first, second = model.connector.values()
+    with torch.no_grad():
+        second.weight.zero_()[:, :len(words)] = table[words].T
+        second.bias.zero_()
+
+    def see(positions):
+        picked = [p % pool for p in positions]
+        vit = model._vit(torch.stack([pictures[i]["vit"] for i in picked])).flatten(1, 2)
+        said = F.gelu(first(vit), approximate="tanh")[..., :len(words)]                                  # [B, M, 16]
+        return F.mse_loss(said, torch.stack([common.scene_words(scenes[i], side) for i in picked]))
+
+    eyes = nn.ModuleList([model.vit_model, first]).requires_grad_(True)
+    common.toy_stage("vision", eyes.parameters(), see, steps(400))
+
+    # 4. Generation from sparse captions, some of them said in the places of the patches.
+    model.requires_grad_(False)
     model.freeze()
     own = dict(model.named_parameters())
     with torch.no_grad():
@@ -1112,11 +1117,20 @@ def pretrain_toy(model, fraction, seed):
                 parameter.copy_(own[name.replace("_moe_gen", "")])
 
     def paint(positions):
-        rng = common.Rng(seed, "toy t2i", positions=positions)
-        return model.t2i_loss(pick(positions, features), pick(positions, sparse), rng=rng)
+        picked, draws = [p * 7919 % pool for p in positions], common.Rng(seed, "toy t2i", positions=positions)
+        captions = [common.caption(scenes[i], 0.15, rng(5, p)) for i, p in zip(picked, positions)]
+        loss = model.t2i_loss([features[i] for i in picked], captions, rng=draws)
+        some = list(zip(picked, positions))[:len(picked) // 4]
+        shown = [{**features[i], "vit": common.scene_words(scenes[i], side, 0.15, rng(6, p)).unflatten(0, (side, side))}
+                 for i, p in some]
+        model._embed_vit = mixed
+        draws = common.Rng(seed, "toy in place", positions=positions[:len(some)])
+        loss = loss + model.recon_loss(shown, [common.SEED_TEMPLATE] * len(some), rng=draws)
+        del model._embed_vit
+        return loss
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    common.toy_stage("generation", trained, paint, max(2, int(1000 * fraction)), lr=2e-3)
+    common.toy_stage("generation", trained, paint, steps(800), lr=2e-3)
 
 
 def flags(parser):
@@ -1163,7 +1177,7 @@ def prepare(model, args):
 
 
 def edit_jobs(path, sources, out):
-    """--edit FILE -> [(name, source image, instruction, [output, GEdit's copy of the source])], as the scorers read them.
+    """--edit FILE -> [(name, source image, instruction, [output, GEdit's copy of the source])], as scorers read them.
 
     ImgEdit's singleturn.json: {key: {"id": image, "prompt": ...}} -> out/<key>.png
     GEdit's rows as .jsonl: {"key", "task_type", "instruction", "instruction_language", "image" (default <key>.png)} ->

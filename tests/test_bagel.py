@@ -119,7 +119,7 @@ def case_inputs(model, golden, case):
 
 
 @pytest.mark.parametrize("case", TRAINING)
-def test_parity_bagel_loss(model, golden, case):
+def test_parity_bagel_loss(model, golden, case, monkeypatch):
     """Loss, velocities and the gradient norm of every parameter; what the original leaves at exactly 0 has no gradient
     here."""
     model.zero_grad()
@@ -141,12 +141,21 @@ def test_parity_bagel_loss(model, golden, case):
     assert checked > 10
     model.freeze()
     if case != "recon_unfrozen":
+        caught, block = {}, Bagel._latent_block
+
+        def record_block(self, contexts, x, t, read=None):
+            caught["t"], caught["v"] = t, block(self, contexts, x, t, read)
+            return caught["v"]
+
+        monkeypatch.setattr(Bagel, "_latent_block", record_block)
         with torch.no_grad():
-            velocities, targets, t = model._flow_terms(features, ids, draws, condition)
-        close(torch.cat([v.flatten(0, 1) for v in velocities]), golden[f"{case}.velocity"])
-        errors = [(v - y).square().mean(-1).flatten() for v, y in zip(velocities, targets)]
+            total = model._flow_loss(features, ids, draws, condition)
+        close(torch.cat([v.flatten(0, 1) for v in caught["v"]]), golden[f"{case}.velocity"])
+        z = model._latents(features, draws["vae_noise"])
+        errors = [(v - (n - zi)).square().mean(-1).flatten() for v, n, zi in zip(caught["v"], draws["flow_noise"], z)]
         close(torch.cat(errors), golden[f"{case}.loss_per_token"])
-        close(t, golden[f"{case}.timesteps"])
+        assert total.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-6)
+        close(caught["t"], golden[f"{case}.timesteps"])
 
 
 # ---- what the sequence looks like --------------------------------------------------------------------
@@ -164,23 +173,14 @@ class Recorder:
             before = [c.position for c in contexts]
             self.seen.append([])
             rows = block(this, contexts, und, gen, causal, read)
-            self.blocks.append(
-                {
-                    "images": [c.images for c in contexts],
-                    "und": und,
-                    "gen": gen,
-                    "causal": causal,
-                    "before": before,
-                    "after": [c.position for c in contexts],
-                    "rows": rows,
-                    "seen": self.seen[-1],
-                }
-            )
+            self.blocks.append({"images": [c.images for c in contexts], "und": und, "gen": gen, "causal": causal,
+                                "before": before, "after": [c.position for c in contexts], "rows": rows,
+                                "seen": self.seen[-1]})
             return rows
 
         def record_attend(q, k, v, causal):
             n, s = q.shape[1], k.shape[1]
-            probe = torch.eye(s)[:, None].expand(1, s, k.shape[2], s)     # values = identity: the output shows the weights
+            probe = torch.eye(s)[:, None].expand(1, s, k.shape[2], s)       # values = identity: it shows the weights
             weights = attend(torch.zeros(1, n, q.shape[2], s), torch.zeros(1, s, k.shape[2], s), probe, causal)
             self.seen[-1].append(weights.view(n, q.shape[2], s)[:, 0] > 0)  # [n, S] who is seen
             return attend(q, k, v, causal)
@@ -297,16 +297,10 @@ def test_parity_bagel_resize_rule(golden):
 
 
 def sampler(case):
-    s = SETTINGS["results"][case]
-    return {
-        "num_steps": s["num_timesteps"],
-        "timestep_shift": s["timestep_shift"],
-        "guidance_scale": s["cfg_text_scale"],
-        "image_guidance_scale": s["cfg_img_scale"],
-        "interval": s["cfg_interval"],
-        "renorm": s["cfg_renorm_type"],
-        "renorm_min": s["cfg_renorm_min"],
-    }
+    names = {"num_steps": "num_timesteps", "timestep_shift": "timestep_shift", "guidance_scale": "cfg_text_scale",
+             "image_guidance_scale": "cfg_img_scale", "interval": "cfg_interval", "renorm": "cfg_renorm_type",
+             "renorm_min": "cfg_renorm_min"}
+    return {ours: SETTINGS["results"][case][theirs] for ours, theirs in names.items()}
 
 
 def source(golden):
@@ -776,22 +770,8 @@ def test_bagel_two_ranks_equal_one_and_resume_on_one(workplace, monkeypatch):
     base = [*training(workplace), "--save-every", 2, "--sample-every", 2]
     run_main(monkeypatch, *base, "--batch", 4, "--steps", 4, "--out", workplace / "one")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        HERE.parent / "reca_bagel.py",
-        *base,
-        "--batch",
-        2,
-        "--steps",
-        2,
-        "--out",
-        workplace / "two",
-    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
+    command += [HERE.parent / "reca_bagel.py", *base, "--batch", 2, "--steps", 2, "--out", workplace / "two"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "FSDP2 over 2 ranks" in done.stdout
@@ -827,44 +807,15 @@ def test_bagel_tiny_end_to_end(workplace, monkeypatch, capsys):
     describe."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "xdg"))
     out = workplace / "tiny"
-    run_main(
-        monkeypatch,
-        "--model",
-        "tiny",
-        "--pretrain",
-        0.005,
-        "--steps",
-        3,
-        "--batch",
-        4,
-        "--sampling-steps",
-        3,
-        "--out",
-        out,
-    )
+    tiny = ["--model", "tiny", "--pretrain", 0.005, "--steps", 3, "--batch", 4]
+    run_main(monkeypatch, *tiny, "--sampling-steps", 3, "--out", out)
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores) == {"before", "after"} and "reconstruction" in scores["after"]
     assert (out / "loss.png").exists() and (out / "previews/step_000003.png").exists() and (out / "run.json").exists()
     (workplace / "prompts.txt").write_text("red circle top-left\nblue cross\n")
-    run_main(
-        monkeypatch,
-        "--model",
-        out / "checkpoint-000003",
-        "--steps",
-        0,
-        "--generate",
-        workplace / "prompts.txt",
-        "--reconstruct",
-        workplace / "images",
-        "--describe",
-        workplace / "images",
-        "--max-new-tokens",
-        4,
-        "--sampling-steps",
-        3,
-        "--out",
-        workplace / "results",
-    )
+    jobs = ["--generate", workplace / "prompts.txt", "--reconstruct", workplace / "images"]
+    jobs += ["--describe", workplace / "images", "--max-new-tokens", 4, "--sampling-steps", 3]
+    run_main(monkeypatch, "--model", out / "checkpoint-000003", "--steps", 0, *jobs, "--out", workplace / "results")
     assert Image.open(workplace / "results/00001.png").size == (64, 64) and (workplace / "results/6.png").exists()
     assert len(common.read_json(workplace / "results/answers.jsonl", lines=True)) == 7
     capsys.readouterr()
@@ -874,11 +825,8 @@ def test_bagel_edit_writes_both_layouts(workplace, monkeypatch):
     """ImgEdit's and GEdit's folders, one unreadable source skipped; a rerun writes only what is missing; a malformed
     file is refused."""
     (workplace / "images/bad.png").write_bytes(b"not an image")
-    single = {
-        "a1": {"id": "0.png", "prompt": "remove the circle", "edit_type": "remove"},
-        "a2": {"id": "1.png", "prompt": "add a cross", "edit_type": "add"},
-        "a3": {"id": "bad.png", "prompt": "red", "edit_type": "add"},
-    }
+    single = {"a1": {"id": "0.png", "prompt": "remove the circle"}, "a2": {"id": "1.png", "prompt": "add a cross"},
+              "a3": {"id": "bad.png", "prompt": "red"}}
     (workplace / "singleturn.json").write_text(json.dumps(single))
     base = ["--model", workplace / "model", "--steps", 0, "--edit-images", workplace / "images", "--sampling-steps", 3]
     out = workplace / "imgedit"
@@ -888,13 +836,8 @@ def test_bagel_edit_writes_both_layouts(workplace, monkeypatch):
     (out / "a2.png").unlink()
     run_main(monkeypatch, *base, "--edit", workplace / "singleturn.json", "--out", out)
     assert (out / "a2.png").exists() and (out / "a1.png").stat().st_mtime_ns == first
-    row = {
-        "key": "k",
-        "task_type": "color_alter",
-        "instruction": "blue",
-        "instruction_language": "en",
-        "image": "2.png",
-    }
+    row = {"key": "k", "task_type": "color_alter", "instruction": "blue", "instruction_language": "en"}
+    row["image"] = "2.png"
     (workplace / "gedit.jsonl").write_text(json.dumps(row))
     run_main(monkeypatch, *base, "--edit", workplace / "gedit.jsonl", "--out", workplace / "gedit")
     folder = workplace / "gedit/gen_image/fullset/color_alter/en"
