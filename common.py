@@ -1040,6 +1040,22 @@ def crowded_scene(rng):
     return [(place, int(rng.integers(4)), int(rng.integers(8))) for place in range(4) if rng.random() < 0.7]
 
 
+TOY_WORDS = (*SHAPES, *COLORS, *PLACES)
+
+
+def scene_words(scene, side, p=1.0, rng=None):
+    """What side x side image tokens should say: [side * side, 16], 1 at the words (of TOY_WORDS) for what is in the token's
+    cell, all 0 where the cell is empty. p: probability with which color and place are said, as in caption()."""
+    said = torch.zeros(side, side, len(TOY_WORDS))
+    half = side // 2
+    for place, shape, color in scene:
+        row, column = divmod(place, 2)
+        for word in (shape, 4 + color, 12 + place):
+            if word < 4 or p >= 1 or rng.random() < p:
+                said[row * half:(row + 1) * half, column * half:(column + 1) * half, word] = 1
+    return said.flatten(0, 1)
+
+
 def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
     """One stage of a tiny model's pretraining: `steps` of AdamW on loss(positions), warm-up and a cosine to a tenth."""
     parameters = list(parameters)

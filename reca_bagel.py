@@ -663,18 +663,6 @@ class Bagel(nn.Module):
     # ==================================================================================================
     # 5. The losses
     # ==================================================================================================
-    def draw(self, features, rng=None):
-        """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
-        vae_noise and condition_noise [16, 2 h, 2 w], flow_noise [h, w, C]."""
-        def of_image(f, g):
-            return {"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROPOUT),
-                    "timestep_normal": torch.randn((), generator=g),
-                    "vae_noise": torch.randn(f["mean"].shape, generator=g),
-                    "flow_noise": torch.randn(self._tokens(f["mean"]).shape, generator=g),
-                    "condition_noise": torch.randn(f["mean"].shape, generator=g)}
-        rows = [of_image(f, g) for f, g in zip(features, (rng or Rng.fresh(len(features))).images)]
-        return {name: [row[name] for row in rows] for name in rows[0]}
-
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA (paper, equation 2): paint the image that these understanding embeddings describe. features: encode(..,
         "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar: squared error of the
@@ -685,21 +673,6 @@ class Bagel(nn.Module):
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image: caption, noisy latents. RecA does not use it (lambda_t2i = 0): supervised fine-tuning."""
         return self._flow_loss(features, captions, draws or self.draw(features, rng), None)
-
-    def _flow_loss(self, features, texts, draws, condition):
-        """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal (the original's shift is
-        1 in training). condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image)."""
-        ids = [self._text_ids(text) if kept else [] for text, kept in zip(texts, draws["text_kept"])]
-        z, noises = self._latents(features, draws["vae_noise"]), [n.to(self.device) for n in draws["flow_noise"]]
-        vits = [f["vit"] for f in features] if condition == "vit" else None
-        clean = self._latents(features, draws["condition_noise"]) if condition == "vae" else None
-        contexts = [c.seen_from_the_latents(self.config) for c in self._contexts(ids, vits, clean, z)[0]]
-        t = torch.stack(list(draws["timestep_normal"])).to(self.device).sigmoid()
-        x = [(1 - ti) * zi + ti * noise for ti, zi, noise in zip(t, z, noises)]
-        velocities = self._latent_block(contexts, x, t, read="gen")
-        errors = [(v.float() - (n - zi)).square().mean(-1).flatten() for v, zi, n in zip(velocities, z, noises)]
-        errors = torch.cat(errors)                                                                # one a latent token
-        return common.global_mean(errors.sum(), len(errors))
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a
@@ -719,6 +692,33 @@ class Bagel(nn.Module):
             total = total + F.cross_entropy(logits.float(), target[target != -100], reduction="sum")
             count += len(logits)
         return common.global_mean(total, count)
+
+    def draw(self, features, rng=None):
+        """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
+        vae_noise and condition_noise [16, 2 h, 2 w], flow_noise [h, w, C]."""
+        def of_image(f, g):
+            return {"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROPOUT),
+                    "timestep_normal": torch.randn((), generator=g),
+                    "vae_noise": torch.randn(f["mean"].shape, generator=g),
+                    "flow_noise": torch.randn(self._tokens(f["mean"]).shape, generator=g),
+                    "condition_noise": torch.randn(f["mean"].shape, generator=g)}
+        rows = [of_image(f, g) for f, g in zip(features, (rng or Rng.fresh(len(features))).images)]
+        return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _flow_loss(self, features, texts, draws, condition):
+        """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal (the original's shift is
+        1 in training). condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image)."""
+        ids = [self._text_ids(text) if kept else [] for text, kept in zip(texts, draws["text_kept"])]
+        z, noises = self._latents(features, draws["vae_noise"]), [n.to(self.device) for n in draws["flow_noise"]]
+        vits = [f["vit"] for f in features] if condition == "vit" else None
+        clean = self._latents(features, draws["condition_noise"]) if condition == "vae" else None
+        contexts = [c.seen_from_the_latents(self.config) for c in self._contexts(ids, vits, clean, z)[0]]
+        t = torch.stack(list(draws["timestep_normal"])).to(self.device).sigmoid()
+        x = [(1 - ti) * zi + ti * noise for ti, zi, noise in zip(t, z, noises)]
+        velocities = self._latent_block(contexts, x, t, read="gen")
+        errors = [(v.float() - (n - zi)).square().mean(-1).flatten() for v, zi, n in zip(velocities, z, noises)]
+        errors = torch.cat(errors)                                                                # one a latent token
+        return common.global_mean(errors.sum(), len(errors))
 
     # ==================================================================================================
     # 6. Inference

@@ -827,17 +827,14 @@ def read_config(folder, state):
 def pretrain_toy(model, fraction, seed):
     """What the released Harmon had at scale, in small: a VAE, then understanding from full captions and generation from
     sparse ones. RecA finds a model that can say everything it sees, and paints without minding what it was told."""
-    c, pool = model.config, 4000
+    c, pool = model.config, max(64, round(4000 * fraction))
 
-    def pixels(scenes):
-        return torch.stack([common.to_tensor(common.draw_scene(scene, c.image_size)) for scene in scenes])
-
-    def crowded(position):                                      # most cells full: the VAE learns nothing from white
-        rng = np.random.default_rng((seed, 1, position))
-        return [(place, rng.integers(4), rng.integers(8)) for place in range(4) if rng.random() < 0.7]
+    def crowded(positions):
+        scenes = [common.crowded_scene(np.random.default_rng((seed, 1, position))) for position in positions]
+        return common.toy_pixels(scenes, c.image_size)
 
     def vae_loss(positions):
-        x = pixels(crowded(p) for p in positions)
+        x = crowded(positions)
         latents = model.vae.encode(x).latent_dist.mean
         y = model.vae.decode(latents + 0.05 * torch.randn_like(latents)).sample        # neighbours decode alike
         return (y - x).square().mean() + (y - x).abs().mean() + 1e-3 * latents.square().mean()
@@ -848,29 +845,25 @@ def pretrain_toy(model, fraction, seed):
     common.toy_stage("VAE", model.vae.requires_grad_(True).parameters(), vae_loss, steps(800), lr=2e-3, batch=8)
     model.vae.requires_grad_(False)
     with torch.no_grad():
-        c.vae_scale = 1 / model.vae.encode(pixels(map(crowded, range(256)))).latent_dist.mean.std().item()
+        c.vae_scale = 1 / model.vae.encode(crowded(range(256))).latent_dist.mean.std().item()
     scenes = [common.random_scene(np.random.default_rng((seed, 2, i))) for i in range(pool)]
-    features = [f for k in range(0, pool, 250)
-                for f in model.encode([{"pixels": x} for x in pixels(scenes[k:k + 250])], "i2t")]
+    samples = [{"pixels": x} for x in common.toy_pixels(scenes, c.image_size)]
+    features = [f for k in range(0, pool, 250) for f in model.encode(samples[k:k + 250], "i2t")]
 
     def pick(positions):
         return [p * 7919 % pool for p in positions]
 
     # Understanding: captions, and tags. An image token is to be near the words (in the language model's own table) for
     # what its cell holds: embeddings that live where words live are the premise that scale gives the released model.
-    words = model.tokenizer.convert_tokens_to_ids([*common.SHAPES, *common.COLORS, *common.PLACES])
-    tags = torch.zeros(pool, 4, 4, 16)
-    for tag, scene in zip(tags, scenes):
-        for place, shape, color in scene:
-            row, column = divmod(place, 2)
-            tag[2 * row:2 * row + 2, 2 * column:2 * column + 2, [shape, 4 + color, 12 + place]] = 1
+    words = model.tokenizer.convert_tokens_to_ids(list(common.TOY_WORDS))
+    tags = torch.stack([common.scene_words(scene, 4) for scene in scenes])                              # [pool, N, 16]
 
     def understanding(positions):
         picked = pick(positions)
         seen, table = [features[i] for i in picked], model.llm.model.embed_tokens.weight[words]              # [16, D]
         near = model.understand(seen)[:, :16] @ table.T / table.norm(dim=1).mean() ** 2                 # [B, N, 16]
         return model.i2t_loss(seen, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]) + \
-            F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked].flatten(1, 2))
+            F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked])
 
     # Generation, and a regression: the decoder's conditions, read by one linear layer, are to tell the latents. Without
     # it a model of this size needs thousands of steps until anything of the prompt arrives at the diffusion head.

@@ -752,28 +752,13 @@ def internvl_to_transformers(state):
 # ======================================================================================================
 
 
-def toy_words(scene, side):
-    """What each image token of a scene should say: [side * side, 16], 1 at the words (shape, color, place) of the
-    object in whose cell the token lies; all 0 where the cell is empty."""
-    said = torch.zeros(side, side, len(TOY_WORDS))
-    half = side // 2
-    for place, shape, color in scene:
-        row, column = divmod(place, 2)
-        for word in (shape, 4 + color, 12 + place):
-            said[row * half:(row + 1) * half, column * half:(column + 1) * half, word] = 1
-    return said.flatten(0, 1)
-
-
-TOY_WORDS = [*common.SHAPES, *common.COLORS, *common.PLACES]
-
-
 def pretrain_toy(model, fraction, seed):
     """The history of the published model in small, for `--model tiny`: an autoencoder; a language model; a vision
     encoder whose embeddings say words; then, with all of that frozen, generation from sparse captions. What RecA
     finds is a model that draws the right shapes, was seldom told colors and places, and has never been shown an image
     while it draws.
     """
-    size, words = model.config.image_size, model.tokenizer.convert_tokens_to_ids(TOY_WORDS)
+    size, words = model.config.image_size, model.tokenizer.convert_tokens_to_ids(list(common.TOY_WORDS))
     side = math.isqrt(model.image_tokens)
     table = model.lmm.get_input_embeddings().weight
 
@@ -786,15 +771,15 @@ def pretrain_toy(model, fraction, seed):
             yield rng, common.random_scene(rng)
 
     def pixels(drawn):
-        return torch.stack([common.to_tensor(common.draw_scene(scene, size)) for _, scene in drawn]).to(model.device)
+        return common.toy_pixels([scene for _, scene in drawn], size)
 
     # 1. DC-AE: reconstruct, also from slightly disturbed latents, as the generator will leave some disturbance.
-    def crowded(positions):                                     # most cells full: there is little to learn from white
-        for rng in (np.random.default_rng((seed, 1, position)) for position in positions):
-            yield rng, [(p, int(rng.integers(4)), int(rng.integers(8))) for p in range(4) if rng.random() < 0.7]
+    def crowded(positions):
+        scenes = [common.crowded_scene(np.random.default_rng((seed, 1, position))) for position in positions]
+        return common.toy_pixels(scenes, size)
 
     def autoencoder_loss(positions):
-        x = pixels(crowded(positions))
+        x = crowded(positions)
         z = model.vae.encode(x).latent
         error = model.vae.decode(z + 0.1 * torch.randn_like(z)).sample - x
         return error.square().mean() + error.abs().mean() + 1e-3 * z.square().mean()
@@ -802,7 +787,7 @@ def pretrain_toy(model, fraction, seed):
     parameters = model.vae.requires_grad_(True).parameters()
     common.toy_stage("autoencoder", parameters, autoencoder_loss, steps(1000), lr=2e-3, batch=8)
     with torch.no_grad():                                       # latents of unit variance, as flow matching wants them
-        scale = 1 / model.vae.encode(pixels(crowded(range(256)))).latent.std().item()
+        scale = 1 / model.vae.encode(crowded(range(256))).latent.std().item()
     model.vae.requires_grad_(False).register_to_config(scaling_factor=scale)
 
     # 2. Qwen2: descriptions and answers, from captions in any order and from image tokens that are mixtures of words.
@@ -819,12 +804,12 @@ def pretrain_toy(model, fraction, seed):
                 talks.append([(f"Generate an image: {shuffled}", full), (f"{common.PLACES[place]} ?", there[0])])
             else:
                 loudness = torch.from_numpy(rng.uniform(0.3, 1.2, (side * side, len(words))))
-                features.append({"und": (toy_words(scene, side) * loudness).to(table) @ table[words]})
+                features.append({"und": (common.scene_words(scene, side) * loudness).to(table) @ table[words]})
                 talks.append([(ask, full), (f"{common.PLACES[place]} ?", there[0])])
         return model.i2t_loss(features, talks)
 
     llm = nn.ModuleList([model.lmm.model.language_model, model.lmm.lm_head]).requires_grad_(True)
-    common.toy_stage("language", llm.parameters(), language_loss, steps(600), lr=2e-3)
+    common.toy_stage("language", llm.parameters(), language_loss, steps(900), lr=1e-3)
     model.lmm.requires_grad_(False)
 
     # 3. InternViT and the first half of mlp1. The second half is set to the words' embeddings, one word a hidden
@@ -840,7 +825,7 @@ def pretrain_toy(model, fraction, seed):
     def vision_loss(positions):
         drawn = list(scenes(3, positions))
         model.lmm.model.get_image_features(model._vit_input(pixels(drawn)))
-        return F.mse_loss(gates["said"], torch.stack([toy_words(scene, side) for _, scene in drawn]).to(gates["said"]))
+        return F.mse_loss(gates["said"], torch.stack([common.scene_words(scene, side) for _, scene in drawn]).to(gates["said"]))
 
     eyes = nn.ModuleList([model.lmm.model.vision_tower, projector.layer_norm, projector.linear_1]).requires_grad_(True)
     common.toy_stage("vision", eyes.parameters(), vision_loss, steps(300), lr=1e-3)
