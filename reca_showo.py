@@ -149,7 +149,7 @@ class Recipe:
 
 
 RECIPE_256 = Recipe(batch=4, horizon=10_000)
-RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=50, horizon=0, clip=1.0,
+RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=20, horizon=0, clip=1.0,
                      guidance_scale=1.0, sampling_steps=8)
 RECIPES = {name: RECIPE_TINY if c is TINY or name == "tiny-vq" else RECIPE_256 if c.image_size == 256 else Recipe()
            for name, c in CONFIGS.items()}
@@ -866,15 +866,13 @@ def clip_keys(state):
 
 
 def pretrain_toy(model, fraction, seed):
-    """What the released Show-o had at scale, in small, so that RecA finds what the paper describes: a model that can
-    say all it sees, but draws from captions that seldom name a color or a place.
+    """What the released Show-o had at scale, in small: RecA finds a model that can say all it sees, but draws from
+    captions that seldom name a color or a place. fraction: of the full length.
 
-    fraction: of the full length. CLIP variant: the embeddings of an image must live where words live, as they do in a
-    model of 1.3 billion parameters; a tiny one would make up arbitrary vectors, and RecA could carry nothing over to
-    text.
-    """
-    c, pool = model.config, max(64, round(2000 * fraction))
-    table = model.showo.model.embed_tokens
+    RecA's premise is that an image's embeddings live where words live, and are read like words. A model of 1.3 billion
+    parameters gets there by itself; this one is taken there by hand: CLIP's rows are trained to be the words' own
+    embeddings, and words stand in their places while the model learns to describe and to draw."""
+    c, pool, table = model.config, max(64, round(2000 * fraction)), model.showo.model.embed_tokens
 
     def steps(count):
         return max(1, round(count * fraction))
@@ -882,25 +880,20 @@ def pretrain_toy(model, fraction, seed):
     def rng(stage, position):
         return np.random.default_rng((seed, stage, position))
 
-    def pixels(scenes, size=c.image_size):
-        return torch.stack([common.to_tensor(common.draw_scene(scene, size)) for scene in scenes])
-
     # 1. The tokenizer. The toy world is made of a few dozen kinds of 16 x 16 patches; each gets a number as its code,
     # which the encoder learns to say and the decoder to paint. (A real tokenizer invents its own codes; that takes
-    # longer.)
+    # longer.) The VQ variant also reads images of half the size.
     def patches(images):                                                            # [B, 3, S, S] -> [B, N, 768]
         return F.unfold(images, 16, stride=16).transpose(1, 2)
 
     cells = [[]] + [[(0, shape, color)] for shape in range(4) for color in range(8)]
-    sizes = (c.image_size, c.image_size // 2)
-    book = torch.cat([patches(pixels(cells, size)).flatten(0, 1) for size in sizes]).unique(dim=0)
+    sizes = (c.image_size,) if c.w_clip_vit else (c.image_size, c.image_size // 2)
+    book = torch.cat([patches(common.toy_pixels(cells, size)).flatten(0, 1) for size in sizes]).unique(dim=0)
 
     def tokenizer_loss(positions):
         loss = 0
         for size in sizes:
-            dense = [[(place, int(g.integers(4)), int(g.integers(8))) for place in range(4) if g.random() < 0.7]
-                     for g in (rng(1, p) for p in positions)]
-            images = pixels(dense, size)
+            images = common.toy_pixels([common.crowded_scene(rng(1, p)) for p in positions], size)
             codes = torch.cdist(patches(images), book.expand(len(images), -1, -1)).argmin(-1)               # [B, N]
             signs = model.magvit.quantize.embedding[codes].transpose(1, 2).unflatten(2, (size // 16,) * 2)
             loss = loss + F.binary_cross_entropy_with_logits(model.magvit.encoder(images), (signs > 0).float())
@@ -908,40 +901,74 @@ def pretrain_toy(model, fraction, seed):
         return loss
 
     model.magvit.requires_grad_(True)
-    common.toy_stage("image tokenizer", model.magvit.parameters(), tokenizer_loss, steps(300), lr=2e-3, batch=16)
+    common.toy_stage("image tokenizer", model.magvit.parameters(), tokenizer_loss, steps(250), lr=2e-3, batch=16)
     model.magvit.requires_grad_(False)
 
-    comma = model._text_ids(",")[0]
     scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
-    images = [common.draw_scene(scene, c.image_size) for scene in scenes]
+    pictures = [common.draw_scene(scene, c.image_size) for scene in scenes]
+    asked = [model._recon_text(template) for template in common.templates()]
+    comma, *known = [model._text_ids(word)[0] for word in (",", *common.TOY_WORDS)]
+
+    def surrounded(text, g):
+        """Ids of a caption with gaps in it and sometimes a template behind it: a word means the same wherever it is."""
+        for _ in range(int(g.integers(6)) if g.random() < 0.5 else 0):
+            text.insert(int(g.integers(len(text) + 1)), comma)
+        return text + [c.eot] + asked[int(g.integers(len(asked)))] if g.random() < 0.4 else text
+
+    def said(scene, p=1.0, g=None):
+        """A scene as C words: 4k + 0, 1, 2 name color, shape and place in cell k, color and place with probability p."""
+        row = [comma] * c.num_clip
+        for place, shape, color in scene:
+            for k, word in enumerate((known[4 + color], known[shape], known[12 + place])):
+                if k == 1 or p >= 1 or g.random() < p:
+                    row[4 * place + k] = word
+        return row
+
+    def in_place(rows, words):
+        """Rows that wait for CLIP rows, with words in their places."""
+        return dataclasses.replace(rows, ids=rows.ids.masked_scatter(rows.ids == IGNORE, torch.tensor(words)))
+
+    # 2. Language: a description with its objects in any order and with gaps, then the canonical one. The description
+    # stands where a caption stands, or in the places of the CLIP rows.
+    def language_loss(positions):
+        drawn, ids, labels = [common.random_scene(rng(3, p)) for p in positions], [], []
+        for scene, g in zip(drawn, (rng(4, p) for p in positions)):
+            mixed = model._text_ids(common.caption([scene[i] for i in g.permutation(len(scene))]))
+            prompt = [c.t2i, *model._bracket(surrounded(mixed, g))]
+            answer = model._text_ids(common.caption(scene)) + [c.eot]
+            ids.append(torch.tensor(prompt + answer))
+            labels.append(torch.tensor([IGNORE] * len(prompt) + answer))
+        rows = Rows.causal(pad_sequence(ids, batch_first=True, padding_value=c.pad).tolist(), c.pad)
+        rows.labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+        loss = model._cross_entropy(rows, shift=True)
+        if not c.w_clip_vit:
+            return loss
+        talks = model._conversations([[(common.SEED_TEMPLATE, common.caption(scene))] for scene in drawn[::2]])
+        words = [said(scene) for scene in drawn[::2]]
+        return loss + model._cross_entropy(in_place(model._i2t_rows(*talks, words), words), shift=True)
+
+    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
+    common.toy_stage("language", trained, language_loss, steps(400), lr=2e-3)
+
+    # 3. CLIP and projector learn to say the words. CLIP sees images with its own statistics, and in RecA with the
+    # tokenizer's (see `shown`).
+    def alignment(rows, picked):
+        """Distance of the projected CLIP rows to their words, and how well other words are told apart."""
+        words, choice = torch.tensor([said(scenes[i]) for i in picked]), torch.tensor([comma, *known])
+        projected, target, others = model.mm_projector(rows), table(words).detach(), table(choice).detach()
+        scale = target.square().mean()
+        nearer = -5 * torch.cdist(projected.flatten(0, 1), others).square() / (scale * c.hidden)        # [B C, words]
+        right = (words.flatten()[:, None] == choice).long().argmax(1)
+        weight = torch.where(right == 0, 0.2, 1.0)                                              # most rows are commas
+        told_apart = (F.cross_entropy(nearer, right, reduction="none") * weight).mean()
+        return F.mse_loss(projected, target) / scale + told_apart
 
     def pick(positions):
         return [p * 7919 % pool for p in positions]
 
-    # 2. CLIP variant: CLIP and projector learn to say words. Row 4k + 0, 1, 2 names the color, shape and place of
-    # what is in cell k, in the very embeddings that text has for these words. CLIP sees images with its own
-    # statistics, and in RecA with the tokenizer's (see `shown`).
     if c.w_clip_vit:
-        names = [[model._text_ids(word)[0] for word in kind] for kind in (common.COLORS, common.SHAPES, common.PLACES)]
-        known = torch.tensor([comma, *sum(names, [])])
-
-        def spoken(scene):
-            ids = [comma] * 16
-            for place, shape, color in scene:
-                ids[4 * place:4 * place + 3] = names[0][color], names[1][shape], names[2][place]
-            return ids
-
-        words = torch.tensor([spoken(scene) for scene in scenes])                                      # [pool, C]
-        views = [model.shown(pixels(scenes)), torch.stack([model.preprocess(i, "i2t")["clip_pixels"] for i in images])]
-
-        def alignment(rows, picked):
-            """Distance of the projected CLIP rows to their words, and how well other words are told apart."""
-            said, target, choice = model.mm_projector(rows), table(words[picked]).detach(), table(known).detach()
-            scale = target.square().mean()
-            nearer = -5 * torch.cdist(said.flatten(0, 1), choice).square() / (scale * c.hidden)         # [B C, words]
-            right = (words[picked].flatten()[:, None] == known).long().argmax(1)
-            weight = torch.where(right == 0, 0.2, 1.0)                                          # most rows are commas
-            return F.mse_loss(said, target) / scale + (F.cross_entropy(nearer, right, reduction="none") * weight).mean()
+        views = [model.shown(common.toy_pixels(scenes, c.image_size)),
+                 torch.stack([model.preprocess(picture, "i2t")["clip_pixels"] for picture in pictures])]
 
         def seeing_loss(positions):
             picked = pick(positions)
@@ -952,35 +979,31 @@ def pretrain_toy(model, fraction, seed):
         common.toy_stage("CLIP and projector", seeing, seeing_loss, steps(400), lr=2e-3)
         model.clip.requires_grad_(False)
 
-    # 3. The language model: understanding from full captions, generation from sparse ones. Captions stand in all
-    # kinds of surroundings, as they do in the real model's training, so that a word means the same wherever it is. VQ
-    # variant: also the codes of the image at half its size, which Show-o knows from its own pretraining at a lower
-    # resolution.
-    asked = [model._recon_text(template) for template in common.templates()]
-
-    def surrounded(ids, g):
-        if g.random() < 0.2:
-            for _ in range(int(g.integers(12))):
-                ids.insert(int(g.integers(len(ids) + 1)), comma)
-        return ids + [c.eot] + asked[int(g.integers(len(asked)))] if g.random() < 0.4 else ids
-
+    # 4. Understanding from full captions, generation from sparse ones, some of them in the places of the CLIP rows.
     def features(task, samples):
         return [f for k in range(0, pool, 250) for f in model.encode(samples[k:k + 250], task)]
 
-    painted, seen = (features(task, [model.preprocess(image, task) for image in images]) for task in ("t2i", "i2t"))
-    seen = [seen] if c.w_clip_vit else [seen, features("i2t", [{"pixels": x} for x in pixels(scenes, sizes[1])])]
+    painted, seen = (features(task, [model.preprocess(image, task) for image in pictures]) for task in ("t2i", "i2t"))
+    half = [{"pixels": x} for x in common.toy_pixels(scenes, c.image_size // 2)]
+    seen = [seen] if c.w_clip_vit else [seen, features("i2t", half)]                        # VQ variant: both sizes
 
     def joint_loss(positions):
-        picked, generators = pick(positions), [rng(3, p) for p in positions]
-        texts = [surrounded(model._text_ids(common.caption(scenes[i], 0.2, g)), g) for i, g in zip(picked, generators)]
+        picked, generators = pick(positions), [rng(5, p) for p in positions]
+        texts = [surrounded(model._text_ids(common.caption(scenes[i], 0.15, g)), g) for i, g in zip(picked, generators)]
         loss = model._t2i_loss([painted[i] for i in picked], texts, rng=Rng(seed, "toy", positions=positions))
-        some = picked[:max(1, len(picked) // 4)]
-        view = seen[positions[0] // len(positions) % len(seen)]                     # VQ variant: both sizes in turn
-        und = [view[i] for i in some]
+        some = picked[:max(1, len(picked) // 3)]
+        und = [seen[positions[0] // len(positions) % len(seen)][i] for i in some]
         loss = loss + model.i2t_loss(und, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in some])
-        return loss + alignment(torch.stack([f["und"] for f in und]), some) if c.w_clip_vit else loss
+        loss = loss + 0.5 * language_loss(positions[:8])
+        if not c.w_clip_vit:
+            return loss
+        few = [painted[i] for i in some]
+        tokens = model._mask_tokens(few, model._draws(few, Rng(seed, "toy in place", positions=positions[:len(some)])))
+        words = [said(scenes[i], 0.15, g) for i, g in zip(some, generators)]
+        templates = [asked[int(g.integers(len(asked)))] for g in generators[:len(some)]]
+        rows = in_place(model._recon_rows(templates, words, *tokens), words)
+        return loss + model._cross_entropy(rows) + alignment(torch.stack([f["und"] for f in und]), some)
 
-    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
     common.toy_stage("understanding and generation", trained, joint_loss, steps(1200), lr=2e-3)
 
 
