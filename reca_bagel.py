@@ -442,8 +442,9 @@ class Bagel(nn.Module):
     def _moments(self, pixels):
         """pixels [B, 3, height, width] -> "mean" and "logvar" [B, 16, height / 8, width / 8], float32. (On a CPU
         channels_last is faster, but GroupNorm is inexact there: 1e-4 of the latents where a picture is flat.)"""
-        posterior = self.vae.encode(pixels.to(self.vae.dtype)).latent_dist
-        return {"mean": posterior.mean.float(), "logvar": posterior.logvar.float()}
+        at_once = max(1, 2 ** 18 // pixels[0, 0].numel())      # 512 x 512: the first layers of more would be the peak
+        posteriors = [self.vae.encode(x.to(self.vae.dtype)).latent_dist for x in pixels.split(at_once)]
+        return {name: torch.cat([getattr(p, name) for p in posteriors]).float() for name in ("mean", "logvar")}
 
     def _latents(self, features, noises):
         """A sample of each posterior, normalised: list of [h, w, C]. RecA draws it anew at every step."""
@@ -844,16 +845,26 @@ MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "num_key_value_heads", "rms_norm_eps", "rope_theta")
+VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
+              "patch_size")
+OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")
 
 
 def read_config(folder):
-    """What write_config has put into config.json, otherwise the released sizes. Raises InputError."""
-    path = folder / "config.json"
-    values = common.read_json(path).get("reca", {}) if path.exists() else {}
+    """The release's llm_config.json and vit_config.json, and what config.json says; under "reca" stands what only we
+    write. Raises InputError."""
+    llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
+    config = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    values = {name: llm[name] for name in LLM_FIELDS if name in llm}
+    values |= {f"vit_{name}": vit[name] for name in VIT_FIELDS if name in vit}
+    values |= {name: config[name] for name in OTHER_FIELDS if name in config}
+    if "vit_num_hidden_layers" in values:
+        values["vit_num_hidden_layers"] -= 1                    # the last layer is never built, see BagelConfig
     try:
+        values |= config.get("reca", {})
         return BagelConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
     except TypeError as error:
-        raise InputError(f"{path}: {error}") from error
+        raise InputError(f"{folder / 'config.json'}: {error}") from error
 
 
 def write_config(c, folder):
