@@ -9,6 +9,7 @@
     python eval.py pope|mme|gqa|mmmu|seed ANSWERS.jsonl --questions FILE|DIR            strings only, no model
     python eval.py recon     OUT --sources DIR                                          PSNR, SSIM, CLIP similarity
     python eval.py shapes    OUT --prompts captions.txt | --sources DIR                 the toy world, read back exactly
+    python eval.py shapes    before=RUN RecA=RUN                                        runs of --model tiny, compared
     python eval.py contact-sheet OUT                                                    one picture to look at
 
 OUT is a folder of pictures in the benchmark's layout, as the scripts' --generate writes it. Several OUTs: a table with
@@ -1185,13 +1186,15 @@ def recon(out, args, problems):
     return items, len(items), add_up
 
 SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Color", "position": "Position",
-                 "color_attribution": "Attri.", "overall": "Overall"}
+                 "color_attribution": "Attri.", "overall": "Overall", "reconstruction": "Recon."}
 
 def shapes(out, args, problems):
     """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector and no error.
     --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All: everything said is there; GenEval-like
-    columns need captions of one and of two objects that say everything. --sources: all must come back as it was."""
-    require(args.prompts or args.sources, "shapes needs --prompts captions.txt or --sources DIR")
+    columns need captions of one and of two objects that say everything. --sources: all must come back as it was.
+    Neither: OUT is a finished run of --model tiny, whose own scores.json is read: what training led to or, in a row that
+    is labelled `before`, what it began with."""
+    require(args.prompts or args.sources, "shapes needs --prompts captions.txt, --sources DIR, or runs of --model tiny")
     words = common.PLACES, common.SHAPES, tuple(common.COLORS)
     lines = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
     items, scenes = [], {}
@@ -1239,7 +1242,7 @@ BENCHMARKS = {
     "mmmu": Benchmark(mmmu, ("MMMU",)),
     "seed": Benchmark(seed, ("SEED",)),
     "recon": Benchmark(recon, ("PSNR", "SSIM", "CLIP"), 4),
-    "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "All", "Recon.")),
+    "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "All")),
 }
 
 def summarize(label, seeds, columns):
@@ -1263,6 +1266,27 @@ def markdown(rows, columns, d):
     table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, c) for c in columns)] for row in rows]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in table)
 
+def chart(rows, columns, height=200, bar=12):
+    """The table as a picture: a group of bars per column, a bar per row, on it a line of one deviation up and down."""
+    def of(row, column):
+        return row["mean"][column] or 0, (row.get("std") or {}).get(column) or 0
+
+    columns = [column for column in columns if any(row["mean"][column] is not None for row in rows)]
+    top, group = max([sum(of(row, c)) for row in rows for c in columns] + [1e-9]), max(64, bar * len(rows) + 24)
+    image = Image.new("RGB", (group * len(columns) + 40, height + 66 + 16 * len(rows)), "white")
+    draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
+    for k, column in enumerate(columns):
+        draw.text((20 + k * group, height + 16), f"{column}\nto {max(of(row, column)[0] for row in rows):.3g}", "black", font)
+        for r, row in enumerate(rows):
+            color = ("#9e9e9e", "#1565c0", "#ef6c00", "#2e7d32", "#6a1b9a", "#c62828", "#00838f", "#5d4037")[r % 8]
+            value, spread = (height * part / top for part in of(row, column))
+            x, base = 20 + k * group + r * bar, height + 10
+            draw.rectangle((x, base - value, x + bar - 2, base), color)
+            draw.line((x + bar // 2 - 1, base - value - spread, x + bar // 2 - 1, base - max(0, value - spread)), "black")
+            if k == 0:
+                draw.text((20, height + 54 + 16 * r), row["label"], color, font)
+    return image
+
 def parse_outputs(arguments):
     """[LABEL=]PATH[,PATH ...] -> [(label, [paths])]. A folder with seed<n> folders in it stands for these."""
     rows = {}
@@ -1276,8 +1300,17 @@ def parse_outputs(arguments):
         rows[label or rest] = paths
     return list(rows.items())
 
+def toy_run(path, label):
+    """scores.json of a run of --model tiny (see shapes)."""
+    scores = common.read_json(path / "scores.json").get("before" if label == "before" else "after")
+    require(isinstance(scores, dict), f"{path} is not a finished run of --model tiny")
+    values = percent({column: scores.get(name) for name, column in SHAPE_COLUMNS.items()})
+    return {"folder": str(path), "values": values, "n": 1, "expected": 1, "problems": Problems()}
+
 def score(path, args, judge):
     """One folder, or one answer file."""
+    if args.benchmark == "shapes" and not (args.prompts or args.sources) and (path / "scores.json").is_file():
+        return toy_run(path, args.label)
     problems, strings = Problems(), args.benchmark in STRINGS.split()
     wanted = "an answer file" if strings else "a folder of pictures"
     require(path.is_dir() != strings, f"{path}: {args.benchmark} wants {wanted}")
@@ -1296,7 +1329,9 @@ def run(args):
     if args.benchmark in STRINGS.split() and args.prepare:
         return understanding(None, args, Problems())
     outputs = parse_outputs(args.outputs)
-    rows = [summarize(label, [score(p, args, judge) for p in paths], benchmark.columns) for label, paths in outputs]
+    rows = []
+    for args.label, paths in outputs:
+        rows.append(summarize(args.label, [score(path, args, judge) for path in paths], benchmark.columns))
     text = [f"# {args.benchmark}", "", markdown(rows, benchmark.columns, benchmark.decimals), ""]
     name = None if args.benchmark in STRINGS.split() else judge_name(args)
     if benchmark.judge:
@@ -1314,7 +1349,9 @@ def run(args):
     for file, content in (("scores.json", json.dumps(record, indent=1, allow_nan=False)), ("scores.md", text)):
         with common.atomic(folder / file) as path:
             path.write_text(content + "\n", encoding="utf-8")
-    print(folder / "scores.json", folder / "scores.md", file=sys.stderr)
+    with common.atomic(folder / "scores.png") as path:
+        chart(rows, benchmark.columns).save(path)
+    print(folder / "scores.json", folder / "scores.md", folder / "scores.png", file=sys.stderr)
 
 def contact_sheet(args):
     """One picture of the pictures in OUTPUTS with their prompts, framed green (right), red (failed, missing) or grey.

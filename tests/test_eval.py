@@ -940,6 +940,24 @@ def test_shapes(tmp_path, capsys):
     assert run("contact-sheet", out, "--failed") and "1 marked as failed" in capsys.readouterr().out
 
 
+def test_runs_of_the_toy_world_are_compared_over_seeds(tmp_path, capsys):
+    for method, gain in (("reca", 0.5), ("sft", 0.25)):
+        for seed in (0, 1):
+            folder = tmp_path / method / f"seed{seed}"
+            folder.mkdir(parents=True)
+            before = {"reconstruction": 0.0, "overall": 0.25 * seed}
+            after = {"reconstruction": gain, "overall": 0.25 * seed + gain}
+            (folder / "scores.json").write_text(json.dumps({"before": before, "after": after}))
+    sources = [f"before={tmp_path / 'reca'}", f"RecA={tmp_path / 'reca'}", f"SFT={tmp_path / 'sft'}"]
+    assert run("shapes", *sources, "--out", tmp_path / "table")
+    rows = scores(tmp_path / "table")["rows"]
+    assert [row["mean"]["Overall"] for row in rows] == [12.5, 62.5, 37.5] and rows[0]["mean"]["Recon."] == 0
+    assert [row["std"]["Overall"] for row in rows] == [pytest.approx(17.68, abs=0.01)] * 3
+    assert Image.open(tmp_path / "table" / "scores.png").width > 100
+    (tmp_path / "sft" / "seed1" / "scores.json").write_text('{"before": {}}')
+    assert not run("shapes", *sources, ok=False) and "not a finished run" in capsys.readouterr().err
+
+
 # ---- missing, corrupt, too many ------------------------------------------------------------------------
 
 
