@@ -1192,8 +1192,8 @@ def shapes(out, args, problems):
     """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector and no error.
     --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All: everything said is there; GenEval-like
     columns need captions of one and of two objects that say everything. --sources: all must come back as it was.
-    Neither: OUT is a finished run of --model tiny, whose own scores.json is read: what training led to or, in a row that
-    is labelled `before`, what it began with."""
+    Neither: OUT is a finished run of --model tiny, whose own scores.json is read: what training led to or, in a row
+    that is labelled `before`, what it began with."""
     require(args.prompts or args.sources, "shapes needs --prompts captions.txt, --sources DIR, or runs of --model tiny")
     words = common.PLACES, common.SHAPES, tuple(common.COLORS)
     lines = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
@@ -1276,13 +1276,15 @@ def chart(rows, columns, height=200, bar=12):
     image = Image.new("RGB", (group * len(columns) + 40, height + 66 + 16 * len(rows)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
     for k, column in enumerate(columns):
-        draw.text((20 + k * group, height + 16), f"{column}\nto {max(of(row, column)[0] for row in rows):.3g}", "black", font)
+        best = max(of(row, column)[0] for row in rows)
+        draw.text((20 + k * group, height + 16), f"{column}\nto {best:.3g}", "black", font)
         for r, row in enumerate(rows):
             color = ("#9e9e9e", "#1565c0", "#ef6c00", "#2e7d32", "#6a1b9a", "#c62828", "#00838f", "#5d4037")[r % 8]
             value, spread = (height * part / top for part in of(row, column))
             x, base = 20 + k * group + r * bar, height + 10
             draw.rectangle((x, base - value, x + bar - 2, base), color)
-            draw.line((x + bar // 2 - 1, base - value - spread, x + bar // 2 - 1, base - max(0, value - spread)), "black")
+            middle = x + bar // 2 - 1
+            draw.line((middle, base - value - spread, middle, base - max(0, value - spread)), "black")
             if k == 0:
                 draw.text((20, height + 54 + 16 * r), row["label"], color, font)
     return image

@@ -171,26 +171,13 @@ class Recipe:
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0                    # the understanding model is frozen
     lambda_t2i: float = 0.0
-
-
-@dataclass
-class TinyRecipe(Recipe):
-    """The toy world on a CPU: about three minutes of pretraining and three of RecA on an idle core. One run, seed 0, on
-    held-out scenes: reconstruction 0.00 -> 0.32, colors 0.19 -> 0.77, position 0.11 -> 0.19, overall 0.40 -> 0.51 (two
-    objects at once 0.80 -> 0.50: at this size RecA costs some of what it does not train)."""
-    steps: int = 800
-    batch: int = 32
-    accum: int = 1
-    lr: float = 1.5e-3
-    weight_decay: float = 0.0
-    warmup: int = 20
-    horizon: int = 0
-    guidance_scale: float = 2.0
+    guidance_scale: float = None               # of the sampler; None: its own default
 
 
 DEFAULT = "openuni-b-512"
 RECIPES = {DEFAULT: Recipe(), "openuni-l-512": Recipe(batch=20), "openuni-l-1024": Recipe(batch=20),
-           "tiny": TinyRecipe()}
+           "tiny": Recipe(steps=800, batch=32, accum=1, lr=1.5e-3, weight_decay=0.0, warmup=20, horizon=0,
+                          guidance_scale=2.0)}
 
 
 # ======================================================================================================
