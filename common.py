@@ -4,6 +4,23 @@ this file, which knows no architecture, does the rest. *What is trained* stands 
   1. errors and files      2. random numbers      3. templates and images      4. data (rows, streams, the cache)
   5. training (equation (3), the loop)      6. inference on files      7. the toy world      8. the command line
 
+What a script provides (to write one for another architecture, start from the nearest of the four):
+
+  Model.from_pretrained(source, device=, dtype=)     source: hub id, folder, or a key of RECIPES
+  Model.random(name, device)                         full size without a download, for --bench
+  .save_pretrained(folder)   .parameter_groups(weight_decay) for AdamW   .blocks() to compile and checkpoint
+  .config.image_size         .device     .set_und(size=, blur=)  --und-size, --blur
+  .preprocess(image, task, rng)      PIL RGB (None: a text without image; ValueError skips the row) -> CPU tensors of
+                                     one image. task: recon, i2t, t2i. rng: numpy Generator for crops, None: central
+  .encode(samples, task)             what FROZEN parts say of each image, a dict each: runs without a graph, and is all
+                                     that --cache stores; whatever is trained belongs into the loss
+  .recon_loss(features, templates, draws=None, rng=None), .i2t_loss(features, conversations, ...), .t2i_loss(features,
+        captions, ...)               -> scalar, global_mean(sum, count). rng: an Rng of section 2; draws: replay these
+  .generate(prompts, seed=, guidance_scale=, num_steps=)   .reconstruct(images, seed=, ...)   seed: one int per image
+  .describe(images, question=, max_new_tokens=)      None given on the command line: the script's own default
+  Recipe       the dataclass whose fields are the defaults of the flags with the same names
+  pretrain_toy(model, fraction, seed)                in place; the model comes in train mode, on the CPU
+
 Legend of the shape comments: B images in a batch, H W pixels.
 """
 import argparse
@@ -1044,8 +1061,8 @@ TOY_WORDS = (*SHAPES, *COLORS, *PLACES)
 
 
 def scene_words(scene, side, p=1.0, rng=None):
-    """What side x side image tokens should say: [side * side, 16], 1 at the words (of TOY_WORDS) for what is in the token's
-    cell, all 0 where the cell is empty. p: probability with which color and place are said, as in caption()."""
+    """What side x side image tokens should say: [side * side, 16], 1 at the words (of TOY_WORDS) for what is in the
+    token's cell, all 0 where the cell is empty. p: probability with which color and place are said, as in caption()."""
     said = torch.zeros(side, side, len(TOY_WORDS))
     half = side // 2
     for place, shape, color in scene:
@@ -1119,7 +1136,8 @@ FLAGS = (
     ("--workers", at_least(0), None, "processes that decode images (default: by the number of cores)"),
     ("--save-every", at_least(1), 500, "steps between checkpoints"),
     ("--sample-every", at_least(1), 250, "steps between preview pictures"),
-    ("--pretrain", float, 1.0, "tiny only: length of the toy pretraining, as a fraction (0.01 to try the mechanics)"),
+    ("--pretrain", float, 1.0, "tiny only: length of the toy pretraining, as a fraction (0.01, with --self-captions 8, "
+     "to try the mechanics)"),
     "the paper's ablations",
     ("--und-size", at_least(1), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
     ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
@@ -1132,7 +1150,7 @@ FLAGS = (
     ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
     ("--max-new-tokens", at_least(1), 256, "of a description"),
     ("--batch-images", at_least(1), 8, "images of one inference batch"),
-    ("--guidance-scale", float, None, "of the sampler (default: the paper's)"),
+    ("--guidance-scale", float, None, "of the sampler, as `generate` of the script defines it (default: the paper's)"),
     ("--sampling-steps", at_least(1), None, "of the sampler (default: the paper's)"),
 )
 

@@ -812,7 +812,7 @@ def pretrain_toy(model, fraction, seed):
     def vision_loss(positions):
         drawn = list(scenes(3, positions))
         model.lmm.model.get_image_features(model._vit_input(pixels(drawn)))
-        return F.mse_loss(gates["said"], torch.stack([common.scene_words(scene, side) for _, scene in drawn]).to(gates["said"]))
+        return F.mse_loss(gates["said"], torch.stack([common.scene_words(scene, side) for _, scene in drawn]))
 
     eyes = nn.ModuleList([model.lmm.model.vision_tower, projector.layer_norm, projector.linear_1]).requires_grad_(True)
     common.toy_stage("vision", eyes.parameters(), vision_loss, steps(300), lr=1e-3)

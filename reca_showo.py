@@ -506,7 +506,8 @@ class Showo(nn.Module):
             raise InputError(f"no sizes known for {name}: choose one of {', '.join(CONFIGS)}")
         tokenizer, config = common.tiny_tokenizer(("<|endoftext|>",)), CONFIGS[name]
         if name.startswith("tiny"):
-            config = dataclasses.replace(config, llm_vocab_size=len(tokenizer), eot=len(tokenizer) - 1)
+            eot = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+            config = dataclasses.replace(config, llm_vocab_size=len(tokenizer), eot=eot)
         with torch.device(device):
             return cls(config, tokenizer)
 
@@ -916,7 +917,7 @@ def pretrain_toy(model, fraction, seed):
         return text + [c.eot] + asked[int(g.integers(len(asked)))] if g.random() < 0.4 else text
 
     def said(scene, p=1.0, g=None):
-        """A scene as C words: 4k + 0, 1, 2 name color, shape and place in cell k, color and place with probability p."""
+        """A scene as C words: 4k + 0, 1, 2 say color, shape and place in cell k, color and place with probability p."""
         row = [comma] * c.num_clip
         for place, shape, color in scene:
             for k, word in enumerate((known[4 + color], known[shape], known[12 + place])):
