@@ -123,12 +123,6 @@ TINY = BagelConfig(
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
 CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
-DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
-DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
-DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
 
 
 @dataclass
@@ -151,14 +145,14 @@ class Recipe:
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0             # the understanding expert is frozen: there is nothing to hold on to
     lambda_t2i: float = 0.0
-    und_size: int = None                # the model's own: 224 (or what its ViT can see, where that is less)
 
 
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=800, batch=32, accum=1)}
+IGNORED = -100                          # a label that is not predicted
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
 
-# How the original samples. num_steps 50 makes 49 evaluations; guidance (Bagel._guide) acts where t is in the interval.
+# How the original samples. num_steps 50 makes 49 evaluations; guidance (see guide) acts where t is in the interval.
 GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "image_guidance_scale": 1.0,
             "interval": (0.4, 1.0), "renorm": "global", "renorm_min": 0.0}         # notebook; GenEval: interval (0, 1)
 EDIT = GENERATE | {"image_guidance_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}     # ImgEdit script
@@ -253,18 +247,25 @@ class MoTLayer(nn.Module):
         MLP output in every layer, so the markers' residual stream is a constant that follows the latents' values."""
         und_graph = torch.is_grad_enabled() and self.train_und
         with torch.set_grad_enabled(und_graph):
-            q_und, *kv = (split(x, shapes, 1) for x in self.project(und, "", ropes[0]))
-        said = [past, zip(*kv)]
+            q_und, k_und, v_und = (split(x, shapes, 1) for x in self.project(und, "", ropes[0]))
         if gen is not None:
-            q_gen, *kv = (split(x, shapes, 2) for x in self.project(gen, "_moe_gen", ropes[1]))
-            said.append(zip(*kv))
-        # In an image block the order of the keys (start, end, latents) does not matter: no mask, one position for all.
-        seen = [tuple(torch.cat(x, dim=1) for x in zip(*filter(None, pairs))) for pairs in zip(*said)]
+            q_gen, k_gen, v_gen = (split(x, shapes, 2) for x in self.project(gen, "_moe_gen", ropes[1]))
+        seen = []                                                           # per group: keys and values [B, S, K, d]
+        for i, before in enumerate(past):
+            # In an image block the order (start, end, latents) does not matter: no mask, one position for all.
+            keys, values = [k_und[i]], [v_und[i]]
+            if before is not None:
+                keys, values = [before[0], *keys], [before[1], *values]
+            if gen is not None:
+                keys, values = [*keys, k_gen[i]], [*values, v_gen[i]]
+            seen.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
         if "und" in read:
             with torch.set_grad_enabled(und_graph):
-                und = self.finish(und, torch.cat([attend(q, *kv, causal) for q, kv in zip(q_und, seen)]), "")
+                heard = [attend(q, keys, values, causal) for q, (keys, values) in zip(q_und, seen)]
+                und = self.finish(und, torch.cat(heard), "")
         if gen is not None and "gen" in read:
-            gen = self.finish(gen, torch.cat([attend(q, *kv, False) for q, kv in zip(q_gen, seen)]), "_moe_gen")
+            heard = [attend(q, keys, values, False) for q, (keys, values) in zip(q_gen, seen)]
+            gen = self.finish(gen, torch.cat(heard), "_moe_gen")
         return und, gen, seen
 
 
@@ -478,7 +479,8 @@ class Bagel(nn.Module):
         shapes = [(u.shape[0], u.shape[1], gen[i].shape[1] if gen else 0) for i, u in enumerate(und)]
         if not noisy:
             for k in (1, 2):                                                             # und rows, gen rows
-                rows = [(c.position + torch.arange(s[k]) * causal).repeat(s[0]) for c, s in zip(contexts, shapes)]
+                inside = [torch.arange(s[k]) if causal else torch.zeros(s[k]) for s in shapes]
+                rows = [(c.position + x).repeat(s[0]) for c, x, s in zip(contexts, inside, shapes)]
                 ropes[k - 1] = rotary(torch.cat(rows).to(self.device), self.config)
         und = torch.cat([u.flatten(0, 1) for u in und])                                                       # [R, D]
         gen = torch.cat([g.flatten(0, 1) for g in gen]) if gen else None
@@ -639,27 +641,33 @@ class Bagel(nn.Module):
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
-    def _contexts(self, ids, vits=None, latents=None, target=None, read=None):
-        """Reads what comes before a picture or an answer: clean latents, ViT patches, text; each where it is given. One
-        entry an image: ids of the text, markers included ([]: no text); vits [rows, columns, width of the ViT]; latents
-        [h, w, C]; target: what will be painted (its shape counts). Images with equal shapes form one Context. ->
-        contexts, and with read="und" the text's rows after the final norm."""
+    def _contexts(self, ids, vits=None, latents=None, target=None):
+        """Reads the images that come before a text: clean latents, ViT patches; each where it is given. One entry an
+        image: ids of the text (their number counts); vits [rows, columns, width of the ViT]; latents [h, w, C]; target:
+        what will be painted (its shape counts). Images with equal shapes form one Context."""
         vits, latents, target = (each or [None] * len(ids) for each in (vits, latents, target))
-        keys = [(len(i), *(getattr(x, "shape", None) for x in each)) for i, *each in zip(ids, vits, latents, target)]
-        contexts = [Context(places, [None] * len(self.blocks())) for places in alike(keys)]
-        clean, seeing = ([c for c in contexts if each[c.images[0]] is not None] for each in (latents, vits))
+        shapes = [tuple(x if x is None else x.shape for x in each) for each in zip(vits, latents, target)]
+        contexts = [Context(places, [None] * len(self.blocks()))
+                    for places in alike([(len(i), *shape) for i, shape in zip(ids, shapes)])]
+        clean = [c for c in contexts if latents[c.images[0]] is not None]
         if clean:                                           # t = 0, generation expert, everybody sees everybody
             self._latent_block(clean, latents, torch.zeros(len(ids), device=self.device))
+        seeing = [c for c in contexts if vits[c.images[0]] is not None]
         if seeing:                                          # one rotary position, everybody sees everybody
             marks = [self._markers(len(c.images)) for c in seeing]
             patches = [self._embed_vit(c.stack(vits)) for c in seeing]
             self._block(seeing, [torch.cat([m[:, :1], x.to(m.dtype), m[:, 1:]], dim=1) for m, x in zip(marks, patches)])
+        return contexts
+
+    def _read_text(self, contexts, ids, read=None):
+        """Extends the contexts by the images' texts (ids, markers included; []: no text) -> those that have one, and with
+        read="und" its rows after the final norm."""
         told = [c for c in contexts if ids[c.images[0]]]
         if not told and dist.is_initialized():
             # Every text of this rank was dropped. Under FSDP the others gather the layers' weights for theirs: join in.
             self._block([Context([0], [None] * len(self.blocks()))], [self._markers(1)])
         words = [self._words([ids[i] for i in c.images]) for c in told]
-        return contexts, self._block(told, words, causal=True, read=read) if told else None
+        return told, self._block(told, words, causal=True, read=read) if told else None
 
     # ==================================================================================================
     # 5. The losses
@@ -681,16 +689,17 @@ class Bagel(nn.Module):
         without "vit" are texts without an image. In RecA the understanding expert is frozen, so this is a measure and
         has no gradient; freeze(train_und=True) gives it one."""
         ids, labels, total, count = [[] for _ in conversations], [[] for _ in conversations], 0.0, 0
-        for turns, row, label in zip(conversations, ids, labels):
-            for text, learn in ((text, k) for pair in turns for k, text in enumerate(pair) if text):
-                block = self._text_ids(text)
-                row += block
-                label += [i if learn else -100 for i in block[1:]] + [-100]     # row j predicts id j + 1 of its block
-        contexts, rows = self._contexts(ids, [f.get("vit") for f in features], read="und")
-        for context, hidden in zip(contexts, rows):                                                   # hidden [B, L, D]
+        for i, turns in enumerate(conversations):
+            for question, answer in turns:
+                for text, learn in ((question, False), (answer, True)):
+                    block = self._text_ids(text) if text else []
+                    ids[i] += block                                 # row j predicts id j + 1 of its block, the last none
+                    labels[i] += [token if learn else IGNORED for token in block[1:]] + [IGNORED] * bool(block)
+        contexts = self._contexts(ids, [f.get("vit") for f in features])
+        for context, hidden in zip(*self._read_text(contexts, ids, read="und")):                                                   # hidden [B, L, D]
             target = torch.tensor([labels[i] for i in context.images], device=self.device)
-            logits = self.language_model["lm_head"](hidden[target != -100])            # only the rows that are asked
-            total = total + F.cross_entropy(logits.float(), target[target != -100], reduction="sum")
+            logits = self.language_model["lm_head"](hidden[target != IGNORED])         # only the rows that are asked
+            total = total + F.cross_entropy(logits.float(), target[target != IGNORED], reduction="sum")
             count += len(logits)
         return common.global_mean(total, count)
 
@@ -713,7 +722,9 @@ class Bagel(nn.Module):
         z, noises = self._latents(features, draws["vae_noise"]), [n.to(self.device) for n in draws["flow_noise"]]
         vits = [f["vit"] for f in features] if condition == "vit" else None
         clean = self._latents(features, draws["condition_noise"]) if condition == "vae" else None
-        contexts = [c.seen_from_the_latents(self.config) for c in self._contexts(ids, vits, clean, z)[0]]
+        contexts = self._contexts(ids, vits, clean, z)
+        self._read_text(contexts, ids)
+        contexts = [c.seen_from_the_latents(self.config) for c in contexts]
         t = torch.stack(list(draws["timestep_normal"])).to(self.device).sigmoid()
         x = [(1 - ti) * zi + ti * noise for ti, zi, noise in zip(t, z, noises)]
         velocities = self._latent_block(contexts, x, t, read="gen")
@@ -759,7 +770,8 @@ class Bagel(nn.Module):
 
     def _describe(self, vits, ids, max_new_tokens):
         """-> lists of new ids, without begin and end. All images decode together until the last one has ended."""
-        contexts, end = self._contexts(ids, vits)[0], self.config.eos_token_id
+        contexts, end = self._contexts(ids, vits), self.config.eos_token_id
+        self._read_text(contexts, ids)
         said = torch.full((len(ids), 1), self.config.bos_token_id, device=self.device)            # [images, ids so far]
         order = [i for context in contexts for i in context.images]
         while said.shape[1] <= max_new_tokens and not (said == end).any(1).all():
@@ -784,9 +796,13 @@ class Bagel(nn.Module):
             clean = self._latents(features, draws.get("vae_noise", posterior))
         if "vit" in kinds:
             vits = [f["vit"] for f in features]
-        ids, nothing = [self._text_ids(text) for text in texts], [[] for _ in texts]
-        given = ((ids, vits, clean), (nothing, vits, clean), (ids, None, None))       # all; no text; no image
-        latents = self._sample([self._contexts(*each, noise)[0] for each in given], draws["noise"], **sampler)
+        ids = [self._text_ids(text) for text in texts]
+        contexts = self._contexts(ids, vits, clean, noise)
+        text_free = [Context(c.images, list(c.kept), c.position) for c in contexts]
+        self._read_text(contexts, ids)
+        image_free = self._contexts(ids, target=noise) if sampler["image_guidance_scale"] > 1 else []
+        self._read_text(image_free, ids)
+        latents = self._sample((contexts, text_free, image_free), draws["noise"], **sampler)
         # (x / 2 + 1 / 2) clamped, times 255, truncated: BAGEL's rounding
         pictures = [((x / 2 + 0.5).clamp(0, 1) * 255).byte().permute(1, 2, 0).cpu() for x in self._decode(latents)]
         return [Image.fromarray(picture.numpy()) for picture in pictures]
@@ -913,8 +929,8 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 #     an image of 1024 px, checkpointing     + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
 #     the layer that is being recomputed    + ~1.5 GB an image of the batch   (the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
-# Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the layers is divided by n: float32 AdamW then needs 8
-# cards of 40 GB, or 2 of 80 GB. The original also trains 7.1 billion parameters that cannot move, in float32: 283 GB.
+# Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the layers is divided by n: float32 AdamW then needs 2
+# cards of 80 GB, or 8 of 48 GB (each first holds the whole model, 43 GB). The original also trains 7.1 billion parameters that cannot move, in float32: 283 GB.
 
 
 class StochasticAdamW(torch.optim.Optimizer):
@@ -1016,7 +1032,7 @@ class BagelTrainer(common.Trainer):
                 temporary.rename(folder)
                 for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
                     shutil.rmtree(old)
-        except (OSError, dcp.api.CheckpointException, RuntimeError, SafetensorError) as error:
+        except (InputError, OSError, dcp.api.CheckpointException, RuntimeError, SafetensorError) as error:
             common.remove(temporary)
             reason = f"{common.brief(error)}; the checkpoints before it are kept"
             raise InputError(f"cannot write {folder}: {reason}") from error
@@ -1230,7 +1246,7 @@ def edit_files(model, args, jobs):
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
     Bagel.condition = args.condition
-    if args.lambda_i2t:
+    if args.lambda_i2t or args.i2t_data:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
     jobs = edit_jobs(args.edit, args.edit_images, args.out) if args.edit else []       # refused before loading
     if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
