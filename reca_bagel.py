@@ -762,7 +762,7 @@ class Bagel(nn.Module):
         return self._paint(samples, ("vae", "vit"), instructions, size, seed, draws, **EDIT | sampler)
 
     @torch.no_grad()
-    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=512):
+    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
         """Image to text, greedy: ViT block (224 to 980 px), question, answer. List of PIL -> list of str."""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
         answers = self._describe([f["vit"] for f in features], [self._text_ids(question)] * len(images), max_new_tokens)

@@ -434,7 +434,8 @@ class Harmon(nn.Module):
     def _latents(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> [B, h, w, C] float32: the mean of the posterior, never a sample, scaled."""
         pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
-        mean = self.vae.encode(pixels).latent_dist.mean                                                   # [B, C, h, w]
+        # A few at a time: they fill a GPU, and the first layers of a whole batch would be the peak of memory.
+        mean = torch.cat([self.vae.encode(x).latent_dist.mean for x in pixels.split(4)])                  # [B, C, h, w]
         return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
 
     def _pixels(self, latents):
@@ -693,7 +694,7 @@ class Harmon(nn.Module):
         return self._paint_images(self._assemble(*self._pad(rows), self.understand(features)), **settings)
 
     @torch.no_grad()
-    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=1024):
+    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
         """Image to text, greedy: PIL images and one question -> answers."""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
         ids, mask = self._pad([self.i2t_prompt(question)] * len(images))

@@ -575,7 +575,7 @@ class OpenUni(nn.Module):
         return self._paint_images(condition, guidance_scale, **settings)
 
     @torch.no_grad()
-    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=512):
+    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
         """Image to text, greedy, by the frozen InternVL3: PIL images and one question -> answers. One view of the whole
         image (InternVL's tiling of large images is not used here)."""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
@@ -853,7 +853,7 @@ def prepare(model, args):
 
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
-    if args.lambda_i2t:
+    if args.lambda_i2t or args.i2t_data:
         raise InputError("OpenUni's understanding model is frozen, L_i2t trains nothing here: leave --lambda-i2t at 0")
     OpenUni.base_overrides = {part: getattr(args, part) for part in ("lmm", "sana", "vae") if getattr(args, part)}
     common.run(OpenUni, args, pretrain_toy, prepare)

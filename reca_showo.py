@@ -362,7 +362,6 @@ class Showo(nn.Module):
     def set_flex(self, on=True):
         """flex_attention in the losses: a sparse mask instead of a dense one, in a kernel that is compiled for GPUs."""
         self.flex = on
-        self.showo.set_attn_implementation("flex_attention" if on else "sdpa")
 
     def parts(self, *names):
         return nn.ModuleDict({name: getattr(self, name) for name in names if hasattr(self, name)})
@@ -456,6 +455,7 @@ class Showo(nn.Module):
 
     def hidden(self, embeds, mask, positions, cache=None):
         """Through all layers and the final norm: [B, l, D] -> [B, l, D]. mask: [B, l, cached + l] or flex's."""
+        self.showo.set_attn_implementation("sdpa" if torch.is_tensor(mask) else "flex_attention")
         mask = mask[:, None] if torch.is_tensor(mask) else mask
         return self.showo.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None],
                                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
@@ -747,7 +747,7 @@ class Showo(nn.Module):
         return self._paint(self._recon_rows(texts, und), und, seed=seed, draws=draws, progress=progress, **settings)
 
     @torch.no_grad()
-    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=200):
+    def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
         """Image to text: list of PIL -> list of strings (greedy decoding), in one batch.
         The prompt is the one of i2t_loss. (For the VQ variant the original's demo puts one more <eot> and a line break
         in; no training ever did.)"""

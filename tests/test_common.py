@@ -192,7 +192,7 @@ def test_corrupt_images_are_skipped_and_named(tmp_path):
 
 def test_a_folder_without_a_readable_image_stops(tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
-    with pytest.raises(common.InputError, match="none of 1 images could be read.*text.jpg"):
+    with pytest.raises(common.InputError, match="no row of recon could be used.*text.jpg"):
         stream_over(common.Images(tmp_path))[0]
 
 
