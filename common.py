@@ -16,8 +16,8 @@ What a script provides (to write one for another architecture, start from the ne
                                      that --cache stores; whatever is trained belongs into the loss
   .recon_loss(features, templates, draws=None, rng=None), .i2t_loss(features, conversations, ...), .t2i_loss(features,
         captions, ...)               -> scalar, global_mean(sum, count). rng: an Rng of section 2; draws: replay these
-  .generate(prompts, seed=, guidance_scale=, num_steps=)   .reconstruct(images, seed=, ...)   .describe(images, question=,
-        max_new_tokens=)             seed: an int, or one per image. What the command line does not give is not passed
+  .generate(prompts, seed=, guidance_scale=, num_steps=)   .reconstruct(images, seed=, ...)   .describe(images,
+        question=, max_new_tokens=)  seed: an int, or one per image. What the command line does not give is not passed
   Recipe       the dataclass whose fields are the defaults of the flags with the same names
   pretrain_toy(model, fraction, seed)                in place; the model comes in train mode, on the CPU
 
@@ -63,8 +63,8 @@ def cli(main):
     try:
         main()
     except (InputError, torch.OutOfMemoryError) as error:
-        full = ("the batch does not fit into the GPU's memory: lower --batch (and raise --accum) or add --checkpointing; "
-                "for inference lower --batch-images")
+        full = ("the batch does not fit into the GPU's memory: lower --batch (and raise --accum) or add "
+                "--checkpointing; for inference lower --batch-images")
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
@@ -531,7 +531,7 @@ class Stream(torch.utils.data.Dataset):
                     item["sample"] = self.preprocess(image, self.name, rng if self.cache is None else None)
                 return item
             except UNREADABLE as error:
-                if source is not None:                          # else a text without an image, which the model cannot use
+                if source is not None:                              # else a text without an image: nothing is wrong
                     skipped.append(f"{name} ({brief(error)})")
         raise InputError(f"no row of {self.name} could be used" + (f", the first was {skipped[0]}" if skipped else ""))
 

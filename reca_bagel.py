@@ -150,7 +150,7 @@ class Recipe:
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=800, batch=32, accum=1)}
 IGNORED = -100                          # a label that is not predicted
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
-TEXT_DROPOUT = 0.1                      # the template is left out for one image in ten; the picture never is
+TEXT_DROP = 0.1                      # the template is left out for one image in ten; the picture never is
 
 # How the original samples. num_steps 50 makes 49 evaluations; guidance (see guide) acts where t is in the interval.
 GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "image_guidance_scale": 1.0,
@@ -333,7 +333,7 @@ class Bagel(nn.Module):
     def __init__(self, config=BagelConfig()):
         super().__init__()
         c, width = config, config.hidden_size
-        self.config, self.tokenizer, self.blur, self.und_size = c, None, 0, min(UND_SIZE, c.vit_limits[0])
+        self.config, self.tokenizer, self.und_blur, self.und_size = c, None, 0, min(UND_SIZE, c.vit_limits[0])
         self.language_model = nn.ModuleDict({
             "model": nn.ModuleDict({
                 "embed_tokens": nn.Embedding(c.vocab_size, width),
@@ -370,7 +370,7 @@ class Bagel(nn.Module):
         p, most = self.config.vit_patch_size, self.config.vit_max_num_patch_per_side * self.config.vit_patch_size
         if size and not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
-        self.und_size, self.blur = size or self.und_size, blur or self.blur
+        self.und_size, self.und_blur = size or self.und_size, blur or self.und_blur
 
     def freeze(self, train_und=False):
         """What RecA trains: everything named _moe_gen, the time MLP and the two projections of the latents.
@@ -405,8 +405,8 @@ class Bagel(nn.Module):
         if image is not None and task in limits:
             image = image.resize(fit(*image.size, *limits[task], c.vit_patch_size), Image.BICUBIC)
             pixels["vit"] = common.to_tensor(image)
-            if self.blur > 1 and task == "recon":
-                small = F.interpolate(pixels["vit"][None], scale_factor=1 / self.blur, mode="bilinear")
+            if self.und_blur > 1 and task == "recon":
+                small = F.interpolate(pixels["vit"][None], scale_factor=1 / self.und_blur, mode="bilinear")
                 pixels["vit"] = F.interpolate(small, size=pixels["vit"].shape[1:], mode="bilinear")[0]
         return pixels
 
@@ -660,8 +660,8 @@ class Bagel(nn.Module):
         return contexts
 
     def _read_text(self, contexts, ids, read=None):
-        """Extends the contexts by the images' texts (ids, markers included; []: no text) -> those that have one, and with
-        read="und" its rows after the final norm."""
+        """Extends the contexts by the images' texts (ids, markers included; []: no text) -> those that have one, and
+        with read="und" its rows after the final norm."""
         told = [c for c in contexts if ids[c.images[0]]]
         if not told and dist.is_initialized():
             # Every text of this rank was dropped. Under FSDP the others gather the layers' weights for theirs: join in.
@@ -674,14 +674,14 @@ class Bagel(nn.Module):
     # ==================================================================================================
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA (paper, equation 2): paint the image that these understanding embeddings describe. features: encode(..,
-        "recon"), one dict an image; templates: one text each; draws: see draw(). Returns a scalar: squared error of the
+        "recon"), one dict an image; templates: one text each; draws: see _draws. Returns a scalar: squared error of the
         velocity, mean over 64 channels and over all latent tokens of all ranks, so large images weigh more (as in the
         original)."""
-        return self._flow_loss(features, templates, draws or self.draw(features, rng), self.condition)
+        return self._flow_loss(features, templates, draws or self._draws(features, rng), self.condition)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image: caption, noisy latents. RecA does not use it (lambda_t2i = 0): supervised fine-tuning."""
-        return self._flow_loss(features, captions, draws or self.draw(features, rng), None)
+        return self._flow_loss(features, captions, draws or self._draws(features, rng), None)
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a
@@ -693,21 +693,21 @@ class Bagel(nn.Module):
             for question, answer in turns:
                 for text, learn in ((question, False), (answer, True)):
                     block = self._text_ids(text) if text else []
-                    ids[i] += block                                 # row j predicts id j + 1 of its block, the last none
+                    ids[i] += block                                # row j predicts id j + 1 of its block, the last none
                     labels[i] += [token if learn else IGNORED for token in block[1:]] + [IGNORED] * bool(block)
         contexts = self._contexts(ids, [f.get("vit") for f in features])
-        for context, hidden in zip(*self._read_text(contexts, ids, read="und")):                                                   # hidden [B, L, D]
+        for context, hidden in zip(*self._read_text(contexts, ids, read="und")):                    # hidden [B, L, D]
             target = torch.tensor([labels[i] for i in context.images], device=self.device)
             logits = self.language_model["lm_head"](hidden[target != IGNORED])         # only the rows that are asked
             total = total + F.cross_entropy(logits.float(), target[target != IGNORED], reduction="sum")
             count += len(logits)
         return common.global_mean(total, count)
 
-    def draw(self, features, rng=None):
+    def _draws(self, features, rng=None):
         """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
         vae_noise and condition_noise [16, 2 h, 2 w], flow_noise [h, w, C]."""
         def of_image(f, g):
-            return {"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROPOUT),
+            return {"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROP),
                     "timestep_normal": torch.randn((), generator=g),
                     "vae_noise": torch.randn(f["mean"].shape, generator=g),
                     "flow_noise": torch.randn(self._tokens(f["mean"]).shape, generator=g),
@@ -741,7 +741,7 @@ class Bagel(nn.Module):
         Rng.sampling. draws: {"noise": [h, w, C] per image}. sampler: what differs from GENERATE; progress=True shows a
         bar. The guidance's text-free context is empty, its latents stand at position 0."""
         size = self.config.image_size if size is None else size
-        return self._paint([{} for _ in prompts], (), prompts, size, seed, draws, **GENERATE | sampler)
+        return self._paint_images([{} for _ in prompts], (), prompts, size, seed, draws, **GENERATE | sampler)
 
     @torch.no_grad()
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, size=None, **sampler):
@@ -750,7 +750,7 @@ class Bagel(nn.Module):
         original's notebook (whose ViT sees more, 518 px, than in training)."""
         samples = [self.preprocess(image, "recon") for image in images]
         templates = templates or [common.SEED_TEMPLATE] * len(images)
-        return self._paint(samples, (self.condition,), templates, size, seed, draws, **RECONSTRUCT | sampler)
+        return self._paint_images(samples, (self.condition,), templates, size, seed, draws, **RECONSTRUCT | sampler)
 
     @torch.no_grad()
     def edit(self, images, instructions, *, seed=0, draws=None, size=None, **sampler):
@@ -759,7 +759,7 @@ class Bagel(nn.Module):
         image guidance of 1.5, its function and its notebook have 2.0). draws: {"noise", "vae_noise": [16, 2 h, 2
         w]}."""
         samples = [self.preprocess(image, "edit") for image in images]
-        return self._paint(samples, ("vae", "vit"), instructions, size, seed, draws, **EDIT | sampler)
+        return self._paint_images(samples, ("vae", "vit"), instructions, size, seed, draws, **EDIT | sampler)
 
     @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
@@ -780,7 +780,7 @@ class Bagel(nn.Module):
             said = torch.cat([said, logits.argmax(-1, keepdim=True)[np.argsort(order)]], dim=1)
         return [row[1:row.index(end)] if end in row else row[1:] for row in said.tolist()]
 
-    def _paint(self, samples, kinds, texts, size, seed, draws, **sampler):
+    def _paint_images(self, samples, kinds, texts, size, seed, draws, **sampler):
         """What generate, reconstruct and edit share: (VAE block) (ViT block) text -> PIL. kinds: the blocks to read;
         size: a side, (height, width), or None: as the sample's VAE pixels."""
         noise, rng, s = [], Rng.sampling(seed, len(texts)), self.config.stride
@@ -930,7 +930,8 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 #     the layer that is being recomputed    + ~1.5 GB an image of the batch   (the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
 # Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the layers is divided by n: float32 AdamW then needs 2
-# cards of 80 GB, or 8 of 48 GB (each first holds the whole model, 43 GB). The original also trains 7.1 billion parameters that cannot move, in float32: 283 GB.
+# cards of 80 GB, or 8 of 48 GB (each first holds the whole model, 43 GB). The original also trains 7.1 billion
+# parameters that cannot move, in float32: 283 GB.
 
 
 class StochasticAdamW(torch.optim.Optimizer):

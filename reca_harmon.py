@@ -609,15 +609,15 @@ class Harmon(nn.Module):
 
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA: the image from its own understanding embeddings (paper, equation 2). features: B dicts of encode,
-        templates: B instructions -> scalar, the mean over the masked tokens. draws: see generation_draws."""
-        draws = draws or self.generation_draws(features, rng)
+        templates: B instructions -> scalar, the mean over the masked tokens. draws: see _draws."""
+        draws = draws or self._draws(features, rng)
         rows = [self.recon_prompt(None if drop else text) for drop, text in zip(draws["drop"].tolist(), templates)]
         return self._generation_loss(features, *self._pad(rows), draws, self.understand(features))
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself lambda_t2i = 0. A tenth of
         the captions is dropped, to train what guidance moves away from."""
-        draws = draws or self.generation_draws(features, rng)
+        draws = draws or self._draws(features, rng)
         rows = [self.t2i_prompt(None if drop else text) for drop, text in zip(draws["drop"].tolist(), captions)]
         return self._generation_loss(features, *self._pad(rows), draws)
 
@@ -627,7 +627,7 @@ class Harmon(nn.Module):
         ids, labels = zip(*(self.conversation(turns) for turns in conversations))
         return self._answer_loss(features, *self._pad(ids), self._pad(labels, IGNORED)[0])
 
-    def generation_draws(self, features, rng=None):
+    def _draws(self, features, rng=None):
         """All random draws of recon_loss or t2i_loss. But for num_masked, an image's do not depend on its batch."""
         rng = rng or Rng.fresh(len(features))
         (h, w, C), repeats = features[0]["latents"].shape, self.config.diffusion_repeats
@@ -754,11 +754,11 @@ class Harmon(nn.Module):
             else:
                 noise = torch.cat([draws[f"iter{k}.init_noise"][None, :n * P], draws[f"iter{k}.step_noise"][:, :n * P]])
             scale = 1 + (guidance_scale - 1) * (N - planned) / N if guidance_schedule == "linear" else guidance_scale
-            painted = self._paint(z, scale, temperature, noise.to(self.device))
+            painted = self._denoise(z, scale, temperature, noise.to(self.device))
             latents.scatter_(1, now[..., None].expand(-1, -1, c.latent_channels), painted.view(n, P, -1))
         return latents.unflatten(1, grid)
 
-    def _paint(self, z, guidance_scale, temperature, noises):
+    def _denoise(self, z, guidance_scale, temperature, noises):
         """The diffusion head's sampler: z [rows, Dd], or with guidance [2 rows, Dd]; noises [1 + steps, rows, C] ->
         tokens [rows, C]. Guidance acts on the predicted noise; the variance is the conditional branch's."""
         (rows, C), x = noises.shape[1:], noises[0].float()

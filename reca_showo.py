@@ -158,7 +158,7 @@ DEFAULT = "showlab/show-o-w-clip-vit-512x512"
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IGNORE = -100                               # a label that is not predicted; among ids: the place of a CLIP row
+IGNORED = -100                               # a label that is not predicted; among ids: the place of a CLIP row
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
@@ -272,8 +272,8 @@ class Rows:
     Every mask of Show-o is the same statement with other numbers: position q attends to the span first[q] .. last[q]
     (text: up to itself; image tokens: up to the end of their image), and to the `open` columns (the conditioning
     image), but never to the `hidden` ones (padding). So it costs 4 B L numbers instead of B L²."""
-    ids: torch.Tensor           # [B, L] int64; IGNORE where a CLIP row is put in
-    labels: torch.Tensor        # [B, L] int64; IGNORE where nothing is predicted
+    ids: torch.Tensor           # [B, L] int64; IGNORED where a CLIP row is put in
+    labels: torch.Tensor        # [B, L] int64; IGNORED where nothing is predicted
     first: torch.Tensor         # [B, L]
     last: torch.Tensor          # [B, L]
     open: torch.Tensor          # [B, L] bool
@@ -288,7 +288,7 @@ class Rows:
         positions, front = torch.arange(ids.shape[1]), (ids == pad).cumprod(1).sum(1, keepdim=True)
         first, last = torch.where(positions >= front, front, 0), positions.expand_as(ids).clone()
         none = torch.zeros_like(ids, dtype=torch.bool)
-        return cls(ids, torch.full_like(ids, IGNORE), first, last, none, none.clone(), positions)
+        return cls(ids, torch.full_like(ids, IGNORED), first, last, none, none.clone(), positions)
 
     def map(self, function):
         return Rows(**{name: function(value) for name, value in vars(self).items()})
@@ -357,7 +357,7 @@ class Showo(nn.Module):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
         if blur and not 1 <= blur <= c.image_size // 2:
             raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
-        self.und_size, self.blur = size, blur
+        self.und_size, self.und_blur = size, blur
 
     def set_flex(self, on=True):
         """flex_attention in the losses: a sparse mask instead of a dense one, in a kernel that is compiled for GPUs."""
@@ -436,7 +436,7 @@ class Showo(nn.Module):
         like an oversight, but the released weights were trained with it, so it is followed. VQ variant: `und_size`
         pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model knows), or,
         with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its detail."""
-        return common.resize(common.blur(pixels, self.blur) if self.blur else pixels, self.und_size)
+        return common.resize(common.blur(pixels, self.und_blur) if self.und_blur else pixels, self.und_size)
 
     def clip_rows(self, pixels):
         """[B, 3, 336, 336] -> [B, C, width]: the last layer but one, without the class token and the final norm."""
@@ -446,12 +446,12 @@ class Showo(nn.Module):
         return x[:, 1:]
 
     def embed(self, rows, und=None):
-        """Rows -> [B, L, D]; und (CLIP variant): CLIP rows [B, C, width], projected and put in place of IGNORE ids."""
+        """Rows -> [B, L, D]; und (CLIP variant): CLIP rows [B, C, width], projected and put in place of IGNORED ids."""
         embeds = self.showo.model.embed_tokens(rows.ids.clamp(min=0))
         if und is None or not self.config.w_clip_vit:
             return embeds
         image = self.mm_projector(und.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
-        return embeds.masked_scatter((rows.ids == IGNORE)[..., None], image)
+        return embeds.masked_scatter((rows.ids == IGNORED)[..., None], image)
 
     def hidden(self, embeds, mask, positions, cache=None):
         """Through all layers and the final norm: [B, l, D] -> [B, l, D]. mask: [B, l, cached + l] or flex's."""
@@ -572,7 +572,7 @@ class Showo(nn.Module):
         rows = self._with_image([h + p if c.w_clip_vit else p + h for h, p in zip(heads, pads)], tokens)
         end = rows.ids.shape[1] - 1                                         # the closing <eoi>
         if c.w_clip_vit:
-            rows.open, rows.hidden = rows.ids == IGNORE, rows.ids == c.pad
+            rows.open, rows.hidden = rows.ids == IGNORED, rows.ids == c.pad
             rows.last[:, end - c.num_tokens:end] = end - 1
         else:
             front = rows.first[:, -1:]                                      # <mmu> stands here, then <soi> codes <eoi>
@@ -605,7 +605,7 @@ class Showo(nn.Module):
                             for image, text in zip(self._image_ids(und), ids.tolist())], c.pad)
         rows.labels[:, -ids.shape[1]:] = labels
         if c.w_clip_vit:
-            rows.open = rows.ids == IGNORE
+            rows.open = rows.ids == IGNORED
         else:
             rows.open[:, :-ids.shape[1]] = True
         return rows
@@ -618,7 +618,7 @@ class Showo(nn.Module):
     def _image_ids(self, und):
         """What stands for the given images: places for CLIP rows, or their codes."""
         c = self.config
-        return [[IGNORE] * c.num_clip] * len(und) if c.w_clip_vit else (und + c.first_code).tolist()
+        return [[IGNORED] * c.num_clip] * len(und) if c.w_clip_vit else (und + c.first_code).tolist()
 
     def _with_image(self, heads, tokens):
         """B equally long lists of ids, the image behind them."""
@@ -647,11 +647,11 @@ class Showo(nn.Module):
             for question, answer in turns:
                 asked = self._text_ids(f"USER: {question.strip()} ASSISTANT:")
                 said = self._text_ids(f" {answer.strip()}") + [c.eot]
-                ids, labels = ids + asked + said, labels + [IGNORE] * len(asked) + said
+                ids, labels = ids + asked + said, labels + [IGNORED] * len(asked) + said
             all_ids.append(torch.tensor(ids[:room]))
             all_labels.append(torch.tensor(labels[:room]))
         return (pad_sequence(all_ids, batch_first=True, padding_value=c.pad),
-                pad_sequence(all_labels, batch_first=True, padding_value=IGNORE))
+                pad_sequence(all_labels, batch_first=True, padding_value=IGNORED))
 
     # ==================================================================================================
     # 5. The losses
@@ -703,13 +703,13 @@ class Showo(nn.Module):
         return {"timesteps": rng.uniform(), "scores": rng.uniform(self.config.num_tokens), "text_drop": rng.uniform()}
 
     def _mask_tokens(self, features, draws):
-        """MaskGIT's corruption -> (ids [B, N], some of them the mask token; labels [B, N], IGNORE where not masked).
+        """MaskGIT's corruption -> (ids [B, N], some of them the mask token; labels [B, N], IGNORED where not masked).
         A share cos(u pi/2) of each image is masked, u = draws["timesteps"], at least one token: those that the
         permutation argsort(scores) puts first."""
         tokens = torch.stack([f["codes"] for f in features]).cpu() + self.config.first_code
         number = (tokens.shape[1] * torch.cos(draws["timesteps"] * math.pi * 0.5)).round().clamp(min=1)
         masked = draws["scores"].argsort(-1) < number[:, None]
-        return tokens.masked_fill(masked, self.config.mask_token), tokens.masked_fill(~masked, IGNORE)
+        return tokens.masked_fill(masked, self.config.mask_token), tokens.masked_fill(~masked, IGNORED)
 
     def _cross_entropy(self, rows, und=None, shift=False, detach=False):
         """Mean cross-entropy over the labels of `rows`. shift: a label stands one position behind the one that predicts
@@ -718,7 +718,7 @@ class Showo(nn.Module):
         position of every prompt (0.5 GB in float32 for one 512 px prompt, of which about a third is used)."""
         rows = rows.without_padding(self.config.pad)
         labels = rows.labels[:, 1:] if shift else rows.labels
-        row, column = (labels != IGNORE).nonzero(as_tuple=True)                         # [n] each, found on the CPU
+        row, column = (labels != IGNORED).nonzero(as_tuple=True)                         # [n] each, found on the CPU
         target = labels[row, column].to(self.device)
         rows = rows.map(lambda value: value.to(self.device))
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
@@ -736,7 +736,7 @@ class Showo(nn.Module):
         seed: image i is drawn from seed + i, or a list with one seed an image; settings: num_steps=50, temperature=1,
         guidance_scale=5 (g: logits (1 + g) with prompt - g without; 0: none), those of the published benchmarks."""
         rows = self._t2i_rows([self._text_ids(prompt) for prompt in prompts], slots=self.config.max_prompt)
-        return self._paint(rows, seed=seed, draws=draws, progress=progress, **settings)
+        return self._paint_images(rows, seed=seed, draws=draws, progress=progress, **settings)
 
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, **settings):
         """Image to image, as generate: the RecA prompt with every token masked, sampled (the original leaves this half
@@ -744,7 +744,8 @@ class Showo(nn.Module):
         features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
         und = torch.stack([f["und"] for f in features])
         texts = [self._recon_text(template) for template in templates or [common.SEED_TEMPLATE] * len(images)]
-        return self._paint(self._recon_rows(texts, und), und, seed=seed, draws=draws, progress=progress, **settings)
+        rows = self._recon_rows(texts, und)
+        return self._paint_images(rows, und, seed=seed, draws=draws, progress=progress, **settings)
 
     @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
@@ -754,7 +755,7 @@ class Showo(nn.Module):
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
         und = torch.stack([f["und"] for f in features])
         ids = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")] * len(images))
-        rows = self._i2t_rows(ids, torch.full_like(ids, IGNORE), und, self._system_ids())
+        rows = self._i2t_rows(ids, torch.full_like(ids, IGNORED), und, self._system_ids())
         texts = []
         for answer in self._continue(rows, und, max_new_tokens).tolist():
             answer = answer[:answer.index(self.config.eot)] if self.config.eot in answer else answer
@@ -778,7 +779,7 @@ class Showo(nn.Module):
         return torch.stack(new, 1)
 
     @torch.no_grad()
-    def _paint(self, rows, und=None, **settings):
+    def _paint_images(self, rows, und=None, **settings):
         """Prompts with all image tokens masked -> PIL images. [-1, 1] is truncated to 0..255, as in the original."""
         codes = self._sample(rows, und, **settings)
         with torch.autocast(self.device.type, enabled=False):
@@ -927,7 +928,7 @@ def pretrain_toy(model, fraction, seed):
 
     def in_place(rows, words):
         """Rows that wait for CLIP rows, with words in their places."""
-        return dataclasses.replace(rows, ids=rows.ids.masked_scatter(rows.ids == IGNORE, torch.tensor(words)))
+        return dataclasses.replace(rows, ids=rows.ids.masked_scatter(rows.ids == IGNORED, torch.tensor(words)))
 
     # 2. Language: a description with its objects in any order and with gaps, then the canonical one. The description
     # stands where a caption stands, or in the places of the CLIP rows.
@@ -938,9 +939,9 @@ def pretrain_toy(model, fraction, seed):
             prompt = [c.t2i, *model._bracket(surrounded(mixed, g))]
             answer = model._text_ids(common.caption(scene)) + [c.eot]
             ids.append(torch.tensor(prompt + answer))
-            labels.append(torch.tensor([IGNORE] * len(prompt) + answer))
+            labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
         rows = Rows.causal(pad_sequence(ids, batch_first=True, padding_value=c.pad).tolist(), c.pad)
-        rows.labels = pad_sequence(labels, batch_first=True, padding_value=IGNORE)
+        rows.labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
         loss = model._cross_entropy(rows, shift=True)
         if not c.w_clip_vit:
             return loss

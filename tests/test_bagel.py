@@ -332,7 +332,7 @@ def sample_case(model, golden, case, monkeypatch, copies=1):
         draws["vae_noise"] = [golden[f"{case}.draw_vae_noise_0"][0]] * copies
     options = {**sampler(case), "trace": []}
     with torch.no_grad():
-        images = model._paint([seen] * copies, kinds, ids, size, 0, draws, **options)
+        images = model._paint_images([seen] * copies, kinds, ids, size, 0, draws, **options)
     return images, options["trace"], caught
 
 

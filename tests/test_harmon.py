@@ -209,7 +209,7 @@ def test_parity_harmon_sampler(model, monkeypatch):
     model.eval()
     n, log = SPEC["sample_batch"], {}
     ids, mask = GOLDEN["sample.input_ids"], GOLDEN["sample.attention_mask"]
-    watch(monkeypatch, log, model, "_paint")
+    watch(monkeypatch, log, model, "_denoise")
     watch(monkeypatch, log, model.mar, "encode")
     with torch.no_grad():
         branches = [model._assemble(ids[half], mask[half])[:2] for half in (slice(0, n), slice(n, 2 * n))]
@@ -217,13 +217,13 @@ def test_parity_harmon_sampler(model, monkeypatch):
                                 temperature=SPEC["sample_temperature"], draws=sampler_draws())
         pixels = model._pixels(latents)
     N = SPEC["tokens_per_image"]
-    for k, ((arguments, painted), (encoded, _)) in enumerate(zip(log["_paint"], log["encode"])):
+    for k, ((arguments, painted), (encoded, _)) in enumerate(zip(log["_denoise"], log["encode"])):
         close(arguments[0], GOLDEN[f"sample.iter{k}.z"])
         close(painted, GOLDEN[f"sample.iter{k}.sampled"][:len(painted)])
         visible = [set(row.tolist()) for row in encoded[2]]
         theirs = [set((~row.bool()).nonzero().flatten().tolist()) for row in GOLDEN["sample.masks"][k][:n]]
         assert visible == theirs
-    assert len(log["_paint"]) == SPEC["sample_iters"] and N == latents[0, ..., 0].numel()
+    assert len(log["_denoise"]) == SPEC["sample_iters"] and N == latents[0, ..., 0].numel()
     close(latents, GOLDEN["sample.final_tokens"][:n])
     close(pixels, GOLDEN["sample.pixels"])
     model.train()
@@ -398,13 +398,13 @@ def test_harmon_draws(tiny):
     """Masking ratios of the truncated normal, a tenth of the texts dropped; an image's draws need no batch."""
     features = tiny.encode([tiny.preprocess(p, "recon") for p in pictures(2)], "recon")
     empty = [{"latents": torch.zeros(32, 32, 1)}]
-    many = [tiny.generation_draws(empty, common.Rng(0, "recon", k, positions=[k])) for k in range(2000)]
+    many = [tiny._draws(empty, common.Rng(0, "recon", k, positions=[k])) for k in range(2000)]
     ratios = torch.stack([d["num_masked"] for d in many]) / 1024
     assert ratios.min() >= 0.7 and ratios.max() <= 1
     assert abs(ratios.mean() - 0.867) < 0.01 and abs(ratios.median() - 0.874) < 0.01
     assert 0.07 < torch.cat([d["drop"] for d in many]).float().mean() < 0.13
-    both = tiny.generation_draws(features, common.Rng(0, "recon", 5, positions=[10, 11]))
-    one = tiny.generation_draws(features[1:], common.Rng(0, "recon", 5, positions=[11]))
+    both = tiny._draws(features, common.Rng(0, "recon", 5, positions=[10, 11]))
+    one = tiny._draws(features[1:], common.Rng(0, "recon", 5, positions=[11]))
     (h, w, C), repeats = features[0]["latents"].shape, tiny.config.diffusion_repeats
     N = h * w
     assert both["num_masked"] == one["num_masked"]
@@ -417,7 +417,7 @@ def test_harmon_draws(tiny):
 def test_harmon_extreme_masks(tiny, everything):
     """One token masked, or all of them."""
     features = tiny.encode([tiny.preprocess(p, "recon") for p in pictures(2)], "recon")
-    draws = tiny.generation_draws(features, common.Rng(0, "recon", positions=[0, 1]))
+    draws = tiny._draws(features, common.Rng(0, "recon", positions=[0, 1]))
     draws["num_masked"] = torch.tensor(draws["orders"].shape[1] if everything else 1)
     loss = tiny.recon_loss(features, ["describe the image."] * 2, draws)
     assert loss.isfinite() and loss == tiny.recon_loss(features, ["describe the image."] * 2, draws)

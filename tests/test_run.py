@@ -405,7 +405,7 @@ def test_activation_checkpointing_changes_nothing():
     torch.manual_seed(0)
     model = reca_harmon.Harmon.from_pretrained("tiny").train()
     features = model.encode([model.preprocess(common.draw_scene([(0, 1, 2)], 32), "recon")] * 2, "recon")
-    draws = model.generation_draws(features, common.Rng(0, "recon", 0, positions=[0, 1]))
+    draws = model._draws(features, common.Rng(0, "recon", 0, positions=[0, 1]))
 
     def gradients():
         model.zero_grad()

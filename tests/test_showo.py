@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import common
 import reca_showo
-from reca_showo import IGNORE, Rows, Showo, ShowoConfig
+from reca_showo import IGNORED, Rows, Showo, ShowoConfig
 
 FIXTURE = Path(os.environ.get("RECA_FIXTURES", Path(__file__).parent / "fixtures")) / "showo"
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
@@ -140,7 +140,7 @@ def i2t_features(model, golden):
 
 def first_of_clip(rows):
     """Column of the first CLIP row."""
-    return rows.ids[0].tolist().index(IGNORE)
+    return rows.ids[0].tolist().index(IGNORED)
 
 
 def draws(golden, prefix):
@@ -193,7 +193,7 @@ def test_parity_showo_recon_prompt(clip_model, config, golden):
     n = clip_model.config.num_tokens
     assert torch.equal(rows.ids, golden["recon.token_ids"])
     assert torch.equal(rows.labels[:, -n - 1 : -1], golden["recon.labels"][:, -n - 1 : -1])
-    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORE, golden["recon.mask"])
+    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORED, golden["recon.mask"])
     assert torch.equal(rows.attention(), golden["recon.attention"])
     with torch.no_grad():
         embeds = clip_model.embed(rows, und)
@@ -229,7 +229,7 @@ def test_parity_showo_recon_vq_loss(vq_model, config, golden, norms):
     n = vq_model.config.num_tokens
     assert torch.equal(rows.ids, golden["recon_vq.token_ids"])
     assert torch.equal(rows.labels, golden["recon_vq.labels"])
-    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORE, golden["recon_vq.mask"])
+    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORED, golden["recon_vq.mask"])
     assert torch.equal(rows.attention(), golden["recon_vq.attention"])
     (loss,) = loss_and_grad(vq_model, lambda: vq_model._recon_loss(features, prompts, given))
     same_loss(loss, golden["recon_vq.loss"])
@@ -329,7 +329,7 @@ def test_parity_showo_sampler(clip_model, config, golden):
 def test_parity_showo_caption(clip_model, config, golden):
     und = torch.stack([f["und"] for f in i2t_features(clip_model, golden)])[:1]
     ids = torch.tensor([config["caption"]])
-    rows = clip_model._i2t_rows(ids, torch.full_like(ids, IGNORE), und, golden["in.mmu_system_ids"].tolist())
+    rows = clip_model._i2t_rows(ids, torch.full_like(ids, IGNORED), und, golden["in.mmu_system_ids"].tolist())
     at = first_of_clip(rows)
     assert torch.equal(
         torch.cat([rows.ids[:, :at], rows.ids[:, at + clip_model.config.num_clip :]], 1),
@@ -481,7 +481,7 @@ def words(model, ids):
         c.t2i: "<t2i>",
         c.mmu: "<mmu>",
         c.eot: "<eot>",
-        IGNORE: "clip",
+        IGNORED: "clip",
         c.mask_token: "mask",
     }
     out = []
@@ -563,7 +563,7 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
         "top-left",
         "<eot>",
     ]
-    answers = [tiny.tokenizer.convert_ids_to_tokens(i) for i in labels if i != IGNORE]
+    answers = [tiny.tokenizer.convert_ids_to_tokens(i) for i in labels if i != IGNORED]
     assert answers == ["a", "red", "circle", "<|endoftext|>", "top-left", "<|endoftext|>"]
     (feature,) = tiny.encode([tiny.preprocess(image, "i2t")], "i2t")
     monkeypatch.setattr(tiny.config, "system_len", 28)  # the tiny model has no system prompt, the released ones have
@@ -659,12 +659,12 @@ def test_showo_describe_equals_uncached(tiny):
     images = [common.draw_scene(s, 64) for s in ([(0, 1, 2)], [(1, 2, 3), (3, 0, 1)])]
     und = torch.stack([f["und"] for f in tiny.encode([tiny.preprocess(i, "i2t") for i in images], "i2t")])
     asked = torch.tensor([tiny._text_ids("USER: Describe the image in detail. ASSISTANT:")]).expand(2, -1)
-    rows = tiny._i2t_rows(asked, torch.full_like(asked, IGNORE), und, tiny._system_ids())
+    rows = tiny._i2t_rows(asked, torch.full_like(asked, IGNORED), und, tiny._system_ids())
     new = tiny._continue(rows, und, 5, stop=False)
     with torch.no_grad():
         ids = asked
         for step in range(5):
-            rows = tiny._i2t_rows(ids, torch.full_like(ids, IGNORE), und, tiny._system_ids())
+            rows = tiny._i2t_rows(ids, torch.full_like(ids, IGNORED), und, tiny._system_ids())
             logits = tiny.showo.lm_head(tiny.hidden(tiny.embed(rows, und), rows.attention(), rows.positions)[:, -1])
             assert torch.equal(logits.argmax(-1), new[:, step])
             ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
@@ -824,10 +824,10 @@ def test_showo_switches_of_the_command_line(toy_cache, tmp_path, capsys):
             "--out",
             tmp_path / "a",
         )
-        assert (seen["model"].und_size, seen["model"].blur) == (64, 4)
+        assert (seen["model"].und_size, seen["model"].und_blur) == (64, 4)
         assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 2
         run("--model", "tiny-vq", *SHORT, "--steps", 1, "--und-size", 16, "--lambda-i2t", 0, "--out", tmp_path / "b")
-        assert (seen["model"].und_size, seen["model"].blur) == (16, None)
+        assert (seen["model"].und_size, seen["model"].und_blur) == (16, None)
         run("--model", "tiny", *SHORT, "--steps", 1, "--recon-trains-embeddings", "--out", tmp_path / "c")
         assert seen["model"].train_embeddings_in_recon
     for wrong, message in (
