@@ -1154,8 +1154,8 @@ FLAGS = (
     ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
     ("--max-new-tokens", at_least(1), 256, "of a description"),
     ("--batch-images", at_least(1), 8, "images of one inference batch"),
-    ("--guidance-scale", float, None, "of the sampler, as `generate` of the script defines it (default: the paper's)"),
-    ("--sampling-steps", at_least(1), None, "of the sampler (default: the paper's)"),
+    ("--guidance-scale", float, None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
+    ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
 )
 
 
