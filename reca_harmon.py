@@ -434,8 +434,8 @@ class Harmon(nn.Module):
     def _latents(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> [B, h, w, C] float32: the mean of the posterior, never a sample, scaled."""
         pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
-        # A few at a time: they fill a GPU, and the first layers of a whole batch would be the peak of memory.
-        mean = torch.cat([self.vae.encode(x).latent_dist.mean for x in pixels.split(4)])                  # [B, C, h, w]
+        few = max(1, 2 ** 20 // pixels[0, 0].numel())       # 4 of 512 px: the first layers of more would be the peak
+        mean = torch.cat([self.vae.encode(x).latent_dist.mean for x in pixels.split(few)])                # [B, C, h, w]
         return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
 
     def _pixels(self, latents):
