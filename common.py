@@ -181,6 +181,29 @@ def load_state(path):
     return {key: value for key, value in state.items() if torch.is_tensor(value)}
 
 
+def find_checkpoint(source, released, kinds, beside):
+    """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
+    with ":FILE" where it holds several. kinds: lists of glob patterns, the first list that matches anything counts;
+    beside: patterns of what else a download needs. InputError where there is not exactly one."""
+    source, file = released.get(source, source), ""
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path
+    if not path.is_dir():
+        source, _, file = source.partition(":")
+    if not file and source in [place.partition(":")[0] for place in released.values()]:
+        raise InputError(f"{source} holds several models: give one of {', '.join(released)}, or {source}:FILE")
+    kinds = [[file]] if file else kinds
+    folder = hub_folder(source, [*itertools.chain(*kinds), *beside])
+    for patterns in kinds:
+        found = sorted(path for pattern in patterns for path in folder.glob(pattern))
+        if len(found) > 1:
+            raise InputError(f"{folder} holds {len(found)} checkpoints ({found[0].name} ...): give {source}:FILE")
+        if found:
+            return found[0]
+    raise InputError(f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint")
+
+
 def find_weights(folder, *names):
     """The state dict of the first of `names` in the folder: one file, or shards with an index. InputError if none."""
     for name in names:
@@ -394,10 +417,13 @@ def resize(pixels, size, antialias=False):
 
 
 def blur(pixels, factor):
-    """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens."""
-    if factor > pixels.shape[-1] // 2:
-        raise InputError(f"--blur {factor}: at most {pixels.shape[-1] // 2}, half of the image's side")
-    return resize(resize(pixels, pixels.shape[-1] // factor), pixels.shape[-1])
+    """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens.
+    InputError where nothing would be left."""
+    size = pixels.shape[-2:]
+    if factor > min(size) // 2:
+        raise InputError(f"--blur {factor}: at most {min(size) // 2}, half of the image's side")
+    small = F.interpolate(pixels, size=[side // factor for side in size], mode="bilinear")
+    return F.interpolate(small, size=size, mode="bilinear")
 
 
 # ======================================================================================================

@@ -150,7 +150,7 @@ class Recipe:
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=800, batch=32, accum=1)}
 IGNORED = -100                          # a label that is not predicted
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
-TEXT_DROP = 0.1                      # the template is left out for one image in ten; the picture never is
+TEXT_DROP = 0.1                         # the template is left out for one image in ten; the picture never is
 
 # How the original samples. num_steps 50 makes 49 evaluations; guidance (see guide) acts where t is in the interval.
 GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "image_guidance_scale": 1.0,
@@ -370,6 +370,8 @@ class Bagel(nn.Module):
         p, most = self.config.vit_patch_size, self.config.vit_max_num_patch_per_side * self.config.vit_patch_size
         if size and not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
+        if blur and blur > (size or self.und_size) // 2:        # here, as preprocess runs in a worker
+            raise InputError(f"--blur {blur}: at most {(size or self.und_size) // 2}, half of what the ViT sees")
         self.und_size, self.und_blur = size or self.und_size, blur or self.und_blur
 
     def freeze(self, train_und=False):
@@ -406,8 +408,7 @@ class Bagel(nn.Module):
             image = image.resize(fit(*image.size, *limits[task], c.vit_patch_size), Image.BICUBIC)
             pixels["vit"] = common.to_tensor(image)
             if self.und_blur > 1 and task == "recon":
-                small = F.interpolate(pixels["vit"][None], scale_factor=1 / self.und_blur, mode="bilinear")
-                pixels["vit"] = F.interpolate(small, size=pixels["vit"].shape[1:], mode="bilinear")[0]
+                pixels["vit"] = common.blur(pixels["vit"][None], self.und_blur)[0]
         return pixels
 
     @torch.no_grad()

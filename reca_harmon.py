@@ -481,7 +481,7 @@ class Harmon(nn.Module):
         there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
             return cls.random(source, device).to(dtype)
-        path = find_checkpoint(str(source))
+        path = common.find_checkpoint(str(source), RELEASED, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES])
         folder, state = path.parent, dict(common.load_state(path))
         vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
         if not vae:
@@ -779,29 +779,9 @@ class Harmon(nn.Module):
 # 3, continued: files, sizes, names
 # ======================================================================================================
 
+WEIGHT_FILES = [["*.index.json"], ["*.pth"], ["*.safetensors"], ["*.bin"]]                     # in this order
 SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}        # by width
-
-
-def find_checkpoint(source):
-    """`source` of from_pretrained -> the file with the weights, or the index of its shards."""
-    source, file = RELEASED.get(source, source), ""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        source, _, file = source.partition(":")
-    if source == "wusize/harmon" and not file:              # several sizes, some 24 GB
-        raise InputError(f"wusize/harmon holds several models: give one of {', '.join(RELEASED)}")
-    patterns = [file] if file else ["*.index.json", "*.pth", "*.safetensors", "*.bin"]
-    folder = common.hub_folder(source, [*patterns, "kl16.ckpt", *SMALL_FILES])
-    for pattern in patterns:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            raise InputError(f"{folder} holds several checkpoints ({found[0].name} ...): name one as {folder}:FILE")
-        if found:
-            return found[0]
-    raise InputError(f"{folder} holds no {file or 'checkpoint (harmon_*.pth, *.safetensors or *.bin)'}")
 
 
 def read_config(folder, state):

@@ -379,7 +379,7 @@ class OpenUni(nn.Module):
         instead of those that the checkpoint names. Every key must fit, or InputError names what does not."""
         if source == "tiny":
             return cls.random(source, device).to(dtype)
-        path = find_checkpoint(str(source))
+        path = common.find_checkpoint(str(source), RELEASED, [["*.pth", "*.safetensors"]], ["*.json"])
         state = dict(common.load_state(path))
         settings = read_settings(path, state)
         for part, base in (bases or cls.base_overrides).items():
@@ -618,24 +618,6 @@ class OpenUni(nn.Module):
 # ======================================================================================================
 # 3, continued: files, sizes, names
 # ======================================================================================================
-
-
-def find_checkpoint(source):
-    """`source` of from_pretrained -> the file with the trained weights."""
-    source, file = RELEASED.get(source, source), ""
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path
-    if not path.is_dir():
-        source, _, file = source.partition(":")
-    if source == "wusize/openuni" and not file:              # several sizes and stages, some 20 GB
-        raise InputError(f"wusize/openuni holds several models: give one of {', '.join(RELEASED)}, or name a file: "
-                         "wusize/openuni:FILE.pth")
-    folder = common.hub_folder(source, ["*.json", *([file] if file else ["*.pth", "*.safetensors"])])
-    files = [folder / file] if file else [f for f in sorted(folder.iterdir()) if f.suffix in (".pth", ".safetensors")]
-    if len(files) != 1:
-        raise InputError(f"{source} holds {len(files)} .pth or .safetensors files: name one as {source}:FILE")
-    return files[0]
 
 
 def own_settings(config):

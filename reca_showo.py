@@ -158,7 +158,7 @@ DEFAULT = "showlab/show-o-w-clip-vit-512x512"
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-IGNORED = -100                               # a label that is not predicted; among ids: the place of a CLIP row
+IGNORED = -100                              # a label that is not predicted; among ids: the place of a CLIP row
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
@@ -342,7 +342,7 @@ class Showo(nn.Module):
         self.magvit = MagVit2(c)
         self.frozen().requires_grad_(False)
         self.train_embeddings_in_recon = False       # see recon_loss
-        self.set_flex(False)
+        self.flex = False                            # flex_attention in the losses: a sparse mask, compiled for GPUs
         self.set_und()
 
     def set_und(self, size=None, blur=None):
@@ -358,10 +358,6 @@ class Showo(nn.Module):
         if blur and not 1 <= blur <= c.image_size // 2:
             raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
         self.und_size, self.und_blur = size, blur
-
-    def set_flex(self, on=True):
-        """flex_attention in the losses: a sparse mask instead of a dense one, in a kernel that is compiled for GPUs."""
-        self.flex = on
 
     def parts(self, *names):
         return nn.ModuleDict({name: getattr(self, name) for name in names if hasattr(self, name)})
@@ -1022,7 +1018,7 @@ def prepare(model, args):
     if args.flex and model.device.type != "cuda":
         raise InputError("--flex needs a GPU: on a CPU flex_attention has no backward pass")
     model.train_embeddings_in_recon = args.recon_trains_embeddings
-    model.set_flex(args.flex)
+    model.flex = args.flex
     return {}
 
 

@@ -850,6 +850,28 @@ def test_bagel_edit_writes_both_layouts(workplace, monkeypatch):
     assert not (workplace / "no").exists()
 
 
+def test_bagel_refuses_what_would_do_nothing(monkeypatch):
+    for flags in (["--lambda-i2t", 1], ["--i2t-data", "shapes"]):
+        with pytest.raises(common.InputError, match="would train nothing"):
+            run_main(monkeypatch, "--model", "tiny", *flags)
+    with pytest.raises(common.InputError, match="--blur 17: at most 16"):
+        random_tiny().set_und(blur=17)
+
+
+def test_bagel_failed_checkpoint_leaves_nothing(workplace, monkeypatch):
+    """A disk that is full when the configs are written: one line, no half folder, the checkpoints before it kept."""
+    flags = [*training(workplace), "--batch", 2, "--save-every", 1, "--out", workplace / "full"]
+    run_main(monkeypatch, *flags, "--steps", 1)
+
+    def full(c, folder):
+        raise common.InputError(f"cannot write {folder}: No space left on device")
+    monkeypatch.setattr(reca_bagel, "write_config", full)
+    with pytest.raises(common.InputError, match="No space left.*the checkpoints before it are kept"):
+        run_main(monkeypatch, *flags, "--steps", 2, "--resume")
+    left = {path.name for path in (workplace / "full").iterdir()}
+    assert "checkpoint-000001" in left and not any(".tmp" in name for name in left)
+
+
 def test_bagel_refuses_what_cannot_be_painted():
     model = random_tiny()
     for size in (60, (64, 72), 128, 0):

@@ -107,6 +107,9 @@ def test_pixels_round_trip_and_geometry():
     assert common.resize(pixels, 16).shape == (2, 3, 16, 16)
     soft = common.blur(pixels, 8)
     assert soft.shape == pixels.shape and soft.std() < 0.5 * pixels.std()
+    assert common.blur(pixels[..., :24], 8).shape == (2, 3, 32, 24)
+    with pytest.raises(common.InputError, match="--blur 17: at most 16"):
+        common.blur(pixels, 17)
 
 
 # ---- data ------------------------------------------------------------------------------------------------------------
@@ -188,6 +191,19 @@ def test_corrupt_images_are_skipped_and_named(tmp_path):
     skipped = {s.split(" (")[0] for item in items for s in item["skipped"]}
     assert skipped == {"empty.png", "text.jpg", "cut.png"}
     assert {item["name"] for item in items}.isdisjoint(skipped)
+
+
+def test_a_text_without_an_image_is_no_unreadable_image():
+    def preprocess(image, task, rng):
+        if image is None:
+            raise ValueError("a conversation without an image")
+        return {"pixels": common.to_tensor(image)}
+    rows = [("text 0", None, "hello"), ("picture", Image.new("RGB", (8, 8)), "a square")]
+    stream = common.Stream("i2t", rows, preprocess, 0)
+    items = [stream[k] for k in range(6)]
+    assert {item["name"] for item in items} == {"picture"} and not any(item["skipped"] for item in items)
+    with pytest.raises(common.InputError, match="no row of i2t could be used"):
+        common.Stream("i2t", rows[:1], preprocess, 0)[0]
 
 
 def test_a_folder_without_a_readable_image_stops(tmp_path):

@@ -631,11 +631,11 @@ def test_showo_flex_attention_equals_dense(tiny, monkeypatch):
         expected = tiny.recon_loss(features, templates, draws)
         shape = common.draw_scene([(0, 1, 2)], 64)
         pictures, tokens = tiny.generate(["red circle", "a"], num_steps=2), tiny.describe([shape], max_new_tokens=4)
-        tiny.set_flex()
+        tiny.flex = True
         ours = tiny.recon_loss(features, templates, draws)
         # Sampling has dense masks, whatever the losses have: previews during such a run must not change.
         again, words = tiny.generate(["red circle", "a"], num_steps=2), tiny.describe([shape], max_new_tokens=4)
-        tiny.set_flex(False)
+        tiny.flex = False
     assert ours.item() == pytest.approx(expected.item(), rel=1e-5)
     assert [p.tobytes() for p in pictures] == [p.tobytes() for p in again] and tokens == words
 
