@@ -62,6 +62,13 @@ def cli(main):
     """Run `main()`; an InputError, or a batch that does not fit, becomes one line on stderr and exit code 2."""
     try:
         main()
+        if dist.is_initialized():
+            # The ranks end together, and past Python's own exit: there gloo's threads, which still hold tensors, abort
+            # a rank now and then ("terminate called without an active exception", torch 2.13); torchrun stops all then.
+            dist.barrier()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except (InputError, torch.OutOfMemoryError) as error:
         full = ("the batch does not fit into the GPU's memory: lower --batch (and raise --accum) or add "
                 "--checkpointing; for inference lower --batch-images")
