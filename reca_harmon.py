@@ -210,7 +210,7 @@ class DiffusionMLP(nn.Module):
 
     def forward(self, x, t, z):
         dtype = self.input_proj.weight.dtype
-        time = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)               # [rows, 256]
+        time = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)          # [rows or 1, 256]
         y = self.time_embed["mlp"](time.to(dtype)) + self.cond_embed(z.to(dtype))                         # [rows, W]
         x = self.input_proj(x.to(dtype))
         for block in self.res_blocks:
@@ -460,8 +460,9 @@ class Harmon(nn.Module):
         rope = llm.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
         for layer in llm.layers[:-1]:
             x = layer(x, attention_mask=None, position_embeddings=rope)
-        attention, normed, (cos, sin) = last.self_attn, last.input_layernorm(x), rope                  # [1, T, D/heads]
-        q, k, v = (y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for y in (        # [B, heads, ., D/heads]
+        attention, normed = last.self_attn, last.input_layernorm(x)                                         # [B, T, D]
+        cos, sin = rope                                                                                # [1, T, D/heads]
+        q, k, v = (y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for y in (    # [B, (kv) heads, ., D/heads]
             attention.q_proj(take(normed, rows)), attention.k_proj(normed), attention.v_proj(normed)))
         q = q * cos[0][rows][:, None] + rotate_half(q) * sin[0][rows][:, None]
         k = k * cos + rotate_half(k) * sin
@@ -737,10 +738,10 @@ class Harmon(nn.Module):
             if following == left:                                   # more steps than tokens: this one has nothing to do
                 continue
             visible = orders[:, left:].sort(dim=1).values                                                   # [n, V]
-            now = orders[:, following:left].sort(dim=1).values                                              # [n, P]
+            now = orders[:, following:left].sort(dim=1).values                               # [n, P = left - following]
             left, P = following, now.shape[1]
             u = self.mar.encode(latents, grid, visible)                           # [n, E+V, De], once for both branches
-            generated = self.proj_in(u).roll(-E, dims=1).repeat(B, 1, 1)                                   # [B*n, G, D]
+            generated = self.proj_in(u).roll(-E, dims=1).repeat(B, 1, 1)                                 # [B*n, E+V, D]
             G = generated.shape[1]
             hidden = self.llm.model(
                 inputs_embeds=generated, past_key_values=cache, use_cache=True,
@@ -759,8 +760,8 @@ class Harmon(nn.Module):
         return latents.unflatten(1, grid)
 
     def _denoise(self, z, guidance_scale, temperature, noises):
-        """The diffusion head's sampler: z [rows, Dd], or with guidance [2 rows, Dd]; noises [1 + steps, rows, C] ->
-        tokens [rows, C]. Guidance acts on the predicted noise; the variance is the conditional branch's."""
+        """The diffusion head's sampler: z [rows or 2 rows, Dd], with guidance the unguided rows last, and noises
+        [1 + steps, rows, C] -> [rows, C]. Guidance acts on the predicted noise; the variance is the guided branch's."""
         (rows, C), x = noises.shape[1:], noises[0].float()
         tables = diffusion_schedule(len(noises) - 1, x.device)
         for j in reversed(range(len(noises) - 1)):
@@ -841,7 +842,8 @@ def pretrain_toy(model, fraction, seed):
 
     def understanding(positions):
         picked = pick(positions)
-        seen, table = [features[i] for i in picked], model.llm.model.embed_tokens.weight[words]              # [16, D]
+        seen = [features[i] for i in picked]
+        table = model.llm.model.embed_tokens.weight[words]                                                   # [16, D]
         near = model.understand(seen)[:, :16] @ table.T / table.norm(dim=1).mean() ** 2                 # [B, N, 16]
         return model.i2t_loss(seen, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]) + \
             F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked])

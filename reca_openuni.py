@@ -200,7 +200,7 @@ class ConnectorLayer(nn.Module):
     def forward(self, x):
         y = self.layer_norm1(x)
         q, k, v = (self.self_attn[f"{x}_proj"](y).unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in "qkv")
-        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)       # from [B, heads, Q, D/heads]
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)       # [B, Q, D]
         x = x + self.self_attn["out_proj"](y)
         y = self.mlp["fc1"](self.layer_norm2(x))
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
@@ -600,8 +600,8 @@ class OpenUni(nn.Module):
         return [common.to_pil(pixels) for pixels in self._pixels(latents)]
 
     def _sample(self, condition, noise, guidance_scale=1.0, num_steps=20, progress=False):
-        """DPM-Solver++: noise [B, C, h, w] -> latents, float32. condition [B, Q, T], or for guidance [2B, Q, T], the
-        unconditional rows last. Guidance acts on the velocity, before the solver makes a clean image of it. As in the
+        """DPM-Solver++: noise [B, C, h, w] -> latents, float32. condition [B or 2B, Q, T], the last B unconditional
+        rows where there is guidance, which acts on the velocity, before the solver makes a clean image of it. As in the
         original the network is told 1000 σ cut to an integer (first 999); the solver computes with the exact σ."""
         solver = DPMSolverMultistepScheduler.from_config(self.config.scheduler)
         solver.set_timesteps(num_steps, device=noise.device)
