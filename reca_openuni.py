@@ -837,7 +837,8 @@ def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
     if args.lambda_i2t or args.i2t_data:
         raise InputError("OpenUni's understanding model is frozen, L_i2t trains nothing here: leave --lambda-i2t at 0")
-    OpenUni.base_overrides = {part: getattr(args, part) for part in ("lmm", "sana", "vae") if getattr(args, part)}
+    bases = {"lmm": args.lmm, "sana": args.sana, "vae": args.vae}
+    OpenUni.base_overrides = {part: source for part, source in bases.items() if source}
     common.run(OpenUni, args, pretrain_toy, prepare)
 
 

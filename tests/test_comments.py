@@ -1,7 +1,7 @@
 """Every shape comment is checked by running: the tiny models pretrain, train and answer under a trace. Wherever a
-statement with a comment like `# [B, N, 4*D]` was executed, the tensors that it made have that shape; so have arguments and
-result of a function whose docstring says "x [B, N, D]" or "-> [B, D]". A name is an integer variable of the
-function, or gets its value where it first stands in a call, and keeps it until that line runs again."""
+statement with a comment like `# [B, N, 4*D]` was executed, the tensors that it made have that shape; so have the
+arguments and the result of a function whose docstring says "x [B, N, D]" or "-> [B, D]". A name is an integer variable
+of the function, or gets its value where it first stands in a call, and keeps it until that line runs again."""
 import ast
 import io
 import re

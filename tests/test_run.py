@@ -3,6 +3,7 @@ ranks, errors."""
 import io
 import json
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -399,6 +400,20 @@ def test_help_explains_every_flag(capsys):
                  "--cache").split():
         assert flag in text
     assert "Table 8" in text
+
+
+@pytest.mark.parametrize("name", ("harmon", "showo", "openuni", "bagel"))
+def test_every_flag_of_help_is_used(name, capsys, monkeypatch):
+    """What --help lists is what parse_args returns, and the script or common.py reads each of it."""
+    script = __import__(f"reca_{name}")
+    monkeypatch.setattr(sys, "argv", [f"reca_{name}.py", "--help"])
+    with pytest.raises(SystemExit):
+        script.main()
+    flags = set(re.findall(r"^  (--[a-z0-9-]+)", capsys.readouterr().out, re.MULTILINE)) - {"--help"}
+    text = (ROOT / "common.py").read_text() + Path(script.__file__).read_text()
+    assert len(flags) > 40
+    unused = [flag for flag in flags if not re.search(rf"\bargs\.{flag[2:].replace('-', '_')}\b", text)]
+    assert not unused
 
 
 def test_activation_checkpointing_changes_nothing():
