@@ -1254,24 +1254,32 @@ def summarize(label, seeds, columns):
     n, expected = (sum(s[key] for s in seeds) for key in ("n", "expected"))
     return {**row, "n": n, "expected": expected, "partial": n < expected or any(s["problems"] for s in seeds)}
 
+def in_groups(rows):
+    """The rows in groups, {"Harmon": [rows labelled "Harmon: before", "Harmon: RecA"]}; "" without such a beginning."""
+    groups = defaultdict(list)
+    for row in rows:
+        groups[row["label"].rpartition(": ")[0]].append(row)
+    return groups
+
 def markdown(rows, columns, d):
-    """d decimals; the first row is the baseline; in brackets the differences of the printed numbers."""
+    """d decimals; a group's first row is its baseline; in brackets the differences of the printed numbers."""
+    bases = {id(row): group[0] for group in in_groups(rows).values() for row in group}
+
     def cell(row, c):
-        value, base = row["mean"][c], rows[0]["mean"][c]
+        value, base = row["mean"][c], bases[id(row)]["mean"][c]
         if value is None:
             return "–"
         text = f"{value:.{d}f}" + (f" ± {row['std'][c]:.{d}f}" if "std" in row else "")
-        return text if row is rows[0] or base is None else f"{text} ({round(value, d) - round(base, d):+.{d}f})"
+        return text if row is bases[id(row)] or base is None else f"{text} ({round(value, d) - round(base, d):+.{d}f})"
     table = [["Model", *columns], ["---"] * (len(columns) + 1)]
     table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, c) for c in columns)] for row in rows]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in table)
 
 def chart(rows, columns, height=200, bar=12):
-    """The table as a picture: a group of bars per column, a bar per row, on it a line of one deviation up and down."""
+    """Rows as a picture: a cluster of bars per column, a bar per row, on it a line of one deviation up and down."""
     def of(row, column):
         return row["mean"][column] or 0, (row.get("std") or {}).get(column) or 0
 
-    columns = [column for column in columns if any(row["mean"][column] is not None for row in rows)]
     top, group = max([sum(of(row, c)) for row in rows for c in columns] + [1e-9]), max(64, bar * len(rows) + 24)
     image = Image.new("RGB", (group * len(columns) + 40, height + 66 + 16 * len(rows)), "white")
     draw, font = ImageDraw.Draw(image), ImageFont.load_default(12)
@@ -1304,7 +1312,7 @@ def parse_outputs(arguments):
 
 def toy_run(path, label):
     """scores.json of a run of --model tiny (see shapes)."""
-    scores = common.read_json(path / "scores.json").get("before" if label == "before" else "after")
+    scores = common.read_json(path / "scores.json").get("before" if label.endswith("before") else "after")
     require(isinstance(scores, dict), f"{path} is not a finished run of --model tiny")
     values = percent({column: scores.get(name) for name, column in SHAPE_COLUMNS.items()})
     return {"folder": str(path), "values": values, "n": 1, "expected": 1, "problems": Problems()}
@@ -1334,7 +1342,10 @@ def run(args):
     rows = []
     for args.label, paths in outputs:
         rows.append(summarize(args.label, [score(path, args, judge) for path in paths], benchmark.columns))
-    text = [f"# {args.benchmark}", "", markdown(rows, benchmark.columns, benchmark.decimals), ""]
+    columns = benchmark.columns
+    if args.benchmark == "shapes":                             # runs, captions and sources have different columns
+        columns = [c for c in columns if any(row["mean"][c] is not None for row in rows)]
+    text = [f"# {args.benchmark}", "", markdown(rows, columns, benchmark.decimals), ""]
     name = None if args.benchmark in STRINGS.split() else judge_name(args)
     if benchmark.judge:
         other = "" if name == benchmark.judge else f" The paper's is {benchmark.judge}: do not compare."
@@ -1351,8 +1362,12 @@ def run(args):
     for file, content in (("scores.json", json.dumps(record, indent=1, allow_nan=False)), ("scores.md", text)):
         with common.atomic(folder / file) as path:
             path.write_text(content + "\n", encoding="utf-8")
-    with common.atomic(folder / "scores.png") as path:
-        chart(rows, benchmark.columns).save(path)
+    panels = [chart(group, columns) for group in in_groups(rows).values()]
+    width, height = (max(panel.size[k] for panel in panels) for k in (0, 1))
+    picture = Image.new("RGB", (width * min(2, len(panels)), height * -(-len(panels) // 2)), "white")    # two a line
+    for k, panel in enumerate(panels):
+        picture.paste(panel, (k % 2 * width, k // 2 * height))
+    common.write(folder / "scores.png", picture)
     print(folder / "scores.json", folder / "scores.md", folder / "scores.png", file=sys.stderr)
 
 def contact_sheet(args):

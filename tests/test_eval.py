@@ -954,6 +954,14 @@ def test_runs_of_the_toy_world_are_compared_over_seeds(tmp_path, capsys):
     assert [row["mean"]["Overall"] for row in rows] == [12.5, 62.5, 37.5] and rows[0]["mean"]["Recon."] == 0
     assert [row["std"]["Overall"] for row in rows] == [pytest.approx(17.68, abs=0.01)] * 3
     assert Image.open(tmp_path / "table" / "scores.png").width > 100
+    grouped = [f"Show-o: {source}" for source in sources[:2]] + [f"BAGEL: {source}" for source in sources[::2]]
+    capsys.readouterr()
+    assert run("shapes", *grouped, "--out", tmp_path / "groups")                      # each group against its own first
+    table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert table[0] == ["| Model", "Overall", "Recon. |"]                              # no column without a number
+    assert [row[1].partition("(")[2] for row in table[2:]] == ["", "+50.0)", "", "+25.0)"]
+    one, two = (Image.open(tmp_path / name / "scores.png") for name in ("table", "groups"))
+    assert two.width > 1.5 * one.width and two.height < one.height                     # two panels side by side
     (tmp_path / "sft" / "seed1" / "scores.json").write_text('{"before": {}}')
     assert not run("shapes", *sources, ok=False) and "not a finished run" in capsys.readouterr().err
 
