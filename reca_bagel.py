@@ -1,9 +1,9 @@
 """RecA for BAGEL: a mixture of transformers with rectified flow (Qwen2.5-7B x 2 experts + SigLIP NaViT + FLUX VAE).
 
 One decoder carries two complete sets of weights: text and ViT tokens go through the *understanding* expert, image
-latents through the *generation* expert; only attention is joint. RecA gives the generation expert what the
-understanding side says about a picture, and asks for the picture back. ViT, VAE and understanding expert are frozen:
-6.5 of 14.6 billion parameters are trained. Paper: section 4, Table 8 (column BAGEL).
+latents through the *generation* expert; only attention is joint. RecA gives the generation expert what understanding
+says about a picture, and asks for the picture back. It trains 6.5 of 14.6 billion parameters: ViT, VAE and the
+understanding expert are frozen. Paper: section 4, Table 8 (column BAGEL).
 
     photo -- resize to 224 --> SigLIP ViT -> [B, M, 1152] -> connector -> [B, M, D] --.
                                                                                       +-> understanding expert, no graph
@@ -17,11 +17,10 @@ understanding side says about a picture, and asks for the picture back. ViT, VAE
 A step gives the original's numbers with less work:
   * The context never sees the noise: it runs once, without a graph, and is kept as keys and values, as for sampling.
     The two markers around the latents do see them; they run beside them, in every layer, without a graph.
-  * Rows are sorted once into [understanding | generation], so an expert is a call on a slice; the original scatters and
-    gathers ten times a layer. Images are sorted into groups of equal shape: attention is one dense call a group.
-  * All rows of the noisy block have one rotary position, and rotary attention knows only differences of positions. So
-    positions are counted from there: these rows need no rotation, only the (few) keys of the context are turned, once.
-  * The last layer computes no row that nobody reads.
+  * Rows are sorted once into [understanding | generation], so an expert is a call on a slice (the original scatters and
+    gathers ten times a layer); images are sorted into groups of equal shape, so attention is one dense call a group.
+  * The noisy block has one rotary position, and attention knows only differences of positions. Counted from there, its
+    rows need no rotation: only the (few) keys of the context are turned, once.
 
     python reca_bagel.py --data ./images                         RecA on BAGEL-7B-MoT, one 80 GB GPU
     torchrun --nproc-per-node 8 reca_bagel.py --data ./images    sharded over 8 GPUs (FSDP2)
@@ -32,11 +31,9 @@ Legend: B images (of a group of equal shapes), D width of the decoder, H query h
 M ViT patches, L text ids, h w sides and N = h w number of an image's latent tokens, C = 64 channels of one, R rows of a
 packed pass, S keys that are seen.
 """
-import json
-import math
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +42,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
+from diffusers.models.embeddings import get_timestep_embedding
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -202,12 +200,12 @@ def split(rows, shapes, kind):
 
 class MoTLayer(nn.Module):
     """A Qwen2 decoder layer with two experts. Suffix "": understanding, "_moe_gen": generation, as in the checkpoint.
-    transformers' layers hold neither a second set of weights that meets the first in one attention, nor norms on
-    queries and keys together with biases on q, k, v."""
+    (transformers has no layer with a second set of weights, nor one with q/k norms together with q, k, v biases.)"""
 
     def __init__(self, c):
         super().__init__()
         width, d, attention = c.hidden_size, c.head_dim, {}
+        mlp = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size)
         self.head_dim, self.train_und = d, False
         for e in ("", "_moe_gen"):
             for name, heads in zip("qkv", (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)):
@@ -216,8 +214,7 @@ class MoTLayer(nn.Module):
             attention[f"o_proj{e}"] = nn.Linear(c.num_attention_heads * d, width, bias=False)
             self.add_module(f"input_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
             self.add_module(f"post_attention_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
-            config = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size)
-            self.add_module(f"mlp{e}", Qwen2MLP(config))
+            self.add_module(f"mlp{e}", Qwen2MLP(mlp))
         self.self_attn = nn.ModuleDict(attention)
 
     def project(self, rows, e, rope):
@@ -240,11 +237,11 @@ class MoTLayer(nn.Module):
 
     def forward(self, und, gen, past, shapes, ropes=(None, None), causal=False, read=("und", "gen")):
         """One block of every image through this layer -> und, gen, and per group the keys and values that were seen.
-        und [R, D], gen [R', D] or None: rows of the experts, image after image; shapes: (B, n, N) of each group of
-        equal images, which have n und rows and N gen rows; past: per group (keys, values) [B, S, K, d] of what its
-        images said before, or None; ropes: (cos, sin) for und and gen, None at position 0; read: which rows are read
-        after this layer. A frozen understanding expert has no graph: the original detaches its q, k, v, attention and
-        MLP output in every layer, so the markers' residual stream is a constant that follows the latents' values."""
+        und [R, D], gen [R', D] or None: rows of the experts, image after image; past: per group (keys, values) [B, S,
+        K, d] of what its images said before, or None; shapes: (B, n, N) of each group, n und rows and N gen rows an
+        image; ropes: (cos, sin) for und and gen, None at position 0; read: the rows that the next layer or the caller
+        needs. A frozen understanding expert has no graph (the original detaches its q, k, v, attention and MLP output
+        in every layer): the markers' residual stream is a constant that follows the latents' values."""
         und_graph = torch.is_grad_enabled() and self.train_und
         with torch.set_grad_enabled(und_graph):
             q_und, k_und, v_und = (split(x, shapes, 1) for x in self.project(und, "", ropes[0]))
@@ -271,8 +268,7 @@ class MoTLayer(nn.Module):
 
 class PositionTable(nn.Module):
     """The fixed sine-cosine table [side * side, D]: half of the channels say the column, half the row; sines, then
-    cosines. The files hold it; the original drops what they hold and computes it anew, in double precision, as we
-    do."""
+    cosines. Computed in double precision, as in the original: both drop the table that the files hold."""
 
     def __init__(self, side, width):
         super().__init__()
@@ -285,8 +281,7 @@ class PositionTable(nn.Module):
     def forward(self, height, width):
         """-> [height * width, D], row-major. No interpolation: a small image uses the top left corner of the table."""
         if max(height, width) > self.side:
-            raise InputError(f"an image of {height} x {width} tokens exceeds the position table of {self.side} x "
-                             f"{self.side}: use smaller images")
+            raise InputError(f"{height} x {width} tokens exceed the position table of side {self.side}: use smaller images")
         return self.pos_embed.view(self.side, self.side, -1)[:height, :width].flatten(0, 1)
 
 
@@ -302,8 +297,7 @@ class Context:
         return torch.stack([values[i] for i in self.images])
 
     def seen_from_the_latents(self, config, shift=0):
-        """The copy that the noisy block reads: keys turned back by `position`, so that the block itself stands at 0.
-        shift: added to the places."""
+        """A copy for the noisy block: keys turned back by `position`, so that it stands at 0. shift: of the places."""
         kept = self.kept
         if self.position:
             rope = rotary(torch.tensor([-self.position], device=kept[0][0].device), config)
@@ -320,13 +314,12 @@ def alike(keys):
 
 
 def generates(name):
-    """Whether a weight belongs to generation: what RecA trains."""
+    """What RecA trains: the generation expert, the time MLP and the two projections of the latents."""
     return "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
 
 
 class Bagel(nn.Module):
-    """BAGEL, named as in the release: state_dict() without `vae.`, and the two tables, are the 1223 keys of
-    ema.safetensors."""
+    """BAGEL, named as in ema.safetensors, whose 1223 keys are state_dict() without `vae.`, and the two tables."""
 
     condition = "vit"   # what RecA conditions on; "vae" is the paper's Table 7 (set for the whole class by --condition)
 
@@ -349,8 +342,8 @@ class Bagel(nn.Module):
             "embeddings": nn.ModuleDict({
                 "patch_embedding": nn.Linear(3 * c.vit_patch_size ** 2, c.vit_hidden_size),
                 "position_embedding": nn.Embedding(c.vit_max_num_patch_per_side ** 2, c.vit_hidden_size)}),
-            "encoder": nn.ModuleDict({
-                "layers": nn.ModuleList(SiglipEncoderLayer(vit) for _ in range(c.vit_num_hidden_layers))}),
+            "encoder": nn.ModuleDict({"layers": nn.ModuleList(
+                SiglipEncoderLayer(vit) for _ in range(c.vit_num_hidden_layers))}),
             "post_layernorm": nn.LayerNorm(c.vit_hidden_size, eps=1e-6)})})
         self.connector = nn.ModuleDict({"fc1": nn.Linear(c.vit_hidden_size, width), "fc2": nn.Linear(width, width)})
         self.vit_pos_embed = PositionTable(c.vit_max_num_patch_per_side, width)
@@ -368,15 +361,14 @@ class Bagel(nn.Module):
     def set_und(self, size=None, blur=None):
         """The paper's ablations: the side of what the ViT sees, and blurring it. Raises InputError."""
         p, most = self.config.vit_patch_size, self.config.vit_max_num_patch_per_side * self.config.vit_patch_size
-        if size and not p <= size <= most:
-            raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
-        if blur and blur > (size or self.und_size) // 2:        # here, as preprocess runs in a worker
-            raise InputError(f"--blur {blur}: at most {(size or self.und_size) // 2}, half of what the ViT sees")
         self.und_size, self.und_blur = size or self.und_size, blur or self.und_blur
+        if not p <= self.und_size <= most:
+            raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
+        if self.und_blur > self.und_size // 2:                  # here, as preprocess runs in a worker
+            raise InputError(f"--blur {self.und_blur}: at most {self.und_size // 2}, half of what the ViT sees")
 
     def freeze(self, train_und=False):
-        """What RecA trains: everything named _moe_gen, the time MLP and the two projections of the latents.
-        train_und=True opens the rest of the language model (pretraining of `tiny`; the fixture `recon_unfrozen`)."""
+        """All but what RecA trains. train_und=True opens the language model (pretraining of `tiny`; a fixture)."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(generates(name) or train_und and name.startswith("language_model."))
         for layer in self.blocks():
@@ -414,10 +406,9 @@ class Bagel(nn.Module):
     @torch.no_grad()
     def encode(self, samples, task):
         """What the frozen encoders say: list of preprocess() -> list of {"vit": [rows, columns, width of the ViT],
-        "mean" and "logvar": [16, 2 h, 2 w]}, as far as the pixels are there: 2.7 MB for a photo of 1024 px. Images of
-        one size are encoded together. (The original zero-pads a pack to one size *before* the VAE: grey borders leak
-        into the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest is the
-        same.)"""
+        "mean" and "logvar": [channels, 2 h, 2 w]}, as far as the pixels are there: 2.7 MB for a photo of 1024 px.
+        Images of one size are encoded together. (The original zero-pads a pack *before* the VAE: grey borders leak into
+        the latents through GroupNorm and attention. We do not; the test `mixed` shows that the rest is the same.)"""
         out = [{} for _ in samples]
         for kind in ("vit", "vae"):
             for places in alike([sample[kind].shape if kind in sample else None for sample in samples]):
@@ -429,7 +420,7 @@ class Bagel(nn.Module):
         return out
 
     def _vit(self, pixels):
-        """pixels [B, 3, height, width], sides divisible by the patch -> [B, rows, columns, width of the ViT]."""
+        """[B, 3, height, width], sides divisible by the patch -> [B, rows, columns, width of the ViT]."""
         p, vit = self.config.vit_patch_size, self.vit_model["vision_model"]
         # [B, 3, rows, p, columns, p] -> [B, rows, columns, p * p * 3]
         x = pixels.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 3, 5, 1).flatten(3)
@@ -455,12 +446,12 @@ class Bagel(nn.Module):
         return [self._tokens(c.vae_scale_factor * (sample - c.vae_shift_factor)) for sample in samples]
 
     def _tokens(self, latent):
-        """latent [16, 2 h, 2 w] -> [h, w, C], a token holding (row, column, channel) of its patch."""
+        """latent [channels, 2 h, 2 w] -> [h, w, C], a token holding (row, column, channel) of its patch."""
         p = self.config.latent_patch_size
         return latent.unflatten(2, (-1, p)).unflatten(1, (-1, p)).permute(1, 3, 2, 4, 0).flatten(2)
 
     def _untokens(self, tokens):
-        """[h, w, C] -> latent [16, 2 h, 2 w], the inverse of _tokens."""
+        """[h, w, C] -> latent [channels, 2 h, 2 w], the inverse of _tokens."""
         p = self.config.latent_patch_size
         return tokens.unflatten(2, (p, p, -1)).permute(4, 0, 2, 1, 3).flatten(3).flatten(1, 2)
 
@@ -512,8 +503,8 @@ class Bagel(nn.Module):
 
     def _embed_time(self, t):
         """t [B] in [0, 1] -> [B, D], once per image. The sinusoid takes t itself (not 1000 t), cosines first."""
-        angles = t[:, None].float() * torch.exp(-math.log(10000) * torch.arange(128, device=t.device) / 128)  # [B, 128]
-        return self.time_embedder["mlp"](torch.cat([angles.cos(), angles.sin()], -1).to(self.vae2llm.weight.dtype))
+        waves = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)                  # [B, 256]
+        return self.time_embedder["mlp"](waves.to(self.vae2llm.weight.dtype))
 
     def _embed_latents(self, x, t):
         """x [B, h, w, C], t [B] -> [B, N, D]."""
@@ -535,9 +526,9 @@ class Bagel(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
-        dtype: of the weights that RecA trains, see _materialize. Every tensor goes from the file to its device by
-        itself, in its final precision: the host never holds a copy of the model (the original builds two float32 copies
-        per process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
+        dtype: of the weights that RecA trains, see _fill. Every tensor goes from the file to its device by itself, in
+        its final precision: the host never holds a copy of the model (the original builds two float32 copies per
+        process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
             return cls.random(source, device, dtype)
         small, names = ["*.json", "*.txt", "ae.safetensors"], ["ema.safetensors", "model_bf16.safetensors"]
@@ -549,20 +540,16 @@ class Bagel(nn.Module):
             base = common.hub_folder(DEFAULT, small)
         with torch.device("meta"):
             model = cls(read_config(base))
-        own = {theirs: name for name, theirs in common.original_autoencoder_names(model.vae).items()}
-        try:
-            ae, device = base / "ae.safetensors", str(device)
-            with safe_open(weights[0], "pt", device) as main, safe_open(ae, "pt", device) as vae:
-                places = {key: (main, key) for key in main.keys() if key not in TABLES}     # our name -> file, its name
-                places |= {f"vae.{own.get(key, key)}": (vae, key) for key in vae.keys()}
-                shapes = {name: as_linear(name, torch.empty(file.get_slice(key).get_shape(), device="meta"))
-                          for name, (file, key) in places.items()}
-                common.load_strictly(model, shapes, folder)                         # no values yet, all is on "meta"
+        own = {theirs: f"vae.{name}" for name, theirs in common.original_autoencoder_names(model.vae).items()}
 
-                def stored(name, _):
-                    file, key = places[name]
-                    return as_linear(name, file.get_tensor(key))
-                model._materialize(stored, device, dtype)
+        def stored():
+            for path in (weights[0], base / "ae.safetensors"):
+                with safe_open(path, "pt", str(device)) as file:
+                    for key in (key for key in file.keys() if key not in TABLES):
+                        name = own.get(key, key)
+                        yield name, as_linear(name, file.get_tensor(key))
+        try:
+            model._fill(stored(), device, dtype, folder)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
         if any(base.glob("tokenizer*.json")):
@@ -571,29 +558,31 @@ class Bagel(nn.Module):
 
     @classmethod
     def random(cls, name, device="cpu", dtype=torch.float32):
-        """Random weights, made on the device: for tiny, and for --bench. Any name but "tiny" means the released
-        sizes."""
+        """Random weights, made on the device: for tiny, and (any other name: the released sizes) for --bench."""
         tokenizer = common.tiny_tokenizer(MARKERS)
         with torch.device("meta"):
             model = cls(replace(CONFIGS[name], vocab_size=len(tokenizer)) if name == "tiny" else CONFIGS[DEFAULT])
 
-        def initial(name, parameter):
-            if name.endswith("bias") or name == "llm2vae.weight":    # the latter as the original starts its pretraining
-                return torch.zeros(parameter.shape, device=device)
-            if parameter.dim() == 1:                                                              # norms
-                return torch.ones(parameter.shape, device=device)
-            return torch.randn(parameter.shape, device=device) * parameter[0].numel() ** -0.5
-        model._materialize(initial, device, dtype)
+        def initial():
+            for name, p in model.named_parameters():
+                if name.endswith("bias") or name == "llm2vae.weight":    # the latter as the original's pretraining has it
+                    yield name, torch.zeros(p.shape, device=device)
+                elif p.dim() == 1:                                                                # norms
+                    yield name, torch.ones(p.shape, device=device)
+                else:
+                    yield name, torch.randn(p.shape, device=device) * p[0].numel() ** -0.5
+        model._fill(initial(), device, dtype, name)
         model._set_tokenizer(tokenizer)
         return model
 
-    def _materialize(self, tensor, device, dtype):
-        """Every weight, until now without memory, becomes tensor(name, parameter) on its device, in its precision:
-        float32 in the VAE, as it is released (0.3 GB); elsewhere dtype, but bf16 where it is frozen on a GPU."""
-        state, cuda = {}, torch.device(device).type == "cuda"
-        for name, parameter in self.named_parameters():
-            precision = torch.bfloat16 if cuda and not parameter.requires_grad else dtype
-            state[name] = tensor(name, parameter).to(device, torch.float32 if name.startswith("vae.") else precision)
+    def _fill(self, tensors, device, dtype, source):
+        """Gives every weight, until now without memory, its tensor. tensors: (name, tensor), made one at a time. The
+        precision is float32 in the VAE, as it is released (0.3 GB), bf16 where frozen on a GPU, dtype elsewhere."""
+        state, frozen = {}, {name for name, p in self.named_parameters() if not p.requires_grad}
+        for name, tensor in tensors:
+            precision = torch.bfloat16 if tensor.is_cuda and name in frozen else dtype
+            state[name] = tensor.to(device, torch.float32 if name.startswith("vae.") else precision)
+        common.load_strictly(self, {name: tensor.to("meta") for name, tensor in state.items()}, source)   # no values yet
         self.load_state_dict(state, assign=True)
         self.to(device).eval()
 
@@ -606,9 +595,8 @@ class Bagel(nn.Module):
 
     def save_pretrained(self, folder, dtype=None):
         """Writes the released layout: ema.safetensors (with the tables), ae.safetensors (FLUX's names), configs,
-        tokenizer. dtype: of ema.safetensors; None keeps the precision, torch.bfloat16 gives the 29 GB file that
-        ComfyUI-BAGEL (models/bagel/BAGEL-7B-MoT) and the original inferencer expect. Sharded weights are gathered one
-        by one: all ranks must call, rank 0 writes."""
+        tokenizer. dtype: of ema.safetensors; None keeps the precision, bf16 gives the 29 GB file of ComfyUI-BAGEL
+        (models/bagel/BAGEL-7B-MoT) and the original inferencer. Shards are gathered one by one: all ranks must call."""
         folder, state, vae = Path(folder), {}, {}
         for name, tensor in [*self.state_dict().items(), *self.named_buffers()]:
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -706,7 +694,7 @@ class Bagel(nn.Module):
 
     def _draws(self, features, rng=None):
         """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
-        vae_noise and condition_noise [16, 2 h, 2 w], flow_noise [h, w, C]."""
+        vae_noise and condition_noise [channels, 2 h, 2 w], flow_noise [h, w, C]."""
         def of_image(f, g):
             return {"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROP),
                     "timestep_normal": torch.randn((), generator=g),
@@ -860,33 +848,28 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "rms_norm_eps", "rope_theta")
-VIT_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size",
-              "patch_size")
-OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")
+LLM_FIELDS = [field.name for field in fields(BagelConfig)[:8]]
 
 
 def read_config(folder):
-    """The release's llm_config.json and vit_config.json, and what config.json says; under "reca" stands what only we
-    write. Raises InputError."""
+    """The sizes in the release's llm_config.json, vit_config.json and config.json; in the latter, under "reca", stand
+    all of ours. Raises InputError."""
     llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
     config = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    values = {name: llm[name] for name in LLM_FIELDS if name in llm}
-    values |= {f"vit_{name}": vit[name] for name in VIT_FIELDS if name in vit}
-    values |= {name: config[name] for name in OTHER_FIELDS if name in config}
-    if "vit_num_hidden_layers" in values:
-        values["vit_num_hidden_layers"] -= 1                    # the last layer is never built, see BagelConfig
+    known = {name: llm[name] for name in LLM_FIELDS if name in llm} | {f"vit_{name}": v for name, v in vit.items()}
+    if "num_hidden_layers" in vit:
+        known["vit_num_hidden_layers"] -= 1                     # the last layer is never built, see BagelConfig
+    known |= config
+    known = {field.name: known[field.name] for field in fields(BagelConfig) if field.name in known}
     try:
-        values |= config.get("reca", {})
-        return BagelConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+        known |= config.get("reca", {})
+        return BagelConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()})
     except TypeError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
 
 
 def write_config(c, folder):
-    """config.json for us, and what the original reads: llm_config.json and vit_config.json (see
-    vit_num_hidden_layers)."""
+    """config.json for us; llm_config.json and vit_config.json (see vit_num_hidden_layers) for the original."""
     values = asdict(c)
     vit = {name.removeprefix("vit_"): v for name, v in values.items() if name.startswith("vit_")}
     vit |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vit_num_hidden_layers + 1}
