@@ -1,10 +1,9 @@
 """RecA on Show-o: one language model that reads text and writes images as discrete tokens (MaskGIT).
 
-What is special about this architecture: an image is 256 (256 px) or 1024 (512 px) tokens out of a codebook of 8192, and
-these tokens are simply further words of Phi-1.5's vocabulary. Text is predicted from left to right, image tokens by
-filling in masked ones, all by the same weights; only the attention mask tells the two apart ("omni-attention"). So
-L_recon is a cross-entropy over the masked tokens, and understanding shares every weight with generation: lambda_i2t = 1
-keeps it alive (paper, section 2.2).
+What is special: an image is 256 (256 px) or 1024 (512 px) tokens out of a codebook of 8192, and these are further words
+of Phi-1.5's vocabulary. The same weights predict text from left to right and fill in masked image tokens; only the
+attention mask tells the two apart ("omni-attention"). So L_recon is a cross-entropy over the masked tokens, and
+lambda_i2t = 1 keeps understanding alive, which shares every weight with generation (paper, section 2.2).
 
 RecA, CLIP variant (512 px: N = 1024 image tokens, C = 576 CLIP rows, D = 2048):
 
@@ -19,10 +18,9 @@ RecA, CLIP variant (512 px: N = 1024 image tokens, C = 576 CLIP rows, D = 2048):
                                                                                             |
                                           L_recon = cross-entropy over the vocabulary at the masked tokens only
 
-RecA, VQ variant: Show-o without CLIP understands an image through the same 8192 codes that it writes. The prompt then
-holds the codes of the *same* image, and copying them would solve the task: at full size the loss collapses to nearly
-zero and generation gets worse (paper, F.2). The remedy is to show less: the codes of a smaller image (--und-size 256)
-or of a blurred one (--blur 8).
+RecA, VQ variant: without CLIP, an image is understood through the same 8192 codes that are written. Its own codes in
+the prompt need only be copied: at full size the loss collapses to nearly zero and generation gets worse (paper, F.2).
+The remedy is to show less: the codes of a smaller image (--und-size 256) or of a blurred one (--blur 8).
 
     python reca_showo.py --model tiny                                     toy world on a CPU, no download; also tiny-vq
     python reca_showo.py --data ./images --i2t-data llava.json --i2t-images ./llava        512 px, the paper's run
@@ -36,7 +34,6 @@ Legend of the shape comments:
     V vocabulary: text, specials, K codes, mask token     S pixels per side     h w token grid     T ids of a text
 """
 import dataclasses
-import json
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -48,6 +45,7 @@ import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, PhiConfig, PhiForCausalLM
@@ -127,10 +125,9 @@ CONFIGS = {
 @dataclass
 class Recipe:
     """The paper's run (Table 8) in our steps. The defaults are those at 512 px.
-    One of our steps is one batch of each loss with a weight not 0; the original accumulates 5 of them for a weight
-    update and counts updates: its "5K steps" are 5,000 updates = 25,000 of our steps, its warm-up of 1,000 is in
-    updates, as ours. Its cosine ends at update 1,000,000 at 512 px (so it is a constant) and at 10,000 at 256 px
-    (0.59 of the peak at the end of the run). Weights are float32, computation is bf16, gradients are not clipped."""
+    One of our steps is one batch of each loss with a weight not 0; the original makes an update of 5 and counts
+    updates: its "5K" are 25,000 of our steps, its warm-up of 1,000 is in updates, as ours. Its cosine ends at update
+    1,000,000 at 512 px (so it is constant), at 10,000 at 256 px (0.59 of the peak at the end). Nothing is clipped."""
     steps: int = 25_000
     batch: int = 2
     accum: int = 5
@@ -148,11 +145,10 @@ class Recipe:
     sampling_steps: int = 50
 
 
-RECIPE_256 = Recipe(batch=4, horizon=10_000)
-RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=20, horizon=0, clip=1.0,
-                     guidance_scale=1.0, sampling_steps=8)
-RECIPES = {name: RECIPE_TINY if c is TINY or name == "tiny-vq" else RECIPE_256 if c.image_size == 256 else Recipe()
-           for name, c in CONFIGS.items()}
+RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=20, horizon=0, clip=1.0, guidance_scale=1.0,
+                     sampling_steps=8)
+RECIPE_OF_SIZE = {512: Recipe(), 256: Recipe(batch=4, horizon=10_000), 64: RECIPE_TINY}
+RECIPES = {name: RECIPE_OF_SIZE[c.image_size] for name, c in CONFIGS.items()}
 DEFAULT = "showlab/show-o-w-clip-vit-512x512"
 
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
@@ -167,8 +163,8 @@ WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin"
 # 2. The model
 # ======================================================================================================
 # Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
-# The image tokenizer is ours. diffusers' VQModel cannot express it: there encoder and decoder share one list of widths
-# and one number of residual blocks, here each has its own lists of both, and the quantiser has no learned codebook.
+# The image tokenizer is ours: in diffusers' VQModel encoder and decoder share their widths and numbers of residual
+# blocks, here each has its own lists of both, and the codebook is not learned.
 
 
 def pipeline(**layers):
@@ -221,9 +217,9 @@ def middle(width):
 
 
 class MagVit2(nn.Module):
-    """The image tokenizer: 16 x 16 pixels are one of 2^bits codes. Convolutional: any multiple of 16 pixels works.
-    Look-up free quantisation: a token is the signs of `bits` numbers; its code is those signs read as a binary number,
-    the first channel being the most significant bit. The tables in `quantize` spell that out; checkpoints hold them."""
+    """The image tokenizer: 16 x 16 pixels become one of K codes; any multiple of 16 pixels works. No look-up: a code is
+    the signs of `bits` numbers read as a binary number, the first channel being the most significant bit. The tables
+    in `quantize` spell that out; checkpoints hold them."""
 
     def __init__(self, c):
         super().__init__()
@@ -260,18 +256,16 @@ class MagVit2(nn.Module):
 
 def short_side_square(image, size):
     """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
-    short = min(image.size)
-    width, height = (int(size * side / short) for side in image.size)
+    width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height)).crop((left, top, left + size, top + size))
 
 
 @dataclass
 class Rows:
-    """A batch of prompts, and which positions each position attends to.
-    Every mask of Show-o is the same statement with other numbers: position q attends to the span first[q] .. last[q]
-    (text: up to itself; image tokens: up to the end of their image), and to the `open` columns (the conditioning
-    image), but never to the `hidden` ones (padding). So it costs 4 B L numbers instead of B L²."""
+    """A batch of prompts and its mask. Every mask of Show-o is one statement: position q attends to the span first[q]
+    .. last[q] (text: up to itself; image tokens: up to the end of their image) and to the `open` columns (the image
+    that is understood), but never to the `hidden` ones (padding): 4 B L numbers instead of B L²."""
     ids: torch.Tensor           # [B, L] int64; IGNORED where a CLIP row is put in
     labels: torch.Tensor        # [B, L] int64; IGNORED where nothing is predicted
     first: torch.Tensor         # [B, L]
@@ -315,10 +309,8 @@ class Rows:
 
     def block_mask(self):
         """The same for flex_attention, which skips the blocks of 128 x 128 in which nothing is allowed."""
-        from torch.nn.attention.flex_attention import create_block_mask
-        batch, length = self.ids.shape
-        return create_block_mask(lambda b, head, q, k: self.allowed(b, q, k), batch, None, length, length,
-                                 device=self.ids.device)
+        B, L = self.ids.shape
+        return create_block_mask(lambda b, head, q, k: self.allowed(b, q, k), B, None, L, L, device=self.ids.device)
 
 
 class Showo(nn.Module):
@@ -340,23 +332,20 @@ class Showo(nn.Module):
                 hidden_size=c.clip_hidden, intermediate_size=c.clip_intermediate, num_hidden_layers=c.clip_layers,
                 num_attention_heads=c.clip_heads, image_size=c.clip_image_size, patch_size=c.clip_patch))
         self.magvit = MagVit2(c)
-        self.frozen().requires_grad_(False)
+        self.parts("magvit", "clip").requires_grad_(False)
         self.train_embeddings_in_recon = False       # see recon_loss
         self.flex = False                            # flex_attention in the losses: a sparse mask, compiled for GPUs
         self.set_und()
 
     def set_und(self, size=None, blur=None):
-        """What the understanding side of RecA sees of an image (paper, F.2; see `shown`). InputError for other values.
-        size: pixels per side. CLIP variant: 336 and nothing else; VQ variant: a multiple of 16, default half of the
-        image, or all of it where it is blurred. blur: a factor, or None."""
+        """What the understanding side of RecA sees of an image (paper, F.2; see `shown`): size, pixels per side, and
+        blur, a factor or None. VQ variant: by default half of the image, or all of it where it is blurred."""
         c = self.config
         size = size or (c.clip_image_size if c.w_clip_vit else c.image_size if blur else c.image_size // 2)
         if c.w_clip_vit and size != c.clip_image_size:
             raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (VQ: multiples of 16)")
         if not c.w_clip_vit and (size % 16 or size > c.image_size):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
-        if blur and not 1 <= blur <= c.image_size // 2:
-            raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
         self.und_size, self.und_blur = size, blur
 
     def parts(self, *names):
@@ -366,12 +355,9 @@ class Showo(nn.Module):
         """The modules that are trained, which are those that a Show-o checkpoint holds."""
         return self.parts("showo", "mm_projector")
 
-    def frozen(self):
-        return self.parts("magvit", "clip")
-
     def train(self, mode=True):
         super().train(mode)
-        self.frozen().eval()
+        self.parts("magvit", "clip").eval()
         return self
 
     @property
@@ -383,20 +369,16 @@ class Showo(nn.Module):
         return list(self.showo.model.layers)
 
     def parameter_groups(self, weight_decay):
-        """With weight decay and without. The original exempts "bias", "layer_norm.weight", "mlm_ln.weight" and
-        "embeddings.weight", but Phi calls them layernorm.weight and embed_tokens.weight: in effect only biases are
-        exempt. Followed; at a learning rate of 5e-7 the decay of a norm's weight is next to nothing."""
-        named = list(self.trained().named_parameters())
-        return [{"params": [p for n, p in named if "bias" not in n], "weight_decay": weight_decay},
-                {"params": [p for n, p in named if "bias" in n], "weight_decay": 0.0}]
+        """AdamW groups of all that is trained. The original means to exempt norms and embeddings from the decay, but
+        misspells Phi's names: only biases are exempt. Followed; at a learning rate of 5e-7 it hardly matters."""
+        trained = list(self.trained().named_parameters())
+        return [{"params": [p for name, p in trained if "bias" not in name], "weight_decay": weight_decay},
+                {"params": [p for name, p in trained if "bias" in name], "weight_decay": 0.0}]
 
     def preprocess(self, image, task, rng=None):
-        """PIL RGB -> the pixels of one image as the recipe of `task` wants them (on the CPU; nothing here is random).
-        recon, t2i    {"pixels": [3, S, S] in [-1, 1]}, the whole image stretched to a square
-        i2t           CLIP variant {"clip_pixels": [3, 336, 336]}, central square with CLIP's mean and deviation;
-                      VQ variant {"pixels": [3, S, S]}, central square
-        ValueError for image=None: the recipe has no text-only samples (the original leaves such LLaVA rows out, too).
-        """
+        """PIL RGB -> {"pixels": [3, S, S] in [-1, 1]}: the image stretched to a square (recon, t2i), or its central one
+        (i2t; in the CLIP variant {"clip_pixels": [3, 336, 336]}, with CLIP's mean and deviation). Nothing is random.
+        ValueError for image=None: no text-only samples (the original leaves such LLaVA rows out, too)."""
         if image is None:
             raise ValueError("a conversation without an image")
         size = self.config.image_size
@@ -410,10 +392,8 @@ class Showo(nn.Module):
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """What the frozen parts say of each image, always in float32 (rounding would change the signs of a code).
-
-        samples: list of what preprocess returned -> list of {"codes": int64 [N] (recon, t2i), "und": float [C, width]
-        or int64 codes (recon, i2t)}."""
+        """What the frozen parts say: samples of preprocess -> dicts of "codes", int64 [N] (recon, t2i), and "und", CLIP
+        rows [C, width] or int64 codes (recon, i2t). Without autocast: rounding would change the signs of a code."""
         name, features = "clip_pixels" if "clip_pixels" in samples[0] else "pixels", {}
         pixels = torch.stack([sample[name] for sample in samples]).to(self.device)
         with torch.autocast(self.device.type, enabled=False):
@@ -427,11 +407,10 @@ class Showo(nn.Module):
 
     def shown(self, pixels):
         """[B, 3, S, S] -> what the understanding side of RecA sees of it, [B, 3, s, s].
-        CLIP variant: 336 px. The original resizes the image as it is normalised for the tokenizer ((x/255 - 0.5) / 0.5)
-        and never applies CLIP's own mean and deviation, though captioning does; bilinear without antialiasing. It looks
-        like an oversight, but the released weights were trained with it, so it is followed. VQ variant: `und_size`
-        pixels (F.2: 512 collapses into copying, 256 is the best trade, 128 is outside of what the model knows), or,
-        with `blur` k, shrunk k times and enlarged again: as many tokens as the target but without its detail."""
+        CLIP variant: 336 px, bilinear without antialiasing, in [-1, 1] as for the tokenizer; CLIP's own mean and
+        deviation, which captioning applies, are forgotten. It looks like an oversight of the original, but the released
+        weights were trained with it, so it is followed. VQ variant: `und_size` pixels (F.2: 512 collapses into copying,
+        256 is the best trade, 128 is outside of what the model knows), or a blur: as many tokens, but no detail."""
         return common.resize(common.blur(pixels, self.und_blur) if self.und_blur else pixels, self.und_size)
 
     def clip_rows(self, pixels):
@@ -462,13 +441,10 @@ class Showo(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
-        """A Show-o with everything that belongs to it.
-        source: a hub id (showlab/show-o, show-o-512x512, show-o-w-clip-vit, show-o-w-clip-vit-512x512,
-        sanaka87/Show-o-RecA, sanaka87/Show-o-512x512-RecA), or a folder in that layout: config.json and
-        pytorch_model.safetensors or .bin. Tokenizer, CLIP and MAGVIT-v2 are taken from the sub-folders that
-        save_pretrained writes, else from the hub. "tiny", "tiny-vq": random weights (the command line pretrains them
-        on the toy world first). dtype: of language model, projector and CLIP; MAGVIT-v2 stays float32. InputError for
-        keys that do not fit."""
+        """A model in eval mode with its tokenizer. source: a hub id (those in CONFIGS, sanaka87/Show-o-RecA,
+        sanaka87/Show-o-512x512-RecA), a folder in that layout (config.json and pytorch_model.safetensors or .bin), or
+        "tiny", "tiny-vq". Tokenizer, CLIP and MAGVIT-v2 come from the sub-folders that save_pretrained writes, else
+        from the hub. dtype: of all but MAGVIT-v2, which stays float32. InputError for keys that do not fit."""
         if source in ("tiny", "tiny-vq"):
             return cls.random(source, device).eval()
         folder = common.hub_folder(source, ["config.json", "pytorch_model*"])
@@ -478,8 +454,7 @@ class Showo(nn.Module):
             return folder / name if (folder / name).is_dir() else common.hub_folder(hub, patterns)
 
         tokenizer = common.load_tokenizer(part("tokenizer", TOKENIZER_SOURCE, "*.json", "*.txt"))
-        # Built without memory, then filled: initialising 1.5 billion weights at random takes longer than reading them.
-        with torch.device("meta"):
+        with torch.device("meta"):                          # no time for random weights
             model = cls(config, tokenizer)
         model.to_empty(device="cpu")
         common.load_strictly(model.trained(), common.find_weights(folder, *WEIGHTS), str(source))
@@ -515,21 +490,16 @@ class Showo(nn.Module):
             clip, side = bool(given["w_clip_vit"]), math.isqrt(given["num_vq_tokens"])
             config = ShowoConfig(w_clip_vit=clip, image_size=16 * side, llm_vocab_size=given["llm_vocab_size"],
                                  max_text=576 if clip else 381)
-            config = dataclasses.replace(config, **given.get("sizes", {}))
-            expected, found = config.vocab_size, given["vocab_size"]
+            return dataclasses.replace(config, **given.get("sizes", {}))
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / 'config.json'} is not the config of a Show-o checkpoint ({error})") from error
-        if found != expected:
-            raise InputError(f"{folder / 'config.json'}: vocab_size is {found}, expected {expected}")
-        return config
 
     def save_pretrained(self, folder):
         """The released layout (the original repository reads it); tokenizer, CLIP and MAGVIT-v2 in sub-folders."""
         folder, c = Path(folder), self.config
-        theirs = {"_class_name": "Showo", "w_clip_vit": c.w_clip_vit, "vocab_size": c.vocab_size,
-                  "llm_vocab_size": c.llm_vocab_size, "llm_model_path": TOKENIZER_SOURCE,
-                  "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens, "load_from_showo": True,
-                  "mask_token_id": c.mask_token}
+        theirs = {"_class_name": "Showo", "w_clip_vit": c.w_clip_vit, "load_from_showo": True,
+                  "vocab_size": c.vocab_size, "llm_vocab_size": c.llm_vocab_size, "mask_token_id": c.mask_token,
+                  "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens, "llm_model_path": TOKENIZER_SOURCE}
         sizes = {k: v for k, v in dataclasses.asdict(c).items() if k not in (*theirs, "image_size")}
         write_weights(folder, self.trained().state_dict(), {**theirs, "sizes": sizes})
         write_weights(folder / "magvitv2", self.magvit.state_dict(), {"_class_name": "MAGVITv2"})
@@ -542,22 +512,19 @@ class Showo(nn.Module):
     # ==================================================================================================
     # 4. The embedding-conditioned prompt
     # ==================================================================================================
-    # Five layouts, each from ids (methods with an underscore take ids instead of text: any prompt can be replayed):
-    #
+    # Five layouts, each from lists of ids:
     #   RecA, CLIP     <mmu> <soi> C CLIP rows <eoi> <eot> template <eot> pads   <soi> N tokens <eoi>
     #   RecA, VQ       pads <mmu> <soi> codes of the small image <eoi> <eot> template <eot>   <soi> N tokens <eoi>
     #   t2i            pads <t2i> <eot> caption <eot>   <soi> N tokens <eoi>
     #   i2t, CLIP      <mmu> system prompt <soi> C CLIP rows <eoi> USER: ... ASSISTANT: ... <eot>   pads
     #   i2t, VQ        <mmu> <soi> N codes <eoi> USER: ... ASSISTANT: ... <eot>   pads
-    #
-    # texts: B lists of ids; tokens: [B, N] ids, partly masked, or None: all masked (sampling); labels: [B, N] or None.
+    # tokens, labels: [B, N] as _mask_tokens gives them, or nothing for sampling: every token masked, no label.
 
     def _recon_rows(self, texts, und, tokens=None, labels=None):
-        """The RecA prompt. und: as in encode; of CLIP rows only the number matters here (see embed).
+        """The RecA prompt of B texts. und: as in encode; of CLIP rows only the number matters here (see embed).
         CLIP variant: the CLIP rows are open to every position, also to those before them. Text is causal; the N image
-        tokens see everything in front of them and each other, but not the closing <eoi>. Padding stands between text
-        and <soi> (the released layout; the positions of the image tokens depend on it) and is seen by nobody. VQ
-        variant: each image sees itself and everything before it, text is causal, nothing sees the padding in front."""
+        tokens see everything in front of them and each other, but not the closing <eoi>. Nobody sees the padding, but
+        the positions of the image tokens count it. VQ variant: each image sees itself and everything before it."""
         c, texts = self.config, [self._bracket(text) for text in texts]
         room = c.recon_text - 3 if c.w_clip_vit else c.max_text             # CLIP variant: markers share the slots
         longest = max(map(len, texts))
@@ -565,7 +532,7 @@ class Showo(nn.Module):
             raise InputError(f"a template takes {longest} tokens, the RecA prompt has room for {room}: shorten it")
         heads = [[c.mmu, c.soi, *image, c.eoi, *text] for image, text in zip(self._image_ids(und), texts)]
         pads = [[c.pad] * (room - len(text)) for text in texts]
-        rows = self._with_image([h + p if c.w_clip_vit else p + h for h, p in zip(heads, pads)], tokens)
+        rows = self._with_image([h + p if c.w_clip_vit else p + h for h, p in zip(heads, pads)], tokens, labels)
         end = rows.ids.shape[1] - 1                                         # the closing <eoi>
         if c.w_clip_vit:
             rows.open, rows.hidden = rows.ids == IGNORED, rows.ids == c.pad
@@ -576,25 +543,23 @@ class Showo(nn.Module):
             given = (rows.positions > front) & (rows.positions <= given_end)
             rows.last = torch.where(given, given_end, rows.last)
             rows.last[:, end - c.num_tokens - 1:] = end
-        if labels is not None:
-            rows.labels[:, end - c.num_tokens:end] = labels
         return rows
 
     def _t2i_rows(self, texts, tokens=None, labels=None, slots=None):
-        """The text-to-image prompt. slots: room for the text (longer ones are cut and closed with <eot>).
-        Text is causal and never sees the image; <soi>, image tokens and <eoi> see all of the text and each other. In
-        training the two markers are labelled with themselves, as in the original: two easy targets for each image."""
+        """The text-to-image prompt of B texts, cut to `slots` ids and closed with <eot> if longer. Text is causal;
+        <soi>, image tokens and <eoi> see all of the text and each other. In training the two markers are labelled with
+        themselves, as in the original: two easy targets for each image."""
         c, slots = self.config, (slots or self.config.max_text) + 1
         heads = [[c.t2i, *self._bracket(text)] for text in texts]
         heads = [head if len(head) <= slots else head[:slots - 1] + [c.eot] for head in heads]
-        rows = self._with_image([[c.pad] * (slots - len(head)) + head for head in heads], tokens)
+        rows = self._with_image([[c.pad] * (slots - len(head)) + head for head in heads], tokens, labels)
         rows.last[:, slots:] = rows.ids.shape[1] - 1
         if labels is not None:
-            rows.labels[:, slots:] = torch.tensor([[c.soi, *row, c.eoi] for row in labels.tolist()])
+            rows.labels[:, [slots, -1]] = rows.ids[:, [slots, -1]]
         return rows
 
     def _i2t_rows(self, ids, labels, und, system=()):
-        """The captioning prompt. ids, labels: [B, T], padded on the right; und: as in encode; system: ids.
+        """The captioning prompt: ids and labels [B, T], padded on the right; und as in encode; ids of a system prompt.
         Causal, only the image is open to every position (in the VQ variant with all that stands before it)."""
         c = self.config
         rows = Rows.causal([[c.mmu, *system, c.soi, *image, c.eoi, *text]
@@ -616,11 +581,14 @@ class Showo(nn.Module):
         c = self.config
         return [[IGNORED] * c.num_clip] * len(und) if c.w_clip_vit else (und + c.first_code).tolist()
 
-    def _with_image(self, heads, tokens):
+    def _with_image(self, heads, tokens, labels):
         """B equally long lists of ids, the image behind them."""
         c = self.config
         tokens = [[c.mask_token] * c.num_tokens] * len(heads) if tokens is None else tokens.tolist()
-        return Rows.causal([[*head, c.soi, *image, c.eoi] for head, image in zip(heads, tokens)], c.pad)
+        rows = Rows.causal([[*head, c.soi, *image, c.eoi] for head, image in zip(heads, tokens)], c.pad)
+        if labels is not None:
+            rows.labels[:, -c.num_tokens - 1:-1] = labels
+        return rows
 
     def _text_ids(self, text):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -633,8 +601,8 @@ class Showo(nn.Module):
 
     def _conversations(self, conversations):
         """B lists [(question, answer), ...] -> ids, labels [B, T]: "USER: q ASSISTANT: a<|endoftext|>USER: ...". The
-        answers and their end are the labels. Cut to the recipe's slots, padded on the right to the longest (the
-        original: always to the full room, 996 slots at 512 px, which no position looks at)."""
+        answers and their ends are labels. Cut to the recipe's room, padded on the right to the longest (the original:
+        to all of the room, 996 slots at 512 px, which no position looks at)."""
         c, all_ids, all_labels = self.config, [], []
         # CLIP variant: the original makes a captioning row as long as a t2i row, so that both share a batch.
         room = c.max_text - (c.num_clip - c.num_tokens) - c.system_len if c.w_clip_vit else c.max_text
@@ -646,52 +614,37 @@ class Showo(nn.Module):
                 ids, labels = ids + asked + said, labels + [IGNORED] * len(asked) + said
             all_ids.append(torch.tensor(ids[:room]))
             all_labels.append(torch.tensor(labels[:room]))
-        return (pad_sequence(all_ids, batch_first=True, padding_value=c.pad),
-                pad_sequence(all_labels, batch_first=True, padding_value=IGNORED))
+        return pad_sequence(all_ids, True, c.pad), pad_sequence(all_labels, True, IGNORED)
 
     # ==================================================================================================
     # 5. The losses
     # ==================================================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """L_recon, the RecA loss (section 3, equation 3): reconstruct the masked tokens of an image from its own
-        understanding embeddings, behind a captioning instruction and without a caption.
-
-        features: list of encode(..., "recon"); templates: list of B instructions (the original draws one per image in
-        the CLIP variant, one per batch in the VQ variant; here it is one per image in both). draws: see _draws. Returns
-        a scalar: the mean over all masked tokens of the batch, so that an image with more of them weighs more.
-
-        CLIP variant: the original builds the inputs of this pass without autograd, so that neither mm_projector nor the
-        embedding table learns from it; both are trained by L_i2t alone. Whether that was meant or not, the released
-        weights were made so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant the table
-        does learn."""
-        return self._recon_loss(features, [self._recon_text(template) for template in templates], draws, rng)
-
-    def _recon_loss(self, features, texts, draws=None, rng=None):
-        und = torch.stack([f["und"] for f in features])
+        """RecA: the masked tokens of an image from its own understanding embeddings (paper, equation 2). features: B
+        dicts of encode, templates: B instructions (in the original's VQ variant one per batch) -> scalar, the mean over
+        all masked tokens, so that an image with more of them weighs more. draws: see _draws.
+        CLIP variant: the original builds the inputs of this pass without autograd, so that mm_projector and embedding
+        table learn from L_i2t alone. Meant or not, the released weights were made so, and it is followed unless
+        `train_embeddings_in_recon` is set. In the VQ variant the table does learn."""
+        texts, und = [self._recon_text(template) for template in templates], torch.stack([f["und"] for f in features])
         rows = self._recon_rows(texts, und, *self._mask_tokens(features, draws or self._draws(features, rng)))
         return self._cross_entropy(rows, und, detach=self.config.w_clip_vit and not self.train_embeddings_in_recon)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """L_t2i: the masked tokens of an image behind its caption. lambda_t2i = 0 in RecA; the loss of supervised
-        fine-tuning.
-        features: list of encode(..., "t2i"); captions: list of strings. Returns the mean over all targets."""
-        return self._t2i_loss(features, [self._text_ids(caption) for caption in captions], draws, rng)
-
-    def _t2i_loss(self, features, texts, draws=None, rng=None):
+        """Text to image: the masked tokens of an image behind its caption -> the mean over all targets. For supervised
+        fine-tuning; in RecA itself lambda_t2i = 0."""
         draws = draws or self._draws(features, rng)
-        texts = [[] if u < TEXT_DROP else text for text, u in zip(texts, draws["text_drop"].tolist())]
+        drop = draws["text_drop"] < TEXT_DROP
+        texts = [[] if dropped else self._text_ids(caption) for caption, dropped in zip(captions, drop)]
         return self._cross_entropy(self._t2i_rows(texts, *self._mask_tokens(features, draws)))
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """L_i2t: next-token prediction of the answers in conversations about an image; keeps understanding alive.
-        features: list of encode(..., "i2t"); conversations: list of [(question, answer), ...]. draws, rng: nothing is
-        drawn. Returns a scalar, the mean over all answer tokens (with their end token) of the batch."""
-        return self._i2t_loss(features, *self._conversations(conversations), self._system_ids())
-
-    def _i2t_loss(self, features, ids, labels, system=()):
+        """Image to text, which keeps understanding alive: cross-entropy of the answers in B conversations, lists of
+        (question, answer), about an image each -> scalar, the mean over all answer tokens. Nothing is drawn."""
         und = torch.stack([f["und"] for f in features])
-        return self._cross_entropy(self._i2t_rows(ids, labels, und, system), und, shift=True)
+        rows = self._i2t_rows(*self._conversations(conversations), und, self._system_ids())
+        return self._cross_entropy(rows, und, shift=True)
 
     def _draws(self, features, rng):
         """The random numbers of a loss, all uniform: "timesteps" [B], "scores" [B, N], "text_drop" [B] (t2i only)."""
@@ -699,19 +652,17 @@ class Showo(nn.Module):
         return {"timesteps": rng.uniform(), "scores": rng.uniform(self.config.num_tokens), "text_drop": rng.uniform()}
 
     def _mask_tokens(self, features, draws):
-        """MaskGIT's corruption -> (ids [B, N], some of them the mask token; labels [B, N], IGNORED where not masked).
-        A share cos(u pi/2) of each image is masked, u = draws["timesteps"], at least one token: those that the
-        permutation argsort(scores) puts first."""
+        """MaskGIT's corruption -> ids [B, N], some of them the mask token, and labels [B, N], IGNORED where not masked.
+        At timestep u a share cos(u pi/2) of an image is masked, at least one token, in the order of argsort(scores)."""
         tokens = torch.stack([f["codes"] for f in features]).cpu() + self.config.first_code
         number = (tokens.shape[1] * torch.cos(draws["timesteps"] * math.pi * 0.5)).round().clamp(min=1)
         masked = draws["scores"].argsort(-1) < number[:, None]
         return tokens.masked_fill(masked, self.config.mask_token), tokens.masked_fill(~masked, IGNORED)
 
     def _cross_entropy(self, rows, und=None, shift=False, detach=False):
-        """Mean cross-entropy over the labels of `rows`. shift: a label stands one position behind the one that predicts
-        it. detach: no gradient into the inputs.
-        Only positions with a label meet the output layer: its 58,498 columns would otherwise be computed for every
-        position of every prompt (0.5 GB in float32 for one 512 px prompt, of which about a third is used)."""
+        """Mean cross-entropy over the labels. shift: a label is predicted one position before its own. detach: no
+        gradient into the inputs. Only positions with a label meet the output layer: its 58,498 columns at every
+        position of a 512 px prompt would be 0.4 GB in float32, of which about a third is used."""
         rows = rows.without_padding(self.config.pad)
         labels = rows.labels[:, 1:] if shift else rows.labels
         row, column = (labels != IGNORED).nonzero(as_tuple=True)                         # [n] each, found on the CPU
@@ -727,42 +678,36 @@ class Showo(nn.Module):
     # 6. Inference
     # ==================================================================================================
 
-    def generate(self, prompts, *, seed=0, draws=None, progress=False, **settings):
-        """Text to image: list of strings -> list of PIL images, in one batch.
-        seed: image i is drawn from seed + i, or a list with one seed an image; settings: num_steps=50, temperature=1,
-        guidance_scale=5 (g: logits (1 + g) with prompt - g without; 0: none), those of the published benchmarks."""
+    def generate(self, prompts, **settings):
+        """Text to image: prompts -> PIL images, in one batch. settings: see _sample."""
         rows = self._t2i_rows([self._text_ids(prompt) for prompt in prompts], slots=self.config.max_prompt)
-        return self._paint_images(rows, seed=seed, draws=draws, progress=progress, **settings)
+        return self._paint_images(rows, **settings)
 
-    def reconstruct(self, images, *, templates=None, seed=0, draws=None, progress=False, **settings):
-        """Image to image, as generate: the RecA prompt with every token masked, sampled (the original leaves this half
-        finished). templates: list of instructions, one an image (None: the seed template)."""
+    def reconstruct(self, images, *, templates=None, **settings):
+        """Image to image, as generate: the RecA prompt with every token masked (the original leaves this half
+        finished). templates: one instruction an image, by default the seed template."""
         features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
         und = torch.stack([f["und"] for f in features])
         texts = [self._recon_text(template) for template in templates or [common.SEED_TEMPLATE] * len(images)]
-        rows = self._recon_rows(texts, und)
-        return self._paint_images(rows, und, seed=seed, draws=draws, progress=progress, **settings)
+        return self._paint_images(self._recon_rows(texts, und), und, **settings)
 
     @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
-        """Image to text: list of PIL -> list of strings (greedy decoding), in one batch.
-        The prompt is the one of i2t_loss. (For the VQ variant the original's demo puts one more <eot> and a line break
-        in; no training ever did.)"""
+        """Image to text, greedy: PIL images and one question -> answers. The prompt is that of i2t_loss. (The demo of
+        the original's VQ variant has one more <eot> and a line break, which no training had.)"""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
         und = torch.stack([f["und"] for f in features])
         ids = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")] * len(images))
         rows = self._i2t_rows(ids, torch.full_like(ids, IGNORED), und, self._system_ids())
-        texts = []
-        for answer in self._continue(rows, und, max_new_tokens).tolist():
-            answer = answer[:answer.index(self.config.eot)] if self.config.eot in answer else answer
-            words = [i for i in answer if i < self.config.llm_vocab_size]
-            texts.append(self.tokenizer.decode(words, skip_special_tokens=True).strip())
-        return texts
+        eot, answers = self.config.eot, self._continue(rows, und, max_new_tokens).tolist()
+        answers = [answer[:answer.index(eot)] if eot in answer else answer for answer in answers]
+        answers = [[i for i in answer if i < self.config.llm_vocab_size] for answer in answers]
+        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
     @torch.no_grad()
     def _continue(self, rows, und, max_new_tokens, stop=True):
-        """Greedy continuation of prompts without padding, with a KV cache -> ids int64 [B, <= max_new_tokens]. Every
-        column of the vocabulary is allowed, as in the original. stop: end when every row has said <eot>."""
+        """Greedy continuation of prompts without padding, with a KV cache -> ids int64 [B, <= max_new_tokens], out of
+        the whole vocabulary, as in the original. stop: end when every row has said <eot>."""
         rows = rows.map(lambda value: value.to(self.device))
         embeds, mask, positions, cache = self.embed(rows, und), rows.attention(), rows.positions, DynamicCache()
         new, done = [], torch.zeros(len(rows.ids), dtype=torch.bool, device=self.device)
@@ -785,13 +730,12 @@ class Showo(nn.Module):
     @torch.no_grad()
     def _sample(self, rows, und=None, num_steps=50, guidance_scale=5.0, temperature=1.0, seed=0, draws=None,
                 progress=False, watch=None):
-        """MaskGIT sampling with guidance: Rows that end with <soi> N masked tokens <eoi> -> codes int64 [B, N].
-
-        In each of `num_steps` steps every masked token is drawn from its guided distribution, then the least certain
-        draws are masked again, so that a cosine of the tokens is left. draws: "drawn_ids" [num_steps, B, N] (the codes
-        themselves) and "gumbel_uniform" [num_steps, B, N], instead of seed. watch(step, tokens, probabilities): for
-        tests.
-
+        """MaskGIT sampling: Rows that end with <soi> N masked tokens <eoi> -> codes int64 [B, N]. Every step draws the
+        masked tokens from their guided distributions, then masks the least certain draws again.
+        guidance_scale  g: logits (1 + g) with prompt - g without; 0: none. The defaults are the published benchmarks'
+        seed            one for each image, or a number s: image i has seed s + i. An image does not depend on its batch
+        draws           instead of seed: "drawn_ids" (codes) and "gumbel_uniform", both [num_steps, B, N]
+        watch           called with (step, tokens, probabilities), for tests
         Unguided rows are the empty text-to-image prompt, moved so that its image tokens have the same positions (rotary
         embeddings are relative). Text never sees the image, so what stands in front of <soi> is computed once and its
         keys and values are kept; each step runs only the N + 2 positions of the image, all rows in one batch."""
@@ -799,13 +743,14 @@ class Showo(nn.Module):
         if guidance_scale > 0:
             rows = rows.stack(self._t2i_rows([[]] * batch, slots=rows.ids.shape[1] - c.num_tokens - 3))
         rows = rows.without_padding(c.pad).map(lambda value: value.to(self.device))
-        embeds, mask, cache = self.embed(rows, und), rows.attention(), DynamicCache()               # [B or 2B, L, D]
+        embeds = self.embed(rows, und)                                                              # [B or 2B, L, D]
+        mask, cache = rows.attention(), DynamicCache()                                              # [B or 2B, L, L]
         front = rows.ids.shape[1] - c.num_tokens - 2
         self.hidden(embeds[:, :front], mask[:, :front, :front], rows.positions[:front], cache)
         weight, bias = (p[c.first_code:c.mask_token] for p in (self.showo.lm_head.weight, self.showo.lm_head.bias))
 
         tokens = torch.full((batch, c.num_tokens), c.codebook_size, device=self.device)         # codes; K = masked
-        for step in tqdm(range(num_steps), desc="sampling", disable=not progress, leave=False):
+        for step in tqdm(range(num_steps), disable=not progress, leave=False):
             image = self.showo.model.embed_tokens(tokens + c.first_code).repeat(len(embeds) // batch, 1, 1)
             image = torch.cat([embeds[:, front:front + 1], image, embeds[:, -1:]], 1)           # [B or 2B, N + 2, D]
             hidden = self.hidden(image, mask[:, front:], rows.positions[front:], cache)[:, 1:-1]
@@ -825,12 +770,11 @@ class Showo(nn.Module):
                 watch(step, tokens, probs)
             masked = tokens == c.codebook_size
             drawn = torch.where(masked, drawn, tokens)
-            # How many stay masked: a cosine of all tokens, at least one, and at least one fewer than now.
-            ratio = (step + 1) / num_steps
+            ratio = (step + 1) / num_steps      # how many stay masked: a cosine of N, at least one, fewer than now
             keep = (c.num_tokens * torch.cos(torch.tensor(ratio) * math.pi * 0.5)).floor().long().to(self.device)
             keep = torch.minimum(masked.sum(-1, keepdim=True) - 1, keep).clamp(min=1)
-            # Certainty: log probability plus Gumbel noise. Its temperature falls as a *product* over the steps (so it
-            # is nearly nothing after a few); looks unintended, but it is the sampler of the published numbers.
+            # Certainty: log probability plus Gumbel noise, whose temperature falls as a *product* over the steps (to
+            # nearly nothing in a few): it looks unintended, but it is the sampler of the published numbers.
             temperature *= 1 - ratio
             sure = probs.gather(-1, drawn[..., None])[..., 0].clamp(min=1e-20).log()
             sure = sure.masked_fill(~masked, math.log(torch.finfo(torch.float32).max))      # known tokens stay known
@@ -845,14 +789,13 @@ class Showo(nn.Module):
 # ======================================================================================================
 
 def write_weights(folder, state, config, name=WEIGHTS[0]):
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    common.write(folder / "config.json", config)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / name, metadata={"format": "pt"})
 
 
 def clip_keys(state):
-    """CLIP checkpoints (transformers 4.x names) -> the names of transformers 5: no prefix `vision_model.`. The hub's
-    file holds the text half of CLIP as well, and position numbers that are no longer stored; both are left out."""
+    """A CLIP checkpoint -> the names of transformers 5, without the prefix `vision_model.`; without the text half and
+    the position numbers that the hub's file holds as well."""
     if any(k.startswith("vision_model.") for k in state):
         state = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
     return {k: v for k, v in state.items() if not k.endswith("position_ids")}
@@ -865,22 +808,20 @@ def clip_keys(state):
 
 def pretrain_toy(model, fraction, seed):
     """What the released Show-o had at scale, in small: RecA finds a model that can say all it sees, but draws from
-    captions that seldom name a color or a place. fraction: of the full length.
-
-    RecA's premise is that an image's embeddings live where words live, and are read like words. A model of 1.3 billion
-    parameters gets there by itself; this one is taken there by hand: CLIP's rows are trained to be the words' own
-    embeddings, and words stand in their places while the model learns to describe and to draw."""
+    captions that seldom name a color or a place. RecA's premise is that an image's embeddings live where words live.
+    1.3 billion parameters get there by themselves; this model is taken there by hand: CLIP's rows are trained to be the
+    words' own embeddings, and words stand in their places while it learns to describe and to draw."""
     c, pool, table = model.config, max(64, round(2000 * fraction)), model.showo.model.embed_tokens
 
-    def steps(count):
-        return max(1, round(count * fraction))
+    def stage(title, parameters, loss, count, **options):
+        common.toy_stage(title, parameters, loss, max(1, round(count * fraction)), lr=2e-3, **options)
 
-    def rng(stage, position):
-        return np.random.default_rng((seed, stage, position))
+    def rng(number, position):
+        return np.random.default_rng((seed, number, position))
 
-    # 1. The tokenizer. The toy world is made of a few dozen kinds of 16 x 16 patches; each gets a number as its code,
-    # which the encoder learns to say and the decoder to paint. (A real tokenizer invents its own codes; that takes
-    # longer.) The VQ variant also reads images of half the size.
+    # 1. The tokenizer. The toy world has a few dozen kinds of 16 x 16 patches; the number of a kind is its code, which
+    # the encoder learns to say and the decoder to paint. (A real tokenizer invents its codes; that takes longer.) The
+    # VQ variant also reads images of half the size.
     def patches(images):                                                            # [B, 3, S, S] -> [B, N, 768]
         return F.unfold(images, 16, stride=16).transpose(1, 2)
 
@@ -898,28 +839,30 @@ def pretrain_toy(model, fraction, seed):
             loss = loss + F.mse_loss(model.magvit.decoder(signs), images)
         return loss
 
-    model.magvit.requires_grad_(True)
-    common.toy_stage("image tokenizer", model.magvit.parameters(), tokenizer_loss, steps(250), lr=2e-3, batch=16)
+    stage("image tokenizer", model.magvit.requires_grad_(True).parameters(), tokenizer_loss, 250, batch=16)
     model.magvit.requires_grad_(False)
 
     scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
     pictures = [common.draw_scene(scene, c.image_size) for scene in scenes]
-    asked = [model._recon_text(template) for template in common.templates()]
+    templates = common.templates()
     comma, *known = [model._text_ids(word)[0] for word in (",", *common.TOY_WORDS)]
 
     def surrounded(text, g):
-        """Ids of a caption with gaps in it and sometimes a template behind it: a word means the same wherever it is."""
+        """A caption with gaps in it and sometimes a template behind it: a word means the same wherever it is."""
+        words = text.split()
         for _ in range(int(g.integers(6)) if g.random() < 0.5 else 0):
-            text.insert(int(g.integers(len(text) + 1)), comma)
-        return text + [c.eot] + asked[int(g.integers(len(asked)))] if g.random() < 0.4 else text
+            words.insert(int(g.integers(len(words) + 1)), ",")
+        if g.random() < 0.4:
+            words.append(f"<|endoftext|> USER: \n {templates[int(g.integers(len(templates)))]} ASSISTANT:")
+        return " ".join(words)
 
     def said(scene, p=1.0, g=None):
         """A scene as C words: 4k + 0, 1, 2 say color, shape and place in cell k, color and place with probability p."""
         row = [comma] * c.num_clip
         for place, shape, color in scene:
-            for k, word in enumerate((known[4 + color], known[shape], known[12 + place])):
+            for k, word in enumerate((4 + color, shape, 12 + place)):
                 if k == 1 or p >= 1 or g.random() < p:
-                    row[4 * place + k] = word
+                    row[4 * place + k] = known[word]
         return row
 
     def in_place(rows, words):
@@ -931,13 +874,13 @@ def pretrain_toy(model, fraction, seed):
     def language_loss(positions):
         drawn, ids, labels = [common.random_scene(rng(3, p)) for p in positions], [], []
         for scene, g in zip(drawn, (rng(4, p) for p in positions)):
-            mixed = model._text_ids(common.caption([scene[i] for i in g.permutation(len(scene))]))
-            prompt = [c.t2i, *model._bracket(surrounded(mixed, g))]
+            mixed = surrounded(common.caption([scene[i] for i in g.permutation(len(scene))]), g)
+            prompt = [c.t2i, *model._bracket(model._text_ids(mixed))]
             answer = model._text_ids(common.caption(scene)) + [c.eot]
             ids.append(torch.tensor(prompt + answer))
             labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
-        rows = Rows.causal(pad_sequence(ids, batch_first=True, padding_value=c.pad).tolist(), c.pad)
-        rows.labels = pad_sequence(labels, batch_first=True, padding_value=IGNORED)
+        rows = Rows.causal(pad_sequence(ids, True, c.pad).tolist(), c.pad)
+        rows.labels = pad_sequence(labels, True, IGNORED)
         loss = model._cross_entropy(rows, shift=True)
         if not c.w_clip_vit:
             return loss
@@ -946,7 +889,7 @@ def pretrain_toy(model, fraction, seed):
         return loss + model._cross_entropy(in_place(model._i2t_rows(*talks, words), words), shift=True)
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("language", trained, language_loss, steps(400), lr=2e-3)
+    stage("language", trained, language_loss, 400)
 
     # 3. CLIP and projector learn to say the words. CLIP sees images with its own statistics, and in RecA with the
     # tokenizer's (see `shown`).
@@ -974,7 +917,7 @@ def pretrain_toy(model, fraction, seed):
             return alignment(rows, picked[::2] + picked[1::2])
 
         seeing = [*model.clip.requires_grad_(True).parameters(), *model.mm_projector.parameters()]
-        common.toy_stage("CLIP and projector", seeing, seeing_loss, steps(400), lr=2e-3)
+        stage("CLIP and projector", seeing, seeing_loss, 400)
         model.clip.requires_grad_(False)
 
     # 4. Understanding from full captions, generation from sparse ones, some of them in the places of the CLIP rows.
@@ -987,8 +930,8 @@ def pretrain_toy(model, fraction, seed):
 
     def joint_loss(positions):
         picked, generators = pick(positions), [rng(5, p) for p in positions]
-        texts = [surrounded(model._text_ids(common.caption(scenes[i], 0.15, g)), g) for i, g in zip(picked, generators)]
-        loss = model._t2i_loss([painted[i] for i in picked], texts, rng=Rng(seed, "toy", positions=positions))
+        captions = [surrounded(common.caption(scenes[i], 0.15, g), g) for i, g in zip(picked, generators)]
+        loss = model.t2i_loss([painted[i] for i in picked], captions, rng=Rng(seed, "toy", positions=positions))
         some = picked[:max(1, len(picked) // 3)]
         und = [seen[positions[0] // len(positions) % len(seen)][i] for i in some]
         loss = loss + model.i2t_loss(und, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in some])
@@ -998,11 +941,11 @@ def pretrain_toy(model, fraction, seed):
         few = [painted[i] for i in some]
         tokens = model._mask_tokens(few, model._draws(few, Rng(seed, "toy in place", positions=positions[:len(some)])))
         words = [said(scenes[i], 0.15, g) for i, g in zip(some, generators)]
-        templates = [asked[int(g.integers(len(asked)))] for g in generators[:len(some)]]
-        rows = in_place(model._recon_rows(templates, words, *tokens), words)
+        texts = [model._recon_text(templates[int(g.integers(len(templates)))]) for g in generators[:len(some)]]
+        rows = in_place(model._recon_rows(texts, words, *tokens), words)
         return loss + model._cross_entropy(rows) + alignment(torch.stack([f["und"] for f in und]), some)
 
-    common.toy_stage("understanding and generation", trained, joint_loss, steps(1200), lr=2e-3)
+    stage("understanding and generation", trained, joint_loss, 1200)
 
 
 def flags(parser):
@@ -1014,7 +957,7 @@ def flags(parser):
 
 
 def prepare(model, args):
-    """Called by common.run before training; returns nothing more for the Trainer."""
+    """Before training: what the flags set."""
     if args.flex and model.device.type != "cuda":
         raise InputError("--flex needs a GPU: on a CPU flex_attention has no backward pass")
     model.train_embeddings_in_recon = args.recon_trains_embeddings
