@@ -276,8 +276,7 @@ class Rows:
 
     @classmethod
     def causal(cls, ids, pad):
-        """B equally long lists of ids: each position sees itself and those before. Nothing looks back into padding in
-        front (padding itself does, which changes nothing)."""
+        """B equally long lists of ids: each position sees itself and those before, but no text the padding in front."""
         ids = torch.tensor(ids)
         positions, front = torch.arange(ids.shape[1]), (ids == pad).cumprod(1).sum(1, keepdim=True)
         first, last = torch.where(positions >= front, front, 0), positions.expand_as(ids).clone()
@@ -339,7 +338,7 @@ class Showo(nn.Module):
 
     def set_und(self, size=None, blur=None):
         """What the understanding side of RecA sees of an image (paper, F.2; see `shown`): size, pixels per side, and
-        blur, a factor or None. VQ variant: by default half of the image, or all of it where it is blurred."""
+        blur, a factor. VQ variant: half of the image unless given, or all of it if blurred. InputError: no fit."""
         c = self.config
         size = size or (c.clip_image_size if c.w_clip_vit else c.image_size if blur else c.image_size // 2)
         if c.w_clip_vit and size != c.clip_image_size:
@@ -787,6 +786,7 @@ class Showo(nn.Module):
 # ======================================================================================================
 # 3, continued: files, sizes, names
 # ======================================================================================================
+
 
 def write_weights(folder, state, config, name=WEIGHTS[0]):
     common.write(folder / "config.json", config)
