@@ -250,11 +250,8 @@ class MoTLayer(nn.Module):
         seen = []                                                           # per group: keys and values [B, S, K, d]
         for i, before in enumerate(past):
             # In an image block the order (start, end, latents) does not matter: no mask, one position for all.
-            keys, values = [k_und[i]], [v_und[i]]
-            if before is not None:
-                keys, values = [before[0], *keys], [before[1], *values]
-            if gen is not None:
-                keys, values = [*keys, k_gen[i]], [*values, v_gen[i]]
+            parts = [before, (k_und[i], v_und[i]), (k_gen[i], v_gen[i]) if gen is not None else None]
+            keys, values = zip(*(part for part in parts if part is not None))
             seen.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
         if "und" in read:
             with torch.set_grad_enabled(und_graph):
@@ -281,7 +278,7 @@ class PositionTable(nn.Module):
     def forward(self, height, width):
         """-> [height * width, D], row-major. No interpolation: a small image uses the top left corner of the table."""
         if max(height, width) > self.side:
-            raise InputError(f"{height} x {width} tokens exceed the position table of side {self.side}: use smaller images")
+            raise InputError(f"{height} x {width} tokens exceed the table of side {self.side}: use smaller images")
         return self.pos_embed.view(self.side, self.side, -1)[:height, :width].flatten(0, 1)
 
 
@@ -464,9 +461,8 @@ class Bagel(nn.Module):
 
     def _block(self, contexts, und, gen=None, causal=False, read=None):
         """Run one block of every image. und: per context [B, n, D]; gen: per context [B, N, D], or None. causal: text.
-        read: "und" or "gen" to get these rows after the final norm, per context. The contexts are extended by the
-        block, unless "gen" is read: that is the noisy block, which stands at 0 (seen_from_the_latents) and which nobody
-        sees."""
+        read: "und" or "gen" to get these rows after the final norm, per context. The block extends the contexts, unless
+        "gen" is read: that is the noisy block, which stands at 0 (seen_from_the_latents) and which nobody sees."""
         model, layers, noisy, ropes = self.language_model["model"], self.blocks(), read == "gen", [None, None]
         shapes = [(u.shape[0], u.shape[1], gen[i].shape[1] if gen else 0) for i, u in enumerate(und)]
         if not noisy:
@@ -477,15 +473,15 @@ class Bagel(nn.Module):
         und = torch.cat([u.flatten(0, 1) for u in und])                                                       # [R, D]
         gen = torch.cat([g.flatten(0, 1) for g in gen]) if gen else None
         for i, layer in enumerate(layers):
-            needed = ("und", "gen") if i < len(layers) - 1 else (read,)
+            needed = ("und", "gen") if i < len(layers) - 1 else (read,)              # nobody reads the others
             und, gen, seen = layer(und, gen, [c.kept[i] for c in contexts], shapes, ropes, causal, needed)
             for context, pair in zip(contexts, [] if noisy else seen):
                 context.kept[i] = pair
-        for context, shape in zip(contexts, [] if noisy else shapes):
+        if noisy:
+            return split(model["norm_moe_gen"](gen), shapes, 2)
+        for context, shape in zip(contexts, shapes):
             context.position += shape[1] if causal else 1
-        if read == "und":
-            return split(model["norm"](und), shapes, 1)
-        return split(model["norm_moe_gen"](gen), shapes, 2) if noisy else None
+        return split(model["norm"](und), shapes, 1) if read else None
 
     def _words(self, ids):
         """Token ids (nested list) -> embeddings [..., D]."""
@@ -565,7 +561,7 @@ class Bagel(nn.Module):
 
         def initial():
             for name, p in model.named_parameters():
-                if name.endswith("bias") or name == "llm2vae.weight":    # the latter as the original's pretraining has it
+                if name.endswith("bias") or name == "llm2vae.weight":                 # the latter as in the original
                     yield name, torch.zeros(p.shape, device=device)
                 elif p.dim() == 1:                                                                # norms
                     yield name, torch.ones(p.shape, device=device)
@@ -582,7 +578,7 @@ class Bagel(nn.Module):
         for name, tensor in tensors:
             precision = torch.bfloat16 if tensor.is_cuda and name in frozen else dtype
             state[name] = tensor.to(device, torch.float32 if name.startswith("vae.") else precision)
-        common.load_strictly(self, {name: tensor.to("meta") for name, tensor in state.items()}, source)   # no values yet
+        common.load_strictly(self, {name: tensor.to("meta") for name, tensor in state.items()}, source)    # no values
         self.load_state_dict(state, assign=True)
         self.to(device).eval()
 
@@ -631,9 +627,9 @@ class Bagel(nn.Module):
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
     def _contexts(self, ids, vits=None, latents=None, target=None):
-        """Reads the images that come before a text: clean latents, ViT patches; each where it is given. One entry an
-        image: ids of the text (their number counts); vits [rows, columns, width of the ViT]; latents [h, w, C]; target:
-        what will be painted (its shape counts). Images with equal shapes form one Context."""
+        """Reads what comes before a text: clean latents, ViT patches, each where given. One entry an image: ids of the
+        text (their number counts); vits [rows, columns, width of the ViT]; latents [h, w, C]; target: what will be
+        painted (its shape counts). Images with equal shapes form one Context."""
         vits, latents, target = (each or [None] * len(ids) for each in (vits, latents, target))
         shapes = [tuple(x if x is None else x.shape for x in each) for each in zip(vits, latents, target)]
         contexts = [Context(places, [None] * len(self.blocks()))
@@ -649,8 +645,7 @@ class Bagel(nn.Module):
         return contexts
 
     def _read_text(self, contexts, ids, read=None):
-        """Extends the contexts by the images' texts (ids, markers included; []: no text) -> those that have one, and
-        with read="und" its rows after the final norm."""
+        """Extends the contexts by the images' texts (ids; []: none) -> those with one, and for "und" its last rows."""
         told = [c for c in contexts if ids[c.images[0]]]
         if not told and dist.is_initialized():
             # Every text of this rank was dropped. Under FSDP the others gather the layers' weights for theirs: join in.
@@ -663,9 +658,8 @@ class Bagel(nn.Module):
     # ==================================================================================================
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA (paper, equation 2): paint the image that these understanding embeddings describe. features: encode(..,
-        "recon"), one dict an image; templates: one text each; draws: see _draws. Returns a scalar: squared error of the
-        velocity, mean over 64 channels and over all latent tokens of all ranks, so large images weigh more (as in the
-        original)."""
+        "recon"), one dict an image; templates: one text each; draws: see _draws. -> scalar, the velocity's squared
+        error, mean over channels and all latent tokens of all ranks: large images weigh more, as in the original."""
         return self._flow_loss(features, templates, draws or self._draws(features, rng), self.condition)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
@@ -674,9 +668,8 @@ class Bagel(nn.Module):
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a
-        text block per question and per answer, all causal. Conversations are lists of (question, answer); features
-        without "vit" are texts without an image. In RecA the understanding expert is frozen, so this is a measure and
-        has no gradient; freeze(train_und=True) gives it one."""
+        text block per question and per answer. Conversations are lists of (question, answer); features without "vit"
+        are texts without an image. A measure without gradient, unless freeze(train_und=True) opens the expert."""
         ids, labels, total, count = [[] for _ in conversations], [[] for _ in conversations], 0.0, 0
         for i, turns in enumerate(conversations):
             for question, answer in turns:
@@ -695,13 +688,12 @@ class Bagel(nn.Module):
     def _draws(self, features, rng=None):
         """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
         vae_noise and condition_noise [channels, 2 h, 2 w], flow_noise [h, w, C]."""
-        def of_image(f, g):
-            return {"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROP),
-                    "timestep_normal": torch.randn((), generator=g),
-                    "vae_noise": torch.randn(f["mean"].shape, generator=g),
-                    "flow_noise": torch.randn(self._tokens(f["mean"]).shape, generator=g),
-                    "condition_noise": torch.randn(f["mean"].shape, generator=g)}
-        rows = [of_image(f, g) for f, g in zip(features, (rng or Rng.fresh(len(features))).images)]
+        rows = [{"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROP),
+                 "timestep_normal": torch.randn((), generator=g),
+                 "vae_noise": torch.randn(f["mean"].shape, generator=g),
+                 "flow_noise": torch.randn(self._tokens(f["mean"]).shape, generator=g),
+                 "condition_noise": torch.randn(f["mean"].shape, generator=g)}
+                for f, g in zip(features, (rng or Rng.fresh(len(features))).images)]
         return {name: [row[name] for row in rows] for name in rows[0]}
 
     def _flow_loss(self, features, texts, draws, condition):
@@ -717,8 +709,8 @@ class Bagel(nn.Module):
         t = torch.stack(list(draws["timestep_normal"])).to(self.device).sigmoid()
         x = [(1 - ti) * zi + ti * noise for ti, zi, noise in zip(t, z, noises)]
         velocities = self._latent_block(contexts, x, t, read="gen")
-        errors = [(v.float() - (n - zi)).square().mean(-1).flatten() for v, zi, n in zip(velocities, z, noises)]
-        errors = torch.cat(errors)                                                                # one a latent token
+        errors = torch.cat([(v.float() - (noise - zi)).square().mean(-1).flatten()                # one a latent token
+                            for v, zi, noise in zip(velocities, z, noises)])
         return common.global_mean(errors.sum(), len(errors))
 
     # ==================================================================================================
@@ -726,27 +718,23 @@ class Bagel(nn.Module):
     # ==================================================================================================
     @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
-        """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024 pixels). seed: see
-        Rng.sampling. draws: {"noise": [h, w, C] per image}. sampler: what differs from GENERATE; progress=True shows a
-        bar. The guidance's text-free context is empty, its latents stand at position 0."""
+        """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024). seed: see
+        Rng.sampling. draws: {"noise": [h, w, C] per image}. sampler: what differs from GENERATE; progress=True: bar."""
         size = self.config.image_size if size is None else size
         return self._paint_images([{} for _ in prompts], (), prompts, size, seed, draws, **GENERATE | sampler)
 
     @torch.no_grad()
     def reconstruct(self, images, *, templates=None, seed=0, draws=None, size=None, **sampler):
-        """Image to image through the understanding embeddings alone (ViT at und_size, then a template): PIL in and out.
-        size: default the VAE's size for the photo. sampler: what differs from RECONSTRUCT, the settings of the
-        original's notebook (whose ViT sees more, 518 px, than in training)."""
+        """Image to image through the understanding embeddings alone (ViT at und_size, then a template), by default at
+        the VAE's size for the photo. sampler: what differs from RECONSTRUCT. (In the notebook the ViT sees 518 px.)"""
         samples = [self.preprocess(image, "recon") for image in images]
         templates = templates or [common.SEED_TEMPLATE] * len(images)
         return self._paint_images(samples, (self.condition,), templates, size, seed, draws, **RECONSTRUCT | sampler)
 
     @torch.no_grad()
     def edit(self, images, instructions, *, seed=0, draws=None, size=None, **sampler):
-        """Edit images by instruction: VAE block, ViT block, text. PIL in and out; `size` by default that of the input,
-        by the VAE's rule. sampler: what differs from EDIT, the original's ImgEdit script (its command line passes an
-        image guidance of 1.5, its function and its notebook have 2.0). draws: {"noise", "vae_noise": [16, 2 h, 2
-        w]}."""
+        """Edit images by instruction: VAE block, ViT block, text; by default at the VAE's size for the photo. sampler:
+        what differs from EDIT. draws: "noise" [h, w, C] and "vae_noise" [channels, 2 h, 2 w] per image."""
         samples = [self.preprocess(image, "edit") for image in images]
         return self._paint_images(samples, ("vae", "vit"), instructions, size, seed, draws, **EDIT | sampler)
 
@@ -770,8 +758,7 @@ class Bagel(nn.Module):
         return [row[1:row.index(end)] if end in row else row[1:] for row in said.tolist()]
 
     def _paint_images(self, samples, kinds, texts, size, seed, draws, **sampler):
-        """What generate, reconstruct and edit share: (VAE block) (ViT block) text -> PIL. kinds: the blocks to read;
-        size: a side, (height, width), or None: as the sample's VAE pixels."""
+        """kinds: the blocks before the text; size: a side, (height, width), or None: as the sample's VAE pixels."""
         noise, rng, s = [], Rng.sampling(seed, len(texts)), self.config.stride
         for sample, g in zip(samples, rng.images):
             height, width = (size, size) if isinstance(size, int) else size or sample["vae"].shape[1:]
@@ -779,12 +766,11 @@ class Bagel(nn.Module):
                 raise InputError(f"an image of {height} x {width} cannot be painted: sides must be multiples of {s}")
             noise.append(torch.randn(height // s, width // s, self.config.latent_dim, generator=g))
         features = self.encode([{kind: sample[kind] for kind in kinds} for sample in samples], "edit")
-        draws, vits, clean = {"noise": noise} | (draws or {}), None, None
+        draws, clean = {"noise": noise} | (draws or {}), None
         if "vae" in kinds:
             posterior = [torch.randn(f["mean"].shape, generator=g) for f, g in zip(features, rng.images)]
             clean = self._latents(features, draws.get("vae_noise", posterior))
-        if "vit" in kinds:
-            vits = [f["vit"] for f in features]
+        vits = [f["vit"] for f in features] if "vit" in kinds else None
         ids = [self._text_ids(text) for text in texts]
         contexts = self._contexts(ids, vits, clean, noise)
         text_free = [Context(c.images, list(c.kept), c.position) for c in contexts]
@@ -799,9 +785,8 @@ class Bagel(nn.Module):
     def _sample(self, sets, noise, *, num_steps, timestep_shift, guidance_scale, image_guidance_scale, interval, renorm,
                 renorm_min, progress=False, trace=None):
         """Euler steps of the flow from noise (t = 1) to latents (t = 0): list of [h, w, C] in and out. sets: three
-        lists of contexts, with everything, without the last text, without images; they were read once. At a guided step
-        the three passes share their rows and run as one batch, each at the position of its own context. trace: a list
-        that gets (t, x, velocity, both scales)."""
+        lists of contexts: with everything, without the last text, without images. At a guided step their passes run as
+        one batch, each at the position of its own context. trace: a list that gets (t, x, velocity, both scales)."""
         if renorm not in ("global", "channel", "text_channel"):
             raise InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
         count, x = len(noise), [n.to(self.device) for n in noise]
@@ -825,10 +810,9 @@ class Bagel(nn.Module):
 
 def guide(velocities, text_scale, image_scale, renorm, renorm_min):
     """Guidance of one image. velocities [h, w, C]: with everything, without the last text, and perhaps without images.
-    A guided velocity is too long; `renorm` shrinks it back: "global" by one factor an image (the original takes one
-    factor a *batch*, so that there a batch changes its images), "channel" one a token, "text_channel" one a token after
-    the text guidance and before the image guidance. The factor stays in [renorm_min, 1]: renorm_min = 1 switches it
-    off."""
+    A guided velocity is too long; `renorm` shrinks it back: "global" by one factor an image (the original: one a batch,
+    so that a batch changes its images), "channel" one a token, "text_channel" one a token between text and image
+    guidance. The factor stays in [renorm_min, 1]: renorm_min = 1 switches it off."""
     def shrink(w):
         axes = (0, 1, 2) if renorm == "global" else -1
         length, guided = (torch.linalg.vector_norm(y, dim=axes, keepdim=True) for y in (v, w))
@@ -920,9 +904,9 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and moments in bf16, rounded
-    stochastically. bf16 keeps 8 bits: an update below 1/256 of a weight is lost by rounding to nearest, at every step,
-    and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is
-    cut off, is right in the mean. Draws follow from (seed, update, rank), so that a resumed run draws the same."""
+    stochastically. bf16 keeps 8 bits: rounding to nearest loses an update below 1/256 of a weight, at every step, and
+    4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut
+    off, is right in the mean. Draws follow from (seed, update, rank), so that a resumed run draws the same."""
 
     def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0})
@@ -962,9 +946,9 @@ class StochasticAdamW(torch.optim.Optimizer):
 
 
 def shard(model):
-    """FSDP2: every decoder layer (both experts) is divided over all ranks, and so are the trained weights outside. What
-    is frozen outside (ViT, VAE, embedding, head: 3.2 GB) stays whole on every rank, so that encoding images needs no
-    communication. Gradients arrive as the mean over ranks, in float32; on a GPU the layers compute in bf16."""
+    """FSDP2: every decoder layer (both experts) and the trained weights outside are divided over all ranks. What is
+    frozen outside (ViT, VAE, embedding, head: 3.2 GB) stays whole, so that encoding images needs no communication.
+    Gradients arrive as the mean over ranks, in float32; on a GPU the layers compute in bf16."""
     inside = {p for layer in model.blocks() for p in layer.parameters()}
     frozen_outside = {p for p in model.parameters() if not p.requires_grad} - inside
     device, policy = model.device.type, MixedPrecisionPolicy()
@@ -986,9 +970,9 @@ def unshard(model, whole=True):
 
 
 class BagelTrainer(common.Trainer):
-    """The loop of common.py, with checkpoints that any number of ranks can write and read, and previews when sharded. A
-    checkpoint holds the files of the release (bf16 after training on GPUs: it can be used as it is), and in shards/ the
-    exact trained weights and the optimizer, written by each rank for itself with torch.distributed.checkpoint."""
+    """The loop of common.py, with checkpoints that any number of ranks write and read, and previews when sharded. A
+    checkpoint holds the files of the release (bf16 after training on GPUs), and in shards/ the exact trained weights
+    and the optimizer, written by each rank for itself with torch.distributed.checkpoint."""
 
     def __init__(self, model, streams, args, show=None, **more):
         def show_together(step):
@@ -1019,8 +1003,8 @@ class BagelTrainer(common.Trainer):
                     shutil.rmtree(old)
         except (InputError, OSError, dcp.api.CheckpointException, RuntimeError, SafetensorError) as error:
             common.remove(temporary)
-            reason = f"{common.brief(error)}; the checkpoints before it are kept"
-            raise InputError(f"cannot write {folder}: {reason}") from error
+            reason = f"cannot write {folder}: {common.brief(error)}; the checkpoints before it are kept"
+            raise InputError(reason) from error
         if dist.is_initialized():
             dist.barrier()
 
@@ -1050,10 +1034,7 @@ def pretrain_toy(model, fraction, seed):
     def rng(stage, position):
         return np.random.default_rng((seed, stage, position))
 
-    # 1. The autoencoder, first on quarters of pictures (one cell, a quarter of the work), then on whole ones: its norms
-    # see the whole picture.
-    model.requires_grad_(False)
-    model.vae.requires_grad_(True)
+    # 1. The autoencoder, first on quarters of pictures (one cell, little work), then on whole ones: its norms see all.
     with torch.no_grad():                       # the posterior's spread is set, not learnt: exp(-6 / 2) = 0.05
         spread = model.vae.encoder.conv_out
         spread.weight[c.vae_z_channels:], spread.bias[c.vae_z_channels:] = 0, -6
@@ -1070,10 +1051,9 @@ def pretrain_toy(model, fraction, seed):
         pixels = crowded(positions).unflatten(2, (2, -1)).unflatten(4, (2, -1))              # [B, 3, 2, S/2, 2, S/2]
         return autoencode(pixels[:, :, positions[0] // 16 % 2, :, positions[0] // 32 % 2])
 
-    vae = list(model.vae.parameters())
+    vae = list(model.vae.requires_grad_(True).parameters())
     common.toy_stage("autoencoder", vae, quarters, steps(300), lr=2e-3, batch=16)
     common.toy_stage("autoencoder", vae, lambda positions: autoencode(crowded(positions)), steps(200), batch=4)
-    model.vae.requires_grad_(False)
     scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
     pictures = [model.preprocess(common.draw_scene(scene, size), "recon") for scene in scenes]
     features = [f for k in range(0, pool, 64)
@@ -1082,7 +1062,7 @@ def pretrain_toy(model, fraction, seed):
     c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()     # mean 0, deviation 1
 
     # 2. Language: descriptions of what the places of the patches say, which are mixtures of words, and of captions in
-    # any order. While this lasts, a picture's "vit" is [side, side, 16], how loud each word is.
+    # any order. From here on, a picture's "vit" is [side, side, 16], how loud each word is.
     def mixed(said):
         return (said @ table[words]).flatten(1, 2) + model.vit_pos_embed(side, side)
 
@@ -1100,7 +1080,6 @@ def pretrain_toy(model, fraction, seed):
     model._embed_vit = mixed
     und = [p for n, p in model.named_parameters() if p.requires_grad and not generates(n)]
     common.toy_stage("language", und, language, steps(500))
-    del model._embed_vit                                                                # the class's own method again
     model.freeze()
 
     # 3. ViT and the first half of the connector; the second half is set to the words' embeddings, one word a hidden
@@ -1120,7 +1099,6 @@ def pretrain_toy(model, fraction, seed):
     common.toy_stage("vision", eyes.parameters(), see, steps(400))
 
     # 4. Generation from sparse captions, some of them said in the places of the patches.
-    model.requires_grad_(False)
     model.freeze()
     own = dict(model.named_parameters())
     with torch.no_grad():
@@ -1129,20 +1107,17 @@ def pretrain_toy(model, fraction, seed):
                 parameter.copy_(own[name.replace("_moe_gen", "")])
 
     def paint(positions):
-        picked, draws = [p * 7919 % pool for p in positions], common.Rng(seed, "toy t2i", positions=positions)
+        picked, few = [p * 7919 % pool for p in positions], len(positions) // 4
         captions = [common.caption(scenes[i], 0.15, rng(5, p)) for i, p in zip(picked, positions)]
+        draws = Rng(seed, "toy t2i", positions=positions)
         loss = model.t2i_loss([features[i] for i in picked], captions, rng=draws)
-        some = list(zip(picked, positions))[:len(picked) // 4]
         shown = [{**features[i], "vit": common.scene_words(scenes[i], side, 0.15, rng(6, p)).unflatten(0, (side, side))}
-                 for i, p in some]
-        model._embed_vit = mixed
-        draws = common.Rng(seed, "toy in place", positions=positions[:len(some)])
-        loss = loss + model.recon_loss(shown, [common.SEED_TEMPLATE] * len(some), rng=draws)
-        del model._embed_vit
-        return loss
+                 for i, p in zip(picked[:few], positions)]
+        draws = Rng(seed, "toy in place", positions=positions[:few])
+        return loss + model.recon_loss(shown, [common.SEED_TEMPLATE] * few, rng=draws)
 
-    trained = [p for p in model.parameters() if p.requires_grad]
-    common.toy_stage("generation", trained, paint, steps(800), lr=2e-3)
+    common.toy_stage("generation", (p for p in model.parameters() if p.requires_grad), paint, steps(800), lr=2e-3)
+    del model._embed_vit                                                                # the class's own method again
 
 
 def flags(parser):
@@ -1159,7 +1134,7 @@ def flags(parser):
 
 def prepare(model, args):
     """Called before training: picks what fits, says so, shards. -> arguments for the Trainer."""
-    ranks, cuda = common.world()[1], model.device.type == "cuda"
+    (rank, ranks), cuda = common.world(), model.device.type == "cuda"
     trained = [p for p in model.parameters() if p.requires_grad]
     count, bf16 = sum(p.numel() for p in trained), args.optimizer == "bf16"
     if args.optimizer == "auto" and cuda:
@@ -1181,10 +1156,10 @@ def prepare(model, args):
     else:
         optimizer = torch.optim.AdamW(groups, **options, fused=cuda)
         told = "float32 masters and AdamW (16 bytes a weight)"
-    if common.world()[0] == 0:
-        told += (f", FSDP2 over {ranks} ranks" if ranks > 1 else "") + (", checkpointing" if args.checkpointing else "")
-        told += f" [--optimizer {args.optimizer}]"
-        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {model.device.type}: {told}")
+    told += (f", FSDP2 over {ranks} ranks" if ranks > 1 else "") + (", checkpointing" if args.checkpointing else "")
+    if rank == 0:
+        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {model.device.type}: {told} "
+              f"[--optimizer {args.optimizer}]")
     return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})   # FSDP2 has averaged
 
 
