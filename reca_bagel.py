@@ -365,7 +365,7 @@ class Bagel(nn.Module):
             raise InputError(f"--blur {self.und_blur}: at most {self.und_size // 2}, half of what the ViT sees")
 
     def freeze(self, train_und=False):
-        """All but what RecA trains. train_und=True opens the language model (pretraining of `tiny`; a fixture)."""
+        """Freezes all but what RecA trains. train_und=True opens the language model (`tiny`, a fixture)."""
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(generates(name) or train_und and name.startswith("language_model."))
         for layer in self.blocks():
@@ -645,7 +645,7 @@ class Bagel(nn.Module):
         return contexts
 
     def _read_text(self, contexts, ids, read=None):
-        """Extends the contexts by the images' texts (ids; []: none) -> those with one, and for "und" its last rows."""
+        """Extends the contexts by the images' texts (ids; []: none) -> those with one, and what _block returns."""
         told = [c for c in contexts if ids[c.images[0]]]
         if not told and dist.is_initialized():
             # Every text of this rank was dropped. Under FSDP the others gather the layers' weights for theirs: join in.
