@@ -1301,9 +1301,10 @@ def speed_up(model, args):
             block.compile()
 
 
-def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer=Trainer):
+def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
     """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
-    subclass of Trainer, for a script that needs one."""
+    subclass of Trainer, for a script that needs one; inference_jobs: {function(model, args, jobs): jobs}, to be called
+    after training like those of section 6."""
     device = start_process(args)
     if args.bench:
         return bench(model_class, args, device, prepare, trainer)
@@ -1314,7 +1315,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     if args.steps and not args.resume and checkpoints and not toy:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
     # Bad files fail before anything is downloaded, and not after days of training.
-    rows, todo = build_rows(args) if args.steps else {}, {}
+    rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
     if args.generate:
         todo[generate_files] = prompt_jobs(args.generate, out, args.images)
     if args.reconstruct:

@@ -1242,7 +1242,7 @@ BENCHMARKS = {
     "mmmu": Benchmark(mmmu, ("MMMU",)),
     "seed": Benchmark(seed, ("SEED",)),
     "recon": Benchmark(recon, ("PSNR", "SSIM", "CLIP"), 4),
-    "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "All")),
+    "shapes": Benchmark(shapes, (*SHAPE_COLUMNS.values(), "All"), 0),
 }
 
 def summarize(label, seeds, columns):
@@ -1255,7 +1255,7 @@ def summarize(label, seeds, columns):
     return {**row, "n": n, "expected": expected, "partial": n < expected or any(s["problems"] for s in seeds)}
 
 def in_groups(rows):
-    """The rows in groups, {"Harmon": [rows labelled "Harmon: before", "Harmon: RecA"]}; "" without such a beginning."""
+    """{"Harmon": [rows labelled "Harmon: before", "Harmon: RecA", ...]}; the group of a label without ": " is ""."""
     groups = defaultdict(list)
     for row in rows:
         groups[row["label"].rpartition(": ")[0]].append(row)
@@ -1272,7 +1272,8 @@ def markdown(rows, columns, d):
         text = f"{value:.{d}f}" + (f" ± {row['std'][c]:.{d}f}" if "std" in row else "")
         return text if row is bases[id(row)] or base is None else f"{text} ({round(value, d) - round(base, d):+.{d}f})"
     table = [["Model", *columns], ["---"] * (len(columns) + 1)]
-    table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, c) for c in columns)] for row in rows]
+    table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, c) for c in columns)]
+              for group in in_groups(rows).values() for row in group]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in table)
 
 def chart(rows, columns, height=200, bar=12):

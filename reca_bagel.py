@@ -832,7 +832,7 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-LLM_FIELDS = [field.name for field in fields(BagelConfig)[:8]]
+LLM_FIELDS = [field.name for field in fields(BagelConfig)[:8]]                 # vocab_size to rope_theta
 
 
 def read_config(folder):
@@ -1208,16 +1208,8 @@ def main():
     Bagel.condition = args.condition
     if args.lambda_i2t or args.i2t_data:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
-    jobs = edit_jobs(args.edit, args.edit_images, args.out) if args.edit else []       # refused before loading
-    if args.steps or args.bench or args.generate or args.reconstruct or args.describe or not args.edit:
-        common.run(Bagel, args, pretrain_toy, prepare, BagelTrainer)
-    if jobs and common.world()[0] == 0:
-        source = sorted(Path(args.out).glob("checkpoint-*"))[-1] if args.steps else args.model
-        source = common.toy_folder(Bagel, args, pretrain_toy) if source == "tiny" else source
-        dtype = torch.bfloat16 if args.precision == "bf16" else torch.float32
-        model = Bagel.from_pretrained(str(source), "cuda" if torch.cuda.is_available() else "cpu", dtype)
-        model.set_und(args.und_size, args.blur)
-        edit_files(model, args, jobs)
+    editing = {edit_files: edit_jobs(args.edit, args.edit_images, args.out)} if args.edit else {}
+    common.run(Bagel, args, pretrain_toy, prepare, BagelTrainer, editing)
 
 
 if __name__ == "__main__":

@@ -959,7 +959,7 @@ def test_runs_of_the_toy_world_are_compared_over_seeds(tmp_path, capsys):
     assert run("shapes", *grouped, "--out", tmp_path / "groups")                      # each group against its own first
     table = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     assert table[0] == ["| Model", "Overall", "Recon. |"]                              # no column without a number
-    assert [row[1].partition("(")[2] for row in table[2:]] == ["", "+50.0)", "", "+25.0)"]
+    assert [row[1].partition("(")[2] for row in table[2:]] == ["", "+50)", "", "+26)"]
     one, two = (Image.open(tmp_path / name / "scores.png") for name in ("table", "groups"))
     assert two.width > 1.5 * one.width and two.height < one.height                     # two panels side by side
     (tmp_path / "sft" / "seed1" / "scores.json").write_text('{"before": {}}')
