@@ -229,6 +229,33 @@ def test_the_commands_run(session, title):
     session(title)
 
 
+# ---- the effect, on a laptop -----------------------------------------------------------------------------------------
+
+
+def test_the_study_of_the_tiny_models(tmp_path, monkeypatch):
+    """The README's runs of the tiny models, five seeds of each, are command lines that the scripts understand; from
+    what such runs leave, its last command makes the table, with a number in every cell, and the picture."""
+    monkeypatch.chdir(tmp_path)
+    block = re.search(r"<!-- study -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
+    script = "python() { printf '%s\\t' \"$@\"; echo; }\n" + block
+    done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
+    *runs, (last, *arguments) = [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
+    for k, (script, *flags) in enumerate(runs):
+        args = asked(importlib.import_module(script.removesuffix(".py")), flags)
+        assert args.model in ("tiny", "tiny-vq") and args.steps > 0 and f"seed{args.seed}" == Path(args.out).name
+        scores = {name: k / len(runs) for name in ev.SHAPE_COLUMNS}
+        write(Path(args.out) / "scores.json", {"before": scores, "after": scores})
+    assert last == "eval.py"
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        ev.main(arguments)
+    table = [line for line in text.getvalue().splitlines() if line.startswith("| ")]
+    assert all("±" in cell for row in table[2:] for cell in row.split("|")[2:-1])
+    assert len(runs) == 5 * len({Path(flags[flags.index("--out") + 1]).parent for _, *flags in runs})
+    names = [row.split("|")[1] for row in table[2:]]
+    assert names == re.findall(r"^\|( \w[\w-]+: [^|]*)\|", README, re.MULTILINE)                # the README's own table
+    assert Image.open("out/toy/scores.png").width > 1000
+
+
 # ---- Table 8 ---------------------------------------------------------------------------------------------------------
 
 # learning rate, weight decay, warm-up, steps, accumulation, images per GPU, λ_i2t; everywhere λ_recon = 1, λ_t2i = 0
