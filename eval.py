@@ -1193,7 +1193,7 @@ def shapes(out, args, problems):
     --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All: everything said is there; GenEval-like
     columns need captions of one and of two objects that say everything. --sources: all must come back as it was.
     Neither: OUT is a finished run of --model tiny, whose own scores.json is read: what training led to or, in a row
-    that is labelled `before`, what it began with."""
+    that is labelled `before` (or `GROUP: before`, see in_groups), what it began with."""
     require(args.prompts or args.sources, "shapes needs --prompts captions.txt, --sources DIR, or runs of --model tiny")
     words = common.PLACES, common.SHAPES, tuple(common.COLORS)
     lines = [line.strip() for line in read_text(args.prompts).splitlines() if line.strip()] if args.prompts else []
@@ -1313,7 +1313,7 @@ def parse_outputs(arguments):
 
 def toy_run(path, label):
     """scores.json of a run of --model tiny (see shapes)."""
-    scores = common.read_json(path / "scores.json").get("before" if label.endswith("before") else "after")
+    scores = common.read_json(path / "scores.json").get("before" if label.rpartition(": ")[2] == "before" else "after")
     require(isinstance(scores, dict), f"{path} is not a finished run of --model tiny")
     values = percent({column: scores.get(name) for name, column in SHAPE_COLUMNS.items()})
     return {"folder": str(path), "values": values, "n": 1, "expected": 1, "problems": Problems()}

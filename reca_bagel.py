@@ -358,11 +358,12 @@ class Bagel(nn.Module):
     def set_und(self, size=None, blur=None):
         """The paper's ablations: the side of what the ViT sees, and blurring it. Raises InputError."""
         p, most = self.config.vit_patch_size, self.config.vit_max_num_patch_per_side * self.config.vit_patch_size
-        self.und_size, self.und_blur = size or self.und_size, blur or self.und_blur
-        if not p <= self.und_size <= most:
+        size, blur = size or self.und_size, blur or self.und_blur
+        if not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
-        if self.und_blur > self.und_size // 2:                  # here, as preprocess runs in a worker
-            raise InputError(f"--blur {self.und_blur}: at most {self.und_size // 2}, half of what the ViT sees")
+        if blur > size // 2:                                    # here, as preprocess runs in a worker
+            raise InputError(f"--blur {blur}: at most {size // 2}, half of what the ViT sees")
+        self.und_size, self.und_blur = size, blur
 
     def freeze(self, train_und=False):
         """Freezes all but what RecA trains. train_und=True opens the language model (`tiny`, a fixture)."""
@@ -832,7 +833,9 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-LLM_FIELDS = [field.name for field in fields(BagelConfig)[:8]]                 # vocab_size to rope_theta
+LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "num_key_value_heads", "rms_norm_eps", "rope_theta")
+OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
 
 
 def read_config(folder):
@@ -843,7 +846,7 @@ def read_config(folder):
     known = {name: llm[name] for name in LLM_FIELDS if name in llm} | {f"vit_{name}": v for name, v in vit.items()}
     if "num_hidden_layers" in vit:
         known["vit_num_hidden_layers"] -= 1                     # the last layer is never built, see BagelConfig
-    known |= config
+    known |= {name: config[name] for name in OTHER_FIELDS if name in config}
     known = {field.name: known[field.name] for field in fields(BagelConfig) if field.name in known}
     try:
         known |= config.get("reca", {})

@@ -345,6 +345,8 @@ class Showo(nn.Module):
             raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (VQ: multiples of 16)")
         if not c.w_clip_vit and (size % 16 or size > c.image_size):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
+        if blur and not 1 <= blur <= c.image_size // 2:             # before training, not at the first image
+            raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
         self.und_size, self.und_blur = size, blur
 
     def parts(self, *names):
@@ -489,9 +491,13 @@ class Showo(nn.Module):
             clip, side = bool(given["w_clip_vit"]), math.isqrt(given["num_vq_tokens"])
             config = ShowoConfig(w_clip_vit=clip, image_size=16 * side, llm_vocab_size=given["llm_vocab_size"],
                                  max_text=576 if clip else 381)
-            return dataclasses.replace(config, **given.get("sizes", {}))
+            config = dataclasses.replace(config, **given.get("sizes", {}))
+            expected, found = config.vocab_size, given["vocab_size"]
         except (KeyError, TypeError) as error:
             raise InputError(f"{folder / 'config.json'} is not the config of a Show-o checkpoint ({error})") from error
+        if found != expected:
+            raise InputError(f"{folder / 'config.json'}: vocab_size is {found}, expected {expected}")
+        return config
 
     def save_pretrained(self, folder):
         """The released layout (the original repository reads it); tokenizer, CLIP and MAGVIT-v2 in sub-folders."""

@@ -456,9 +456,10 @@ def test_showo_released_config_needs_nothing_of_ours(tmp_path):
     assert Showo._read_config(tmp_path) == reca_showo.CONFIGS["showlab/show-o-w-clip-vit"]
     (tmp_path / "config.json").write_text(json.dumps(released | {"w_clip_vit": False, "num_vq_tokens": 1024}))
     assert Showo._read_config(tmp_path) == reca_showo.CONFIGS["showlab/show-o-512x512"]
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": "phi"}))
-    with pytest.raises(common.InputError):
-        Showo._read_config(tmp_path)
+    for bad in (released | {"vocab_size": 50000}, {"model_type": "phi"}):
+        (tmp_path / "config.json").write_text(json.dumps(bad))
+        with pytest.raises(common.InputError):
+            Showo._read_config(tmp_path)
 
 
 def test_showo_strict_keys(tiny, tmp_path):
@@ -704,7 +705,6 @@ def test_showo_und_size_and_blur():
     for bad in ({"size": 24}, {"size": 128}, {"blur": 64}):
         with pytest.raises(common.InputError):
             model.set_und(**bad)
-            model.shown(shown)
     with pytest.raises(common.InputError, match="32 pixels only"):
         Showo(reca_showo.CONFIGS["tiny"]).set_und(size=64)
 
