@@ -49,14 +49,10 @@ from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-# ======================================================================================================
-# 1. Errors and files
-# ======================================================================================================
-
+# ==== 1. Errors and files =============================================================================
 
 class InputError(Exception):
     """Something the user gave cannot work. The message is one line: what is wrong, and what to do."""
-
 
 def cli(main):
     """Run `main()`; an InputError, or a batch that does not fit, becomes one line on stderr and exit code 2."""
@@ -75,11 +71,9 @@ def cli(main):
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
-
 def brief(error):
     """The first line of an exception, without the addresses of objects (<... at 0x7f...>)."""
     return (str(error).split(" <")[0].splitlines() or [type(error).__name__])[0][:120]
-
 
 def remove(path):
     """Delete a file, or a folder with all that is in it; nothing happens where there is none."""
@@ -87,7 +81,6 @@ def remove(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
-
 
 @contextlib.contextmanager
 def atomic(path):
@@ -112,7 +105,6 @@ def atomic(path):
     finally:
         remove(temporary)
 
-
 def write(path, content):
     """A PIL image, the rows of a .jsonl, or what a .json shall hold -> the file, atomically."""
     with atomic(path) as temporary:
@@ -123,14 +115,12 @@ def write(path, content):
         else:
             temporary.write_text(json.dumps(content, indent=1, default=str))
 
-
 def inside(folder, name):
     """folder / name, for a name that comes from a file or an archive. InputError where it leads out of the folder."""
     path = Path(folder) / name
     if not path.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(f"{name} leads out of {folder}: not written")
     return path
-
 
 def read_json(path, lines=False):
     """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the malformed line."""
@@ -146,14 +136,12 @@ def read_json(path, lines=False):
             raise InputError(f"{path}: line {number + error.lineno} is not JSON ({error.msg})") from error
     return rows if lines else rows[0]
 
-
 def mend_lines(path, keep=lambda row: True):
     """The rows of a .jsonl that runs append to, [] if there is none. Removes what a kill cut off or `keep` refuses."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
     rows = [row for row in map(json.loads, lines) if keep(row)]
     write(path, rows)
     return rows
-
 
 def hub_folder(source, patterns):
     """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
@@ -168,7 +156,6 @@ def hub_folder(source, patterns):
     except Exception as error:        # the hub raises dozens of types: offline, not found, gated, time-out, proxy ...
         raise InputError(f"cannot get {source} from the Hugging Face hub ({type(error).__name__}): check the name "
                          "and the network, or give --model DIR with the files, or try --model tiny") from error
-
 
 def load_state(path):
     """A checkpoint file -> a flat dict of CPU tensors: .safetensors, an .index.json of shards, or a torch file, which
@@ -186,7 +173,6 @@ def load_state(path):
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     return {key: value for key, value in state.items() if torch.is_tensor(value)}
-
 
 def find_checkpoint(source, released, kinds, beside):
     """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
@@ -210,7 +196,6 @@ def find_checkpoint(source, released, kinds, beside):
             return found[0]
     raise InputError(f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint")
 
-
 def find_weights(folder, *names):
     """The state dict of the first of `names` in the folder: one file, or shards with an index. InputError if none."""
     for name in names:
@@ -218,7 +203,6 @@ def find_weights(folder, *names):
             if path.exists():
                 return load_state(path)
     raise InputError(f"{folder} holds no {' and no '.join(names)}")
-
 
 def load_strictly(module, state, name):
     """load_state_dict whose InputError names the missing, unexpected or wrongly shaped keys."""
@@ -230,7 +214,6 @@ def load_strictly(module, state, name):
             raise InputError(f"{name} {what} {len(keys)} keys: {', '.join(sorted(keys)[:4])}{' ...' * (len(keys) > 4)}")
     module.load_state_dict(state)
 
-
 def load_tokenizer(folder):
     """The tokenizer in a folder. Where it was read from is forgotten, so that saving it again gives equal files."""
     from transformers import AutoTokenizer
@@ -241,7 +224,6 @@ def load_tokenizer(folder):
     for origin in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(origin, None)
     return tokenizer
-
 
 def original_autoencoder_names(vae):
     """{name in diffusers' AutoencoderKL: name in the released file} (KL-16 of Harmon, FLUX's of BAGEL). Only names
@@ -258,20 +240,15 @@ def original_autoencoder_names(vae):
         names[key] = name
     return names
 
-
-# ======================================================================================================
-# 2. Random numbers
-# ======================================================================================================
+# ==== 2. Random numbers ===============================================================================
 # Every draw of a step (mask, order, timestep, noise, template, crop) is a function of the seed and of the image's
 # position in the endless stream, drawn on the CPU. Hence a run is resumed without storing any generator, two processes
 # with half the batch each draw what one process draws, and a GPU draws what a CPU draws. The one exception is dropout,
 # whose generator is seeded at every step from (seed, step, rank).
 
-
 def stable_seed(*keys):
     """A 63-bit seed from any printable keys, the same on every machine and in every Python (unlike hash())."""
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little") >> 1
-
 
 class Rng:
     """The random numbers of one batch, Rng(seed, "recon", step, positions=[...]): the methods draw row i of their
@@ -307,11 +284,9 @@ class Rng:
     def permutation(self, n):
         return torch.stack([torch.randperm(n, generator=g) for g in self.images])
 
-
 def world():
     """(rank, number of ranks): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
 
 def global_mean(total, count):
     """total / count, with `count` averaged over the ranks: the mean of the ranks' losses, and so of their gradients, is
@@ -323,13 +298,9 @@ def global_mean(total, count):
         count = count / dist.get_world_size()
     return total / count.clamp(min=1e-8)
 
-
-# ======================================================================================================
-# 3. Templates and images
-# ======================================================================================================
+# ==== 3. Templates and images =========================================================================
 
 SEED_TEMPLATE = "Describe the image in detail."
-
 
 def templates(which="all"):
     """The instructions behind the image embeddings (paper, section 3): 10 x 6 x 6 = 360 ways to ask for a detailed
@@ -344,11 +315,9 @@ def templates(which="all"):
                "so that someone could draw it from your words", "with every object, its color and its place")
     return [f"{verb} {noun} {manner}." for verb in verbs for noun in nouns for manner in manners]
 
-
 MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)  # of damaged files
-
 
 def read_source(source):
     """The bytes of a path or of (tar file, offset, size); bytes, a PIL image and None are given back."""
@@ -358,7 +327,6 @@ def read_source(source):
             file.seek(offset)
             return file.read(size)
     return Path(source).read_bytes() if isinstance(source, (str, Path)) else source
-
 
 def load_image(source):
     """A source -> PIL RGB. EXIF rotation applied, transparency on white, 16 bits scaled to 8; a PIL image is given
@@ -378,7 +346,6 @@ def load_image(source):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-
 def try_image(name, source):
     """load_image for a folder of many: None, and a line that names the file, where it cannot be read."""
     try:
@@ -387,17 +354,14 @@ def try_image(name, source):
         tqdm.write(f"skipped: {name} ({brief(error)})")
         return None
 
-
 def to_tensor(image):
     """PIL RGB -> float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5 - 1
-
 
 def to_pil(pixels):
     """[3, H, W] in [-1, 1] -> PIL RGB. clamp(127.5 x + 128), truncated: the rounding of the original repositories."""
     pixels = (127.5 * pixels.detach().float().cpu() + 128).clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
 
 def random_square(image, size, rng=None):
     """Square crop along the long side (rng: a numpy Generator for its place; None: the centre), bicubic to size."""
@@ -405,11 +369,9 @@ def random_square(image, size, rng=None):
     left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
 
-
 def stretch_square(image, size):
     """The whole image, stretched (not cropped) to size x size."""
     return image.resize((size, size))
-
 
 def pad_square(image, size, fill=127):
     """Centred on a grey square of the longer side, then size x size (LLaVA's padding)."""
@@ -417,11 +379,9 @@ def pad_square(image, size, fill=127):
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return square.resize((size, size))
 
-
 def resize(pixels, size, antialias=False):
     """[B, 3, H, W] -> [B, 3, size, size], bilinear: how the originals shrink the understanding input."""
     return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
-
 
 def blur(pixels, factor):
     """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens.
@@ -432,13 +392,9 @@ def blur(pixels, factor):
     small = F.interpolate(pixels, size=[side // factor for side in size], mode="bilinear")
     return F.interpolate(small, size=size, mode="bilinear")
 
-
-# ======================================================================================================
-# 4. Data
-# ======================================================================================================
+# ==== 4. Data =========================================================================================
 # Rows are (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or None (a text
 # without image). text: None (RecA needs none), a caption, or a conversation [(question, answer), ...].
-
 
 class Images(list):
     """Rows of unlabelled images: a folder (recursive), or WebDataset tar shards (one .tar, or a folder with some). Only
@@ -464,7 +420,6 @@ class Images(list):
         if not self:
             raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
 
-
 def read_rows(path, what, read):
     """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first that is not `what`."""
     table, rows = read_json(path, lines=Path(path).suffix == ".jsonl"), []
@@ -477,14 +432,12 @@ def read_rows(path, what, read):
             raise InputError(f"{path}: row {i + 1} is not {what}") from error
     return rows
 
-
 def text_in(row, *keys):
     """The text under the first of the keys that the row has; KeyError where there is none."""
     text = next((row[key] for key in keys if key in row), None)
     if not isinstance(text, str) or not text.strip():
         raise KeyError(keys)
     return text
-
 
 class Conversations(list):
     """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
@@ -499,14 +452,12 @@ class Conversations(list):
             return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
         super().__init__(read_rows(path, "a LLaVA conversation (image, conversations)", read))
 
-
 class Captions(list):
     """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
 
     def __init__(self, path):
         super().__init__(read_rows(path, "an image with its caption (image, caption)", lambda i, row: (
             row["image"], Path(path).parent / row["image"], text_in(row, "caption"))))
-
 
 class Cache:
     """What the frozen parts compute for an image, a safetensors file each: folder/<hash of settings>/<hash of image>.
@@ -529,7 +480,6 @@ class Cache:
     def write(self, path, features):
         with atomic(path) as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in features.items()}, temporary)
-
 
 class Stream(torch.utils.data.Dataset):
     """An endless, shuffled stream over rows: stream[position] for any position >= 0, so it can be entered anywhere.
@@ -582,7 +532,6 @@ class Stream(torch.utils.data.Dataset):
             num_workers=workers, worker_init_fn=set_up_worker, prefetch_factor=2 if workers else None,
             multiprocessing_context="fork" if workers else None))
 
-
 def encode_batch(model, items, task, cache=None):
     """Items of a stream -> features on the model's device, a dict an image. Adds to the cache what it lacks."""
     todo = [item for item in items if item.get("features") is None]
@@ -594,13 +543,9 @@ def encode_batch(model, items, task, cache=None):
                     cache.write(item["path"], features)
     return [{k: v.to(model.device, non_blocking=True) for k, v in item["features"].items()} for item in items]
 
-
-# ======================================================================================================
-# 5. Training
-# ======================================================================================================
+# ==== 5. Training =====================================================================================
 
 LOSSES = ("recon", "i2t", "t2i")
-
 
 def objective(losses, weights, backward):
     """One evaluation of the paper's equation (3):
@@ -619,14 +564,12 @@ def objective(losses, weights, backward):
             values[name] = value.detach()
     return sum(weights[name] * value for name, value in values.items()), values
 
-
 def learning_rate(update, peak, warmup, horizon):
     """Linear warm-up over `warmup` weight updates (counted from 0), then a cosine to 0 at `horizon` (0: constant)."""
     if update < warmup:
         return peak * (update + 1) / warmup
     progress = min(1, (update - warmup) / max(1, horizon - warmup)) if horizon else 0
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
 
 def average_gradients(parameters):
     """Data parallelism: every rank gets the mean gradient, once per weight update. DistributedDataParallel expects one
@@ -639,13 +582,11 @@ def average_gradients(parameters):
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
 
-
 def checkpoint_blocks(blocks):
     """Activation checkpointing: keep only each block's input, compute the block again in the backward."""
     from torch.utils.checkpoint import checkpoint
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-
 
 class Trainer:
     """The post-training loop, once for all architectures.
@@ -776,7 +717,6 @@ class Trainer:
             print(f"stopped by {by} at step {self.step}, saved; go on with --resume --out {self.out}")
             sys.exit(0)
 
-
 def draw_losses(out):
     """out/log.jsonl -> out/loss.png: the losses over the steps, smoothed, each between its own low and high."""
     rows, picture = read_json(out / "log.jsonl", lines=True), Image.new("RGB", (900, 420), "white")
@@ -792,7 +732,6 @@ def draw_losses(out):
     draw.text((20, 400), f"steps 1 to {len(rows)}, means of {width}", fill="black")
     write(out / "loss.png", picture)
 
-
 def grid(rows, titles=(), cell=192, gap=4):
     """Rows of PIL images (equal lengths) -> one picture of square cells, a title above each column."""
     header, pitch = 18 if titles else 0, cell + gap
@@ -805,11 +744,7 @@ def grid(rows, titles=(), cell=192, gap=4):
             sheet.paste(image, (column * pitch, header + r * pitch))
     return sheet
 
-
-# ======================================================================================================
-# 6. Inference on files
-# ======================================================================================================
-
+# ==== 6. Inference on files ===========================================================================
 
 def prompt_jobs(source, out, images):
     """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
@@ -846,12 +781,10 @@ def prompt_jobs(source, out, images):
         raise InputError(f"{source}: no prompt, or an empty one")
     return jobs
 
-
 def sampler_options(args):
     """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults."""
     options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps}
     return {name: value for name, value in options.items() if value is not None}
-
 
 def in_batches(title, rows, size, same=lambda row: None):
     """Lists of at most `size` rows, behind a progress bar; the rows of one list agree in same(row)."""
@@ -861,12 +794,10 @@ def in_batches(title, rows, size, same=lambda row: None):
     chunks = [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
     return tqdm(chunks, desc=title, unit="batch", dynamic_ncols=True)
 
-
 def readable(rows):
     """Rows (name, source, ...) -> (name, image, ...), without those whose image cannot be read."""
     rows = [(name, try_image(name, source), *more) for name, source, *more in rows]
     return [row for row in rows if row[1] is not None]
-
 
 def generate_files(model, args, jobs):
     """--generate: image k of a prompt has seed --seed + k, whatever its batch, so a rerun may skip what is there."""
@@ -884,7 +815,6 @@ def generate_files(model, args, jobs):
             write(path, images[0] if len(images) == 1 else grid([images[:2], images[2:]], cell=images[0].width, gap=0))
     print(f"{len(todo)} images generated for {len(jobs)} prompts in {args.out}")
 
-
 def reconstruct_files(model, args, images):
     """--reconstruct: out/<name>.png for each image, painted from nothing but the model's understanding of it."""
     out, count, shown = Path(args.out), 0, []
@@ -901,7 +831,6 @@ def reconstruct_files(model, args, images):
         write(out / "reconstructions.png", grid(shown, titles=("input", "reconstruction")))
     print(f"{count} images reconstructed in {out}")
 
-
 def questions(args):
     """--describe -> rows (question_id, source, question, image's name): --question for each image of a folder, or a
     question file (.json, .jsonl: question_id, image, text; the images beside it or in --i2t-images)."""
@@ -917,14 +846,12 @@ def questions(args):
         return key, folder / image, text_in(row, "text", "question"), Path(image).name
     return read_rows(source, "a question (image, text)", read)
 
-
 def answers(model, args, rows, title):
     """Yields (row, the model's answer) for rows (name, source, question, ...), in batches of one question each."""
     for chunk in in_batches(title, rows, args.batch_images, same=lambda row: row[2]):
         if chunk := readable(chunk):
             images, question = [row[1] for row in chunk], chunk[0][2]
             yield from zip(chunk, model.describe(images, question=question, max_new_tokens=args.max_new_tokens))
-
 
 def describe_files(model, args, rows):
     """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line; a rerun goes on."""
@@ -936,7 +863,6 @@ def describe_files(model, args, rows):
             file.write(json.dumps({"question_id": key, "image": image, "question": question, "answer": answer}) + "\n")
             count += 1
     print(f"{count} answers in {path}")
-
 
 def describe_first(model, args, rows, path):
     """L_i2t without I2T data: before any update the model describes --self-captions training images, its targets. Our
@@ -956,10 +882,7 @@ def describe_first(model, args, rows, path):
         dist.barrier()
     return [(*rows[said["index"]][:2], [(said["question"], said["answer"])]) for said in read_json(path, lines=True)]
 
-
-# ======================================================================================================
-# 7. The toy world
-# ======================================================================================================
+# ==== 7. The toy world ================================================================================
 # 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
 # said in words, and every picture can be read back exactly, by comparing each cell with the 32 things it could hold:
 # what a benchmark's detector estimates at full size is known here without error.
@@ -968,7 +891,6 @@ SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40),
           "purple": (140, 50, 170), "cyan": (60, 200, 220), "orange": (245, 140, 30), "black": (20, 20, 20)}
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
-
 
 @functools.lru_cache(None)
 def _cell(size):
@@ -982,13 +904,11 @@ def _cell(size):
             cells.append(np.where(mask[..., None], np.array(color, float), 255.0))
     return np.stack(cells).astype(np.float32)
 
-
 def random_scene(rng, objects=None):
     """A list of (place, shape, color), indices, in the order of the places. objects: how many (default 1 to 3)."""
     objects = objects or int(rng.integers(1, 4))
     places = sorted(rng.choice(4, objects, replace=False).tolist())
     return list(zip(places, rng.choice(4, objects, replace=False).tolist(), rng.integers(8, size=objects).tolist()))
-
 
 def draw_scene(scene, size=64):
     """-> PIL RGB size x size (size is even)."""
@@ -997,7 +917,6 @@ def draw_scene(scene, size=64):
     for place, shape, color in scene:
         canvas[place // 2, :, place % 2] = _cell(half)[1 + shape * 8 + color]
     return Image.fromarray(canvas.reshape(size, size, 3))
-
 
 def read_scene(image):
     """PIL -> the scene that it shows; (place, None, None) for a cell near nothing (root mean square distance > 0.2)."""
@@ -1012,7 +931,6 @@ def read_scene(image):
             scene.append((place, *divmod(best - 1, 8)))
     return scene
 
-
 def caption(scene, p=1.0, rng=None):
     """The scene in words: "red circle top-left and ...". p < 1: color and place are named with probability p each (rng
     needed), the sparse captions that the paper says generation is brought up on."""
@@ -1020,7 +938,6 @@ def caption(scene, p=1.0, rng=None):
         return [word] if p >= 1 or rng.random() < p else []
     return " and ".join(" ".join([*say(list(COLORS)[color]), SHAPES[shape], *say(PLACES[place])])
                         for place, shape, color in scene)
-
 
 class Shapes:
     """Rows of the toy world, drawn when asked for: `count` scenes from `seed`. captions: None, or a p for caption()."""
@@ -1037,7 +954,6 @@ class Shapes:
         text = None if self.captions is None else caption(scene, self.captions, rng)
         return f"shapes {i}", draw_scene(scene, self.size), [(SEED_TEMPLATE, text)] if self.dialogue else text
 
-
 def score_generations(scenes, images):
     """GenEval's questions, asked of the pictures that full captions of `scenes` made, a fraction of pictures each: is
     the one object, or are both of two, there (its shape), in its place, with its own color?"""
@@ -1052,7 +968,6 @@ def score_generations(scenes, images):
         scores[name] = sum(hits) / max(1, len(hits))
     return {**scores, "overall": sum(scores.values()) / len(scores)}
 
-
 def score_toy(model, size, count, seed, options):
     """The scores of score_generations on held-out scenes, and "reconstruction": the fraction of images whose every
     shape, color and place comes back from the model's own understanding embeddings."""
@@ -1064,7 +979,6 @@ def score_toy(model, size, count, seed, options):
     prompts = [random_scene(rng, 1 + k % 2) for k in range(count)]
     images = model.generate([caption(s) for s in prompts], seed=seeds, **options)
     return {"reconstruction": reconstruction, **score_generations(prompts, images)}
-
 
 def tiny_tokenizer(special_tokens=()):
     """A word-level tokenizer for the tiny models: the words of the toy world, the templates and the prompts; others are
@@ -1083,19 +997,15 @@ def tiny_tokenizer(special_tokens=()):
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
 
-
 def toy_pixels(scenes, size):
     """Scenes -> [B, 3, size, size] in [-1, 1]."""
     return torch.stack([to_tensor(draw_scene(scene, size)) for scene in scenes])
-
 
 def crowded_scene(rng):
     """Most cells full, any shape any number of times: what a toy autoencoder learns from (white teaches nothing)."""
     return [(place, int(rng.integers(4)), int(rng.integers(8))) for place in range(4) if rng.random() < 0.7]
 
-
 TOY_WORDS = (*SHAPES, *COLORS, *PLACES)
-
 
 def scene_words(scene, side, p=1.0, rng=None):
     """What side x side image tokens should say: [side * side, 16], 1 at the words (of TOY_WORDS) for what is in the
@@ -1108,7 +1018,6 @@ def scene_words(scene, side, p=1.0, rng=None):
             if word < 4 or p >= 1 or rng.random() < p:
                 said[row * half:(row + 1) * half, column * half:(column + 1) * half, word] = 1
     return said.flatten(0, 1)
-
 
 def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
     """One stage of a tiny model's pretraining: `steps` of AdamW on loss(positions), warm-up and a cosine to a tenth."""
@@ -1127,11 +1036,7 @@ def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
         if step % 20 == 0 or step == steps - 1:
             bar.set_postfix(loss=f"{value.item():.4f}")
 
-
-# ======================================================================================================
-# 8. The command line
-# ======================================================================================================
-
+# ==== 8. The command line =============================================================================
 
 def at_least(least):
     """The type of a flag: a whole number from `least` on."""
@@ -1140,7 +1045,6 @@ def at_least(least):
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
         return int(text)
     return whole_number
-
 
 # Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
 FLAGS = (
@@ -1191,11 +1095,9 @@ FLAGS = (
     ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
 )
 
-
 class _Parser(argparse.ArgumentParser):
     def error(self, message):
         raise InputError(f"{message} (see --help)")
-
 
 def parse_args(description, recipes, default, argv=None, extend=None):
     """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
@@ -1238,7 +1140,6 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         raise InputError("--data is missing: a folder of images (--model tiny draws its own, --steps 0 needs none)")
     return args
 
-
 def build_rows(args):
     """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
     rows, toy = {}, args.data == "shapes"
@@ -1252,7 +1153,6 @@ def build_rows(args):
         rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else Captions(args.captions)
     return rows
 
-
 def start_process(args):
     """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
     cuda = torch.cuda.is_available()
@@ -1264,7 +1164,6 @@ def start_process(args):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
-
 
 def toy_folder(model_class, args, pretrain):
     """The pretrained tiny model, as a released one: made once, kept in ~/.cache/reca (XDG_CACHE_HOME), by its code."""
@@ -1282,7 +1181,6 @@ def toy_folder(model_class, args, pretrain):
         dist.barrier()
     return folder
 
-
 @contextlib.contextmanager
 def inference(model, args):
     """with inference(model, args): no dropout, no gradients, in --precision. Afterwards training mode again."""
@@ -1291,7 +1189,6 @@ def inference(model, args):
         yield
     model.train()
 
-
 def speed_up(model, args):
     """--checkpointing and --compile, block by block."""
     if args.checkpointing:
@@ -1299,7 +1196,6 @@ def speed_up(model, args):
     if args.compile:
         for block in model.blocks():
             block.compile()
-
 
 def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
     """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
@@ -1340,7 +1236,6 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
         with inference(model, args):
             for make_files, jobs in todo.items():
                 make_files(model, args, jobs)
-
 
 def post_train(model, args, rows, prepare, trainer, resume):
     """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
@@ -1407,7 +1302,6 @@ def post_train(model, args, rows, prepare, trainer, resume):
     if main_process:
         print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
 
-
 def preview_images(rows, size, count=6):
     """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
     if isinstance(rows, Shapes):
@@ -1419,10 +1313,8 @@ def preview_images(rows, size, count=6):
         raise InputError("none of the first images could be read")
     return images
 
-
 # Dense bf16 peak of common GPUs, in FLOP/s, for the MFU (their makers' data sheets).
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}
-
 
 def bench(model_class, args, device, prepare, trainer, warmup=2, timed=8):
     """--bench: full-size steps with random weights on a random image; prints and returns {figure: value}.

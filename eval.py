@@ -52,9 +52,7 @@ from tqdm import tqdm
 import common
 from common import IMAGE_SUFFIXES, UNREADABLE, InputError, load_image
 
-# ======================================================================================================
-# 1. Files
-# ======================================================================================================
+# ==== 1. Files ========================================================================================
 
 def require(condition, message):
     if not condition:
@@ -174,9 +172,7 @@ class Item:
         user = {"role": "user", "content": parts + text if self.image_first else text + parts}
         return [{"role": "system", "content": [{"type": "text", "text": self.system}]}] * bool(self.system) + [user]
 
-# ======================================================================================================
-# 2. Judges: a function from items to (item, reply or None, error or None) of each
-# ======================================================================================================
+# ==== 2. Judges: a function from items to (item, reply or None, error or None) of each ================
 
 class Endpoint:
     """Any OpenAI-compatible endpoint, through the standard library. The key comes from OPENAI_API_KEY only. Time-outs,
@@ -359,9 +355,7 @@ def judge_prompt(path, *fields):
     require(texts, f"{path}: no judge text with {' and '.join('{' + f + '}' for f in fields)} in it")
     return max(texts, key=len), system
 
-# ======================================================================================================
-# 3. The loop: what is done is skipped, what is judged is written down at once
-# ======================================================================================================
+# ==== 3. The loop: what is done is skipped, what is judged is written down at once ====================
 
 def mean(values):
     return sum(values) / len(values) if (values := list(values)) else None
@@ -433,9 +427,7 @@ def judge_all(out, items, problems, args, judge):
 # A judged benchmark is a function (out, args, problems) -> its items, how many things should be scored, and
 # add_up({item id: value}) -> {column: value in the table's unit, or None}, with whatever else scores.json shall hold.
 
-# ======================================================================================================
-# 4. GenEval
-# ======================================================================================================
+# ==== 4. GenEval ======================================================================================
 
 # the 80 classes in COCO's order, of which GenEval renames 64, 65 and 66
 COCO = ("person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,"
@@ -646,9 +638,7 @@ def geneval(out, args, problems):
         return percent({**columns, "Overall": summary["overall"], **more})
     return items, len(rows[:args.limit]) * args.samples, add_up
 
-# ======================================================================================================
-# 5. Text to image, judged
-# ======================================================================================================
+# ==== 5. Text to image, judged ========================================================================
 
 def dpg_questions(rows):
     """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}}. All of them: the official reader
@@ -816,9 +806,7 @@ def compbench(out, args, problems):
                 "Complex": over(ten, COMPLEX), "Overall": over(ten, ten)}
     return items, len(rows), add_up
 
-# ======================================================================================================
-# 6. Editing, judged
-# ======================================================================================================
+# ==== 6. Editing, judged ==============================================================================
 
 IMGEDIT = {"background": "Bg.", "style": "Style", "adjust": "Adj.", "extract": "Ext.", "remove": "Rem.",
            "replace": "Rep.", "add": "Add", "compose": "Comp.", "action": "Act."}
@@ -944,9 +932,7 @@ def gedit(out, args, problems):
                 "Overall": table["overall"]["avg_overall"], "groups": table}
     return items, len(items), add_up
 
-# ======================================================================================================
-# 7. Understanding: strings against strings
-# ======================================================================================================
+# ==== 7. Understanding: strings against strings =======================================================
 # A benchmark of strings is a function of the arguments -> its questions {question_id, image, text, answer or label ...}
 # and add_up([(question, reply)]) -> {column: value}, with whatever else scores.json shall hold.
 
@@ -1136,9 +1122,7 @@ def understanding(out, args, problems):
     pairs = [(row, replies[key]) for key, row in rows.items() if key in replies]
     return add_up(pairs), len(pairs), len(rows)
 
-# ======================================================================================================
-# 8. Reconstruction, the toy world
-# ======================================================================================================
+# ==== 8. Reconstruction, the toy world ================================================================
 
 def psnr(a, b):
     """uint8 [H, W, 3] twice -> dB; equal pictures: 100 (infinity is not JSON)."""
@@ -1223,9 +1207,7 @@ def shows(seen, scene):
     """Each object of the scene, as far as it was said, is there."""
     return all(any(all(want in (None, have) for want, have in zip(a, b)) for b in seen) for a in scene)
 
-# ======================================================================================================
-# 9. Tables, and a picture to look at
-# ======================================================================================================
+# ==== 9. Tables, and a picture to look at =============================================================
 
 # the function, the columns as in the paper, their decimals, the official judge
 Benchmark = namedtuple("Benchmark", "work columns decimals judge", defaults=(1, None))
@@ -1411,9 +1393,7 @@ def contact_sheet(args):
         sheet.save(path)
     print(f"{target}: {len(shown)} of {len(tiles)} images, {len(failures)} marked as failed")
 
-# ======================================================================================================
-# 10. The command line
-# ======================================================================================================
+# ==== 10. The command line ============================================================================
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):

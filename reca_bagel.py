@@ -60,10 +60,7 @@ from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 import common
 from common import InputError, Rng
 
-# ======================================================================================================
-# 1. Sizes and hyper-parameters
-# ======================================================================================================
-
+# ==== 1. Sizes and hyper-parameters ===================================================================
 
 @dataclass
 class BagelConfig:
@@ -112,7 +109,6 @@ class BagelConfig:
     def latent_dim(self):                                   # C, values of a latent token: 2 * 2 * 16 in the release
         return self.latent_patch_size ** 2 * self.vae_z_channels
 
-
 TINY = BagelConfig(
     hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
     vit_hidden_size=64, vit_intermediate_size=160, vit_num_hidden_layers=2, vit_num_attention_heads=4,
@@ -121,7 +117,6 @@ TINY = BagelConfig(
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
 CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
-
 
 @dataclass
 class Recipe:
@@ -144,7 +139,6 @@ class Recipe:
     lambda_i2t: float = 0.0             # the understanding expert is frozen: there is nothing to hold on to
     lambda_t2i: float = 0.0
 
-
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=800, batch=32, accum=1)}
 IGNORED = -100                          # a label that is not predicted
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
@@ -156,17 +150,13 @@ GENERATE = {"num_steps": 50, "timestep_shift": 3.0, "guidance_scale": 4.0, "imag
 EDIT = GENERATE | {"image_guidance_scale": 2.0, "interval": (0.0, 1.0), "renorm": "text_channel"}     # ImgEdit script
 RECONSTRUCT = EDIT | {"renorm_min": 1.0}                                           # notebook: no renormalisation
 
-# ======================================================================================================
-# 2. The model
-# ======================================================================================================
-
+# ==== 2. The model ====================================================================================
 
 class RMSNorm(nn.RMSNorm):
     """torch's, with the weight in the rows' precision: bf16 rows stay bf16 beside float32 master weights."""
 
     def forward(self, x):
         return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
-
 
 def rotary(positions, config):
     """positions [R] (integers, also negative) -> cos, sin [R, 1, d] in float32 (the original's frequencies are bf16
@@ -175,12 +165,10 @@ def rotary(positions, config):
     angles = positions[:, None, None].float() * (config.rope_theta ** -frequencies).repeat(2)
     return angles.cos(), angles.sin()
 
-
 def turn(x, cos, sin):
     """Rotary embedding, halves rotated: x [..., heads, d], cos and sin broadcast to it."""
     first, second = x.float().chunk(2, dim=-1)
     return (x.float() * cos + torch.cat([-second, first], dim=-1) * sin).to(x.dtype)
-
 
 def attend(q, k, v, causal):
     """Dense attention of one group: q [B, n, H, d], k and v [B, S, K, d] -> [B * n, H * d]. causal: query i of n sees
@@ -191,12 +179,10 @@ def attend(q, k, v, causal):
     q, k, v = (x.transpose(1, 2).to(q.dtype) for x in (q, k, v))           # the experts may be of different precisions
     return F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True).transpose(1, 2).flatten(2).flatten(0, 1)
 
-
 def split(rows, shapes, kind):
     """The rows of all images [R, ...] -> per group [B, n, ...] (kind 1: und rows) or [B, N, ...] (kind 2: gen rows)."""
     parts = rows.split([shape[0] * shape[kind] for shape in shapes])
     return [part.unflatten(0, (shape[0], shape[kind])) for part, shape in zip(parts, shapes)]
-
 
 class MoTLayer(nn.Module):
     """A Qwen2 decoder layer with two experts. Suffix "": understanding, "_moe_gen": generation, as in the checkpoint.
@@ -262,7 +248,6 @@ class MoTLayer(nn.Module):
             gen = self.finish(gen, torch.cat(heard), "_moe_gen")
         return und, gen, seen
 
-
 class PositionTable(nn.Module):
     """The fixed sine-cosine table [side * side, D]: half of the channels say the column, half the row; sines, then
     cosines. Computed in double precision, as in the original: both drop the table that the files hold."""
@@ -280,7 +265,6 @@ class PositionTable(nn.Module):
         if max(height, width) > self.side:
             raise InputError(f"{height} x {width} tokens exceed the table of side {self.side}: use smaller images")
         return self.pos_embed.view(self.side, self.side, -1)[:height, :width].flatten(0, 1)
-
 
 @dataclass
 class Context:
@@ -301,7 +285,6 @@ class Context:
             kept = [(turn(keys, *rope), values) for keys, values in kept]
         return Context([i + shift for i in self.images], kept)
 
-
 def alike(keys):
     """Places of equal keys, in lists: what has one shape is computed as one dense tensor."""
     places = {}
@@ -309,11 +292,9 @@ def alike(keys):
         places.setdefault(key, []).append(i)
     return list(places.values())
 
-
 def generates(name):
     """What RecA trains: the generation expert, the time MLP and the two projections of the latents."""
     return "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
-
 
 class Bagel(nn.Module):
     """BAGEL, named as in ema.safetensors, whose 1223 keys are state_dict() without `vae.`, and the two tables."""
@@ -517,9 +498,7 @@ class Bagel(nn.Module):
         said = {i: v for c, each in zip(contexts, rows or ()) for i, v in zip(c.images, self.llm2vae(each))}
         return [said[i].view(xi.shape) for i, xi in enumerate(x)] if rows else None
 
-    # ==================================================================================================
-    # 3. Loading and saving
-    # ==================================================================================================
+    # ==== 3. Loading and saving =======================================================================
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
@@ -611,9 +590,7 @@ class Bagel(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
-    # ==================================================================================================
-    # 4. The embedding-conditioned prompt
-    # ==================================================================================================
+    # ==== 4. The embedding-conditioned prompt =========================================================
     #   (start) ViT patches (end)  (begin) template (end)  (start) noisy latents (end)
     # No system text, no roles, no question mark: the template stands where a question about the image would stand, and
     # the picture where a caption would be answered.
@@ -654,9 +631,7 @@ class Bagel(nn.Module):
         words = [self._words([ids[i] for i in c.images]) for c in told]
         return told, self._block(told, words, causal=True, read=read) if told else None
 
-    # ==================================================================================================
-    # 5. The losses
-    # ==================================================================================================
+    # ==== 5. The losses ===============================================================================
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA (paper, equation 2): paint the image that these understanding embeddings describe. features: encode(..,
         "recon"), one dict an image; templates: one text each; draws: see _draws. -> scalar, the velocity's squared
@@ -714,9 +689,7 @@ class Bagel(nn.Module):
                             for v, zi, noise in zip(velocities, z, noises)])
         return common.global_mean(errors.sum(), len(errors))
 
-    # ==================================================================================================
-    # 6. Inference
-    # ==================================================================================================
+    # ==== 6. Inference ================================================================================
     @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
         """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024). seed: see
@@ -808,7 +781,6 @@ class Bagel(nn.Module):
             x = [xi - vi * (t - after) for xi, vi in zip(x, v)]
         return x
 
-
 def guide(velocities, text_scale, image_scale, renorm, renorm_min):
     """Guidance of one image. velocities [h, w, C]: with everything, without the last text, and perhaps without images.
     A guided velocity is too long; `renorm` shrinks it back: "global" by one factor an image (the original: one a batch,
@@ -826,17 +798,13 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
         w = v_image[0] + image_scale * (w - v_image[0])
     return w if renorm == "text_channel" else shrink(w)
 
-
-# ======================================================================================================
-# 3, continued: files, sizes, names
-# ======================================================================================================
+# ==== 3, continued: files, sizes, names ===============================================================
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
 LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
               "num_key_value_heads", "rms_norm_eps", "rope_theta")
 OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
-
 
 def read_config(folder):
     """The sizes in the release's llm_config.json, vit_config.json and config.json; in the latter, under "reca", stand
@@ -854,7 +822,6 @@ def read_config(folder):
     except TypeError as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from error
 
-
 def write_config(c, folder):
     """config.json for us; llm_config.json and vit_config.json (see vit_num_hidden_layers) for the original."""
     values = asdict(c)
@@ -865,11 +832,9 @@ def write_config(c, folder):
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
         common.write(folder / name, content)
 
-
 def as_linear(name, tensor):
     """The VAE's attention has 1 x 1 convolutions in the file, [out, in, 1, 1], and linears in diffusers."""
     return tensor.flatten(1) if "attentions" in name and tensor.dim() == 4 else tensor
-
 
 def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
     """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at
@@ -884,10 +849,7 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
         w, h = scaled(w, h, max_pixels / (w * h))
     return scaled(w, h, longest / max(w, h)) if max(w, h) > longest else (w, h)
 
-
-# ======================================================================================================
-# 7. main()
-# ======================================================================================================
+# ==== 7. main() =======================================================================================
 # Where the bytes go when one 80 GB card (79.6 GiB = 85.5 GB) trains 6.54 billion weights beside 8.07 frozen billions:
 #
 #                                        float32 AdamW     bf16, stochastic rounding (StochasticAdamW)
@@ -903,7 +865,6 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 # Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the layers is divided by n: float32 AdamW then needs 2
 # cards of 80 GB, or 8 of 48 GB (each first holds the whole model, 43 GB). The original also trains 7.1 billion
 # parameters that cannot move, in float32: 283 GB.
-
 
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and moments in bf16, rounded
@@ -947,7 +908,6 @@ class StochasticAdamW(torch.optim.Optimizer):
             value = (value.contiguous().view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
         target.copy_(value)
 
-
 def shard(model):
     """FSDP2: every decoder layer (both experts) and the trained weights outside are divided over all ranks. What is
     frozen outside (ViT, VAE, embedding, head: 3.2 GB) stays whole, so that encoding images needs no communication.
@@ -964,13 +924,11 @@ def shard(model):
     for loss in ("recon_loss", "i2t_loss", "t2i_loss"):
         register_fsdp_forward_method(model, loss)
 
-
 def unshard(model, whole=True):
     """Gather all weights on every rank (whole=False: give them back), so that one can sample alone. All must call."""
     for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
         module.set_reshard_after_forward(not whole, recurse=False)
         module.unshard() if whole else module.reshard()
-
 
 class BagelTrainer(common.Trainer):
     """The loop of common.py, with checkpoints that any number of ranks write and read, and previews when sharded. A
@@ -1020,7 +978,6 @@ class BagelTrainer(common.Trainer):
     def train(self):
         super().train()
         unshard(self.model)                                          # rank 0 goes on alone: previews, scores, inference
-
 
 def pretrain_toy(model, fraction, seed):
     """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that reads and
@@ -1122,7 +1079,6 @@ def pretrain_toy(model, fraction, seed):
     common.toy_stage("generation", (p for p in model.parameters() if p.requires_grad), paint, steps(800), lr=2e-3)
     del model._embed_vit                                                                # the class's own method again
 
-
 def flags(parser):
     """What only this architecture has."""
     add = parser.add_argument_group("BAGEL only").add_argument
@@ -1133,7 +1089,6 @@ def flags(parser):
     add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
     add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
     add("--image-guidance-scale", type=float, default=2.0, help="of --edit (the original's command line: 1.5)")
-
 
 def prepare(model, args):
     """Called before training: picks what fits, says so, shards. -> arguments for the Trainer."""
@@ -1165,7 +1120,6 @@ def prepare(model, args):
               f"[--optimizer {args.optimizer}]")
     return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})   # FSDP2 has averaged
 
-
 def edit_jobs(path, sources, out):
     """--edit FILE -> [(name, source image, instruction, [output, GEdit's copy of the source])], as scorers read them.
 
@@ -1190,7 +1144,6 @@ def edit_jobs(path, sources, out):
         raise InputError(f"{path}: row {len(jobs) + 1} {what}instruction_language)") from error
     return jobs
 
-
 def edit_files(model, args, jobs):
     """Writes what is missing, so a rerun goes on. (The original crops black borders off its results; we do not.)"""
     todo, count = [job for job in jobs if not all(path.exists() for path in job[3])], 0
@@ -1205,7 +1158,6 @@ def edit_files(model, args, jobs):
             count += len(chunk)
     print(f"{count} images edited in {args.out}")
 
-
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
     Bagel.condition = args.condition
@@ -1213,7 +1165,6 @@ def main():
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
     editing = {edit_files: edit_jobs(args.edit, args.edit_images, args.out)} if args.edit else {}
     common.run(Bagel, args, pretrain_toy, prepare, BagelTrainer, editing)
-
 
 if __name__ == "__main__":
     common.cli(main)

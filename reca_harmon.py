@@ -54,10 +54,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotat
 import common
 from common import InputError, Rng, global_mean
 
-# ======================================================================================================
-# 1. Sizes and hyper-parameters
-# ======================================================================================================
-
+# ==== 1. Sizes and hyper-parameters ===================================================================
 
 @dataclass
 class HarmonConfig:
@@ -95,7 +92,6 @@ class HarmonConfig:
     clip_latents: float = math.inf      # tiny only: an error of the noise at t = 999 is 20000 times as large in x_0
     grad_scale: float = 0.1             # RecA: factor on the gradient that reaches the understanding embeddings
 
-
 CONFIGS = {
     "harmon-1.5b": HarmonConfig(),
     "harmon-0.5b": HarmonConfig(
@@ -114,7 +110,6 @@ CONFIGS = {
 # What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
 RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
             "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth"}
-
 
 @dataclass
 class Recipe:
@@ -136,7 +131,6 @@ class Recipe:
     lambda_i2t: float = 1.0
     lambda_t2i: float = 0.0
 
-
 DEFAULT = "harmon-1.5b"
 RECIPES = {
     DEFAULT: Recipe(),
@@ -144,17 +138,12 @@ RECIPES = {
     "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300, clip=1.0),
 }
 
-
-# ======================================================================================================
-# 2. The model
-# ======================================================================================================
+# ==== 2. The model ====================================================================================
 # The VAE is diffusers', the language model transformers'. MAR is in neither; its blocks have timm's names.
-
 
 def take(x, index):
     """x [B, K, D], index [B, R] -> the rows x[b, index[b]], [B, R, D]."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
-
 
 class Block(nn.Module):
     """Pre-norm ViT block, in which every token sees every token. [B, K, D] -> [B, K, D]"""
@@ -175,10 +164,8 @@ class Block(nn.Module):
         y = F.dropout(F.gelu(self.mlp["fc1"](self.norm2(x))), dropout)                      # [B, K, 4D]
         return x + F.dropout(self.mlp["fc2"](y), dropout)
 
-
 def projector(width_in, width, width_out):
     return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width_out))
-
 
 class DiffusionBlock(nn.Module):
     """Residual block of the diffusion MLP: y (timestep and condition) sets shift, scale and gate. x, y [rows, W]"""
@@ -192,7 +179,6 @@ class DiffusionBlock(nn.Module):
     def forward(self, x, y):
         shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
         return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
-
 
 class DiffusionMLP(nn.Module):
     """x [rows, C] noised tokens, t [rows] or [1] timesteps 0..999, z [rows, Dd] what MAR's decoder says of them
@@ -217,7 +203,6 @@ class DiffusionMLP(nn.Module):
             x = block(x, y)
         shift, scale = self.final_layer["adaLN_modulation"](y).chunk(2, dim=-1)
         return self.final_layer["linear"](F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
-
 
 class MAR(nn.Module):
     """The masked autoencoder: an encoder of what is visible (the buffer always is), a decoder that fills the rest, and
@@ -282,7 +267,6 @@ class MAR(nn.Module):
             x = block(x)
         return self.decoder_norm(x)[:, E:] + self.positions(self.diffusion_pos_embed_learned, grid)
 
-
 @functools.lru_cache(maxsize=8)
 def diffusion_schedule(steps, device):
     """Tables of the cosine diffusion with `steps` of its 1000 timesteps kept: {name: float32 [steps]}. Of the signal's
@@ -306,14 +290,12 @@ def diffusion_schedule(steps, device):
     return {name: torch.tensor(table, dtype=torch.int64 if name == "original" else torch.float32, device=device)
             for name, table in tables.items()}
 
-
 def denoising_step(at, x_t, noise, v, limit=math.inf):
     """p(x_{t-1} | x_t) as the network sees it -> its mean and log-variance, [rows, C] each. at: the tables at time t;
     x_t, noise, v [rows, C], the latter two from the network. limit: bound of the predicted x_0, none in Harmon."""
     x_0 = (at["x0_from_xt"] * x_t - at["x0_from_noise"] * noise).clamp(-limit, limit)
     part = (v + 1) / 2                                                       # 0: the posterior's variance, 1: beta
     return at["mean_x0"] * x_0 + at["mean_xt"] * x_t, part * at["log_beta"] + (1 - part) * at["log_posterior"]
-
 
 def diffusion_terms(net, x_0, z, t, noise):
     """MAR's diffusion loss, its two terms for each row: x_0, noise [rows, C], z [rows, Dd], t [rows] -> mse, vb [rows].
@@ -337,7 +319,6 @@ def diffusion_terms(net, x_0, z, t, noise):
     likelihood = bin_mass.clamp(min=1e-12).log()
     return mse, torch.where(t == 0, -likelihood.mean(-1), 0.5 * kl.mean(-1)) / math.log(2)
 
-
 def masked_after(N, num_steps):
     """How many of N tokens are masked after each of the sampler's steps: a cosine, always fewer, at least one."""
     left = [N]
@@ -345,10 +326,8 @@ def masked_after(N, num_steps):
         left.append(max(1, min(left[-1] - 1, math.floor(N * math.cos(math.pi / 2 * k / num_steps)))))
     return left[1:]
 
-
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
 IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
-
 
 class Harmon(nn.Module):
     """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights and no tokenizer."""
@@ -471,9 +450,7 @@ class Harmon(nn.Module):
         x = take(x, rows) + attention.o_proj(seen.transpose(1, 2).flatten(2))
         return llm.norm(x + last.mlp(last.post_attention_layernorm(x)))
 
-    # ==================================================================================================
-    # 3. Loading and saving (what reads files, sizes and names stands below the class)
-    # ==================================================================================================
+    # ==== 3. Loading and saving (what reads files, sizes and names stands below the class) ============
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
@@ -545,9 +522,7 @@ class Harmon(nn.Module):
         return {name: (own[key][..., None, None] if "attn" in name and own[key].ndim == 2 else own[key]).contiguous()
                 for key, name in common.original_autoencoder_names(self.vae).items()}
 
-    # ==================================================================================================
-    # 4. The embedding-conditioned prompt
-    # ==================================================================================================
+    # ==== 4. The embedding-conditioned prompt =========================================================
     # The heart of RecA: the model's own embeddings of an image stand where a caption would, in the chat template in
     # which it learned to describe images, and the image that is to come follows.
     #   <|im_start|>user \n\n [image, buffer] Describe the image in detail.<|im_end|> \n
@@ -604,9 +579,7 @@ class Harmon(nn.Module):
         length = torch.tensor([len(row) for row in rows], device=self.device)
         return pad_sequence(rows, batch_first=True), length, places
 
-    # ==================================================================================================
-    # 5. The losses
-    # ==================================================================================================
+    # ==== 5. The losses ===============================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA: the image from its own understanding embeddings (paper, equation 2). features: B dicts of encode,
@@ -674,9 +647,7 @@ class Harmon(nn.Module):
         parts = zip(hidden.split(1024), labels.split(1024))
         return global_mean(sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts), len(labels))
 
-    # ==================================================================================================
-    # 6. Inference
-    # ==================================================================================================
+    # ==== 6. Inference ================================================================================
 
     @torch.no_grad()
     def generate(self, prompts, **settings):
@@ -775,15 +746,11 @@ class Harmon(nn.Module):
                 x = x + temperature * (0.5 * log_var).exp() * noises[-1 - j]
         return x
 
-
-# ======================================================================================================
-# 3, continued: files, sizes, names
-# ======================================================================================================
+# ==== 3, continued: files, sizes, names ===============================================================
 
 WEIGHT_FILES = [["*.index.json"], ["*.pth"], ["*.safetensors"], ["*.bin"]]                     # in this order
 SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}        # by width
-
 
 def read_config(folder, state):
     """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes.)"""
@@ -800,11 +767,7 @@ def read_config(folder, state):
             return config
     raise InputError(f"{folder} is no released Harmon (widths {widths}) and has no config.json with its sizes")
 
-
-# ======================================================================================================
-# 7. main()
-# ======================================================================================================
-
+# ==== 7. main() =======================================================================================
 
 def pretrain_toy(model, fraction, seed):
     """What the released Harmon had at scale, in small: a VAE, then understanding from full captions and generation from
@@ -866,10 +829,8 @@ def pretrain_toy(model, fraction, seed):
     common.toy_stage("generation", [*trained, *probe.parameters()], both, steps(800), lr=2e-3)
     del model.mar.decode                                                    # the method of the class again
 
-
 def main():
     common.run(Harmon, common.parse_args(__doc__, RECIPES, DEFAULT), pretrain_toy)
-
 
 if __name__ == "__main__":
     common.cli(main)

@@ -49,10 +49,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 import common
 from common import InputError, Rng, global_mean
 
-# ======================================================================================================
-# 1. Sizes and hyper-parameters
-# ======================================================================================================
-
+# ==== 1. Sizes and hyper-parameters ===================================================================
 
 @dataclass
 class OpenUniConfig:
@@ -69,7 +66,6 @@ class OpenUniConfig:
     max_caption_tokens: int = 128              # t2i prompts as a whole, as in the original datasets
     bases: dict = field(default_factory=dict)  # where frozen parts come from: {"lmm": hub id, "sana": ..., "vae": ...}
 
-
 def internvl3(width, layers, heads, kv_heads, intermediate):
     """InternVL3: InternViT-300M at 448 px and a Qwen2.5 language model whose output head is a matrix of its own. (The
     published config scales the rotary positions, but only beyond 32768 of them; no prompt here has 1000.)"""
@@ -81,7 +77,6 @@ def internvl3(width, layers, heads, kv_heads, intermediate):
                          num_attention_heads=heads, num_key_value_heads=kv_heads, intermediate_size=intermediate,
                          rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=32768,
                          rope_parameters={"rope_type": "default", "rope_theta": 1000000.0}))
-
 
 def dc_ae(channels=(128, 256, 512, 512, 1024, 1024), head_dim=32, encoder_layers=(2, 2, 2, 3, 3, 3),
           decoder_layers=(3, 3, 3, 3, 3, 3), latent_channels=32, scaling_factor=0.41407, residual_levels=3):
@@ -98,7 +93,6 @@ def dc_ae(channels=(128, 256, 512, 512, 1024, 1024), head_dim=32, encoder_layers
         decoder_block_out_channels=list(channels), decoder_layers_per_block=list(decoder_layers),
         decoder_norm_types="rms_norm", decoder_act_fns="silu")
 
-
 def sana(heads, layers, cross_heads, cross_head_dim, head_dim=32, channels=32, caption_channels=2304, sample_size=16,
          mlp_ratio=2.5, qk_norm=None):
     """SANA. It has no position embedding: its 3x3 convolutions tell places apart."""
@@ -106,7 +100,6 @@ def sana(heads, layers, cross_heads, cross_head_dim, head_dim=32, channels=32, c
                 num_layers=layers, num_cross_attention_heads=cross_heads, cross_attention_head_dim=cross_head_dim,
                 cross_attention_dim=cross_heads * cross_head_dim, caption_channels=caption_channels,
                 mlp_ratio=mlp_ratio, sample_size=sample_size, patch_size=1, qk_norm=qk_norm)
-
 
 # The sampler of the released SANA folders: DPM-Solver++(2M) on flow-matching noise levels, shifted towards noise by 3.
 # Training uses shift 1, and that is an accident that everybody must keep: the original builds its training scheduler,
@@ -126,11 +119,9 @@ TINY = OpenUniConfig(
     dc_ae((32, 64, 128, 128), 16, (0, 1, 1, 1), (0, 1, 1, 1), 16, 1.0, residual_levels=4), SCHEDULER,
     connector_layers=2, connector_heads=4, connector_intermediate=192, num_queries=16, image_size=32)
 
-
 def hub_bases(lmm, sana):
     return {"lmm": f"OpenGVLab/{lmm}-hf", "sana": f"Efficient-Large-Model/{sana}_diffusers",
             "vae": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"}
-
 
 L_512 = OpenUniConfig(internvl3(1536, 28, 12, 2, 8960), sana(70, 20, 20, 112), dc_ae(), SCHEDULER, connector_heads=24,
                       connector_intermediate=8960, bases=hub_bases("InternVL3-2B", "Sana_1600M_512px"))
@@ -152,7 +143,6 @@ RELEASED = {"openuni-b-512": "wusize/openuni:openuni_b_internvl3_1b_sana_0_6b_51
 MARKERS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")        # of InternVL's vocabulary
 IGNORED = -100                                                                      # label of what is not predicted
 
-
 @dataclass
 class Recipe:
     """The paper's run (Table 8) in our steps, which are its micro-batches: 5000 steps of which 16 make one weight
@@ -173,19 +163,14 @@ class Recipe:
     lambda_t2i: float = 0.0
     guidance_scale: float = None               # of the sampler; None: its own default
 
-
 DEFAULT = "openuni-b-512"
 RECIPES = {DEFAULT: Recipe(), "openuni-l-512": Recipe(batch=20), "openuni-l-1024": Recipe(batch=20),
            "tiny": Recipe(steps=800, batch=32, accum=1, lr=1.5e-3, weight_decay=0.0, warmup=20, horizon=0,
                           guidance_scale=2.0)}
 
-
-# ======================================================================================================
-# 2. The model
-# ======================================================================================================
+# ==== 2. The model ====================================================================================
 # InternVL3, SANA and DC-AE come from transformers and diffusers, which compute exactly what the released code computes
 # (tests/test_openuni.py). Ours: the connector, the projector, the queries, and the cut between prompt and queries.
-
 
 class ConnectorLayer(nn.Module):
     """Pre-norm transformer layer in which all queries see all queries: no mask, no positions. [B, Q, D] -> [B, Q, D]"""
@@ -205,7 +190,6 @@ class ConnectorLayer(nn.Module):
         y = self.mlp["fc1"](self.layer_norm2(x))
         return x + self.mlp["fc2"](F.gelu(y, approximate="tanh"))
 
-
 class PrefixCache(DynamicCache):
     """Keys and values of the prompt, written once. With `read_only` set, it returns [prompt's, queries'] and does not
     keep the queries', so that activation checkpointing can run the layers again on the same cache."""
@@ -216,7 +200,6 @@ class PrefixCache(DynamicCache):
             return super().update(keys, values, layer_idx, *args, **kwargs)
         layer = self.layers[layer_idx]
         return torch.cat([layer.keys, keys], dim=2), torch.cat([layer.values, values], dim=2)
-
 
 class OpenUni(nn.Module):
     """The parts in the picture on top of the file, under the released names, with random weights and no tokenizer:
@@ -362,9 +345,7 @@ class OpenUni(nn.Module):
         return self.transformer(latents.to(dtype), encoder_hidden_states=condition.to(dtype), timestep=t,
                                 return_dict=False)[0].float()
 
-    # ==================================================================================================
-    # 3. Loading and saving (what reads files, sizes and names stands below the class)
-    # ==================================================================================================
+    # ==== 3. Loading and saving (what reads files, sizes and names stands below the class) ============
     # Released files hold what was trained, under the names of this class's own attributes:
     #   text2image23m    meta_queries, connector.*, projector.*               (SANA was frozen)
     #   blip3o60k, RecA  the same and transformer.*
@@ -444,9 +425,7 @@ class OpenUni(nn.Module):
             raise InputError(f"this tokenizer is not InternVL's: it lacks {' '.join(unknown)}")
         self.tokenizer, self.lmm.config.image_token_id = tokenizer, tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>")
 
-    # ==================================================================================================
-    # 4. The embedding-conditioned prompt
-    # ==================================================================================================
+    # ==== 4. The embedding-conditioned prompt =========================================================
     # RecA asks for a reconstruction in the words in which the model is asked for a description, and opens the answer
     # with <img>, the token behind which it has learned to generate. There is no system turn. The queries follow.
 
@@ -501,9 +480,7 @@ class OpenUni(nn.Module):
             raise ValueError(f"{int(places.sum())} image tokens in the prompts, {len(und)} x {und.shape[1]} embeddings")
         return embeds.masked_scatter(places[..., None], und.to(embeds.dtype))
 
-    # ==================================================================================================
-    # 5. The losses
-    # ==================================================================================================
+    # ==== 5. The losses ===============================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA: the image from its own understanding embeddings (paper, equation 2). features: B dicts of encode,
@@ -551,9 +528,7 @@ class OpenUni(nn.Module):
         """u [B], uniform on [0, 1) -> noise levels [B], uniform on {1, 0.999, ..., 0.001}."""
         return (1000 - (1000 * u).floor()) / 1000
 
-    # ==================================================================================================
-    # 6. Inference
-    # ==================================================================================================
+    # ==== 6. Inference ================================================================================
 
     @torch.no_grad()
     def generate(self, prompts, *, guidance_scale=4.5, **settings):
@@ -614,16 +589,11 @@ class OpenUni(nn.Module):
             latents = solver.step(velocity, t, latents, return_dict=False)[0]
         return latents
 
-
-# ======================================================================================================
-# 3, continued: files, sizes, names
-# ======================================================================================================
-
+# ==== 3, continued: files, sizes, names ===============================================================
 
 def own_settings(config):
     """What a checkpoint's config.json says: all but the sizes of library classes, which their own files state."""
     return {k: v for k, v in asdict(config).items() if k not in ("lmm", "sana", "vae", "scheduler")}
-
 
 def read_settings(path, state):
     """The settings (own_settings) of a checkpoint: from our config.json beside it, else those of the released model it
@@ -643,7 +613,6 @@ def read_settings(path, state):
             return own_settings(config)
     raise InputError(f"{path}: no released OpenUni has queries of width {width}; use a folder with a config.json")
 
-
 def read_bases(settings, folder, need_sana):
     """A checkpoint's settings -> (OpenUniConfig with the sizes that the bases' own files state, {part: local folder}).
     Parts that settings["bases"] does not name lie in `folder`, beside the checkpoint. need_sana: its weights, too."""
@@ -661,7 +630,6 @@ def read_bases(settings, folder, need_sana):
         return OpenUniConfig(lmm=internvl_sizes(folders["lmm"]), **sizes, **settings), folders
     except TypeError as error:
         raise InputError(f"config.json does not describe an OpenUni: {error}") from error
-
 
 def internvl_sizes(folder):
     """Keyword arguments of InternVLConfig from a folder's config.json, converted (-hf) or original. The head is never
@@ -685,7 +653,6 @@ def internvl_sizes(folder):
         "attention_bias": vision.get("qkv_bias", True), "layer_norm_eps": vision.get("layer_norm_eps", 1e-6)}
     return sizes
 
-
 # InternVL's original names, and those of transformers.
 INTERNVL_NAMES = {
     "vision_model.embeddings.class_embedding": "model.vision_tower.embeddings.cls_token",
@@ -696,7 +663,6 @@ INTERNVL_NAMES = {
     ".ls1": ".lambda_1", ".ls2": ".lambda_2", "mlp1.0.": "model.multi_modal_projector.layer_norm.",
     "mlp1.1.": "model.multi_modal_projector.linear_1.", "mlp1.3.": "model.multi_modal_projector.linear_2.",
     "language_model.lm_head.": "lm_head.", "language_model.model.": "model.language_model."}
-
 
 def internvl_to_transformers(state):
     """InternVL's weights under the names of InternVLForConditionalGeneration. Takes the original names (whose q, k, v
@@ -715,11 +681,7 @@ def internvl_to_transformers(state):
         out.setdefault("lm_head.weight", out["model.language_model.embed_tokens.weight"])
     return out
 
-
-# ======================================================================================================
-# 7. main()
-# ======================================================================================================
-
+# ==== 7. main() =======================================================================================
 
 def pretrain_toy(model, fraction, seed):
     """The history of the published model in small, for `--model tiny`: an autoencoder; a language model; a vision
@@ -810,13 +772,11 @@ def pretrain_toy(model, fraction, seed):
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
     common.toy_stage("generation", trained, generation_loss, steps(1200), lr=1e-3)
 
-
 def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("OpenUni only")
     for part, text in (("lmm", "InternVL3, original or converted (-hf)"), ("sana", "SANA"), ("vae", "DC-AE")):
         group.add_argument(f"--{part}", help=f"hub id or folder of {text} (default: what the checkpoint names)")
-
 
 def prepare(model, args):
     """Called before training. The frozen parts take the working precision once: autocast would cast their float32
@@ -832,7 +792,6 @@ def prepare(model, args):
         limits.recompile_limit = limits.accumulated_recompile_limit = limit
     return {}
 
-
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
     if args.lambda_i2t or args.i2t_data:
@@ -840,7 +799,6 @@ def main():
     bases = {"lmm": args.lmm, "sana": args.sana, "vae": args.vae}
     OpenUni.base_overrides = {part: source for part, source in bases.items() if source}
     common.run(OpenUni, args, pretrain_toy, prepare)
-
 
 if __name__ == "__main__":
     common.cli(main)

@@ -53,10 +53,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModel, DynamicCache, PhiCon
 import common
 from common import InputError, Rng
 
-# ======================================================================================================
-# 1. Sizes and hyper-parameters
-# ======================================================================================================
-
+# ==== 1. Sizes and hyper-parameters ===================================================================
 
 @dataclass
 class ShowoConfig:
@@ -104,7 +101,6 @@ class ShowoConfig:
     mask_token = property(lambda self: self.first_code + self.codebook_size)
     vocab_size = property(lambda self: self.mask_token + 1)                                 # 58,498
 
-
 TINY = ShowoConfig(
     image_size=64, codebook_bits=8, hidden=128, layers=3, heads=4, intermediate=384, max_positions=512,
     clip_hidden=96, clip_intermediate=192, clip_layers=3, clip_heads=4, clip_image_size=32, clip_patch=8,
@@ -120,7 +116,6 @@ CONFIGS = {
     "tiny": TINY,
     "tiny-vq": dataclasses.replace(TINY, w_clip_vit=False),
 }
-
 
 @dataclass
 class Recipe:
@@ -144,7 +139,6 @@ class Recipe:
     guidance_scale: float = 5.0             # of GenEval and DPG-Bench
     sampling_steps: int = 50
 
-
 RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=20, horizon=0, clip=1.0, guidance_scale=1.0,
                      sampling_steps=8)
 RECIPE_OF_SIZE = {512: Recipe(), 256: Recipe(batch=4, horizon=10_000), 64: RECIPE_TINY}
@@ -159,18 +153,14 @@ TEXT_DROP = 0.1                             # training drops a caption with this
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
 
-# ======================================================================================================
-# 2. The model
-# ======================================================================================================
+# ==== 2. The model ====================================================================================
 # Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
 # The image tokenizer is ours: in diffusers' VQModel encoder and decoder share their widths and numbers of residual
 # blocks, here each has its own lists of both, and the codebook is not learned.
 
-
 def pipeline(**layers):
     """Layers that run one after the other, under the names that they have in the checkpoints."""
     return nn.Sequential(OrderedDict(layers))
-
 
 class ResBlock(nn.Module):
     """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
@@ -186,7 +176,6 @@ class ResBlock(nn.Module):
         h = self.conv2(F.silu(self.norm2(h)))
         return h + self.nin_shortcut(x)
 
-
 class AttnBlock(nn.Module):
     """Single-head self-attention over the token grid, all projections 1x1 convolutions."""
 
@@ -201,7 +190,6 @@ class AttnBlock(nn.Module):
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                          # [B, width, h*w]
         return x + self.proj_out(h.reshape(x.shape))
 
-
 def level(width, out, blocks, resample=None):
     """The residual blocks of one resolution, then the change to the next one."""
     layers = {"block": nn.Sequential(*(ResBlock(width if i == 0 else out, out) for i in range(blocks)))}
@@ -211,10 +199,8 @@ def level(width, out, blocks, resample=None):
         layers[resample] = pipeline(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(out, out, 3, padding=1))
     return pipeline(**layers)
 
-
 def middle(width):
     return pipeline(block_1=ResBlock(width, width), attn_1=AttnBlock(width), block_2=ResBlock(width, width))
-
 
 class MagVit2(nn.Module):
     """The image tokenizer: 16 x 16 pixels become one of K codes; any multiple of 16 pixels works. No look-up: a code is
@@ -253,13 +239,11 @@ class MagVit2(nn.Module):
         side = math.isqrt(codes.shape[1])
         return self.decoder(self.quantize.embedding[codes].transpose(1, 2).unflatten(2, (side, side)))
 
-
 def short_side_square(image, size):
     """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height)).crop((left, top, left + size, top + size))
-
 
 @dataclass
 class Rows:
@@ -310,7 +294,6 @@ class Rows:
         """The same for flex_attention, which skips the blocks of 128 x 128 in which nothing is allowed."""
         B, L = self.ids.shape
         return create_block_mask(lambda b, head, q, k: self.allowed(b, q, k), B, None, L, L, device=self.ids.device)
-
 
 class Showo(nn.Module):
     """`showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit`."""
@@ -436,9 +419,7 @@ class Showo(nn.Module):
         return self.showo.model(inputs_embeds=embeds, attention_mask=mask, position_ids=positions[None],
                                 past_key_values=cache, use_cache=cache is not None).last_hidden_state
 
-    # ==================================================================================================
-    # 3. Loading and saving
-    # ==================================================================================================
+    # ==== 3. Loading and saving =======================================================================
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
@@ -514,9 +495,7 @@ class Showo(nn.Module):
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder / "tokenizer")
 
-    # ==================================================================================================
-    # 4. The embedding-conditioned prompt
-    # ==================================================================================================
+    # ==== 4. The embedding-conditioned prompt =========================================================
     # Five layouts, each from lists of ids:
     #   RecA, CLIP     <mmu> <soi> C CLIP rows <eoi> <eot> template <eot> pads   <soi> N tokens <eoi>
     #   RecA, VQ       pads <mmu> <soi> codes of the small image <eoi> <eot> template <eot>   <soi> N tokens <eoi>
@@ -621,9 +600,7 @@ class Showo(nn.Module):
             all_labels.append(torch.tensor(labels[:room]))
         return pad_sequence(all_ids, True, c.pad), pad_sequence(all_labels, True, IGNORED)
 
-    # ==================================================================================================
-    # 5. The losses
-    # ==================================================================================================
+    # ==== 5. The losses ===============================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA: the masked tokens of an image from its own understanding embeddings (paper, equation 2). features: B
@@ -679,9 +656,7 @@ class Showo(nn.Module):
         logits = self.showo.lm_head(hidden[row.to(self.device), column.to(self.device)])        # [n, V]
         return common.global_mean(F.cross_entropy(logits.float(), target, reduction="sum"), len(target))
 
-    # ==================================================================================================
-    # 6. Inference
-    # ==================================================================================================
+    # ==== 6. Inference ================================================================================
 
     def generate(self, prompts, **settings):
         """Text to image: prompts -> PIL images, in one batch. settings: see _sample."""
@@ -788,16 +763,11 @@ class Showo(nn.Module):
             tokens = torch.where(sure < threshold, c.codebook_size, drawn)
         return drawn                        # the draws of the last step: also the one token that would be masked again
 
-
-# ======================================================================================================
-# 3, continued: files, sizes, names
-# ======================================================================================================
-
+# ==== 3, continued: files, sizes, names ===============================================================
 
 def write_weights(folder, state, config, name=WEIGHTS[0]):
     common.write(folder / "config.json", config)
     save_file({k: v.detach().cpu().contiguous() for k, v in state.items()}, folder / name, metadata={"format": "pt"})
-
 
 def clip_keys(state):
     """A CLIP checkpoint -> the names of transformers 5, without the prefix `vision_model.`; without the text half and
@@ -806,11 +776,7 @@ def clip_keys(state):
         state = {k.removeprefix("vision_model."): v for k, v in state.items() if k.startswith("vision_model.")}
     return {k: v for k, v in state.items() if not k.endswith("position_ids")}
 
-
-# ======================================================================================================
-# 7. main()
-# ======================================================================================================
-
+# ==== 7. main() =======================================================================================
 
 def pretrain_toy(model, fraction, seed):
     """What the released Show-o had at scale, in small: RecA finds a model that can say all it sees, but draws from
@@ -953,14 +919,12 @@ def pretrain_toy(model, fraction, seed):
 
     stage("understanding and generation", trained, joint_loss, 1200)
 
-
 def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("Show-o only")
     group.add_argument("--recon-trains-embeddings", action="store_true",
                        help="CLIP variant: L_recon also trains mm_projector and the embedding table (see recon_loss)")
     group.add_argument("--flex", action="store_true", help="flex_attention instead of dense masks (GPU)")
-
 
 def prepare(model, args):
     """Before training: what the flags set."""
@@ -970,10 +934,8 @@ def prepare(model, args):
     model.flex = args.flex
     return {}
 
-
 def main():
     common.run(Showo, common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags), pretrain_toy, prepare)
-
 
 if __name__ == "__main__":
     common.cli(main)
