@@ -225,20 +225,35 @@ def load_tokenizer(folder):
         tokenizer.init_kwargs.pop(origin, None)
     return tokenizer
 
-def original_autoencoder_names(vae):
-    """{name in diffusers' AutoencoderKL: name in the released file} (KL-16 of Harmon, FLUX's of BAGEL). Only names
-    differ; the released files number the decoder's levels from the finest, diffusers in the order in which they run."""
-    names, last = {}, len(vae.config.block_out_channels) - 1
+def autoencoder_names(module):
+    """{name in diffusers' autoencoder blocks: name in the released file} (KL-16 of Harmon, MAGVIT-v2 of Show-o, FLUX's
+    of BAGEL). The released files number the decoder's levels from the finest, diffusers as they run."""
+    keys = list(module.state_dict())
+    last = max(int(level) for level in re.findall(r"up_blocks\.(\d+)", " ".join(keys)))
     words = {"mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "resnets": "block", "attentions": "attn",
              "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut", "to_q": "q",
              "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "conv_norm_out": "norm_out", "group_norm": "norm"}
-    for key in vae.state_dict():
+    names = {}
+    for key in keys:
         name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up.{last - int(level[1])}", key)
         name = re.sub(r"mid_block\.resnets\.(\d)", lambda block: f"mid.block_{int(block[1]) + 1}", name)
         for ours, theirs in words.items():
             name = name.replace(ours, theirs)
         names[key] = name
     return names
+
+def autoencoder_from_original(module, state):
+    """A released autoencoder's state dict -> diffusers' names; unknown keys stay. Its attention has 1 x 1 convolutions,
+    [out, in, 1, 1], diffusers' has matrices."""
+    own = {theirs: ours for ours, theirs in autoencoder_names(module).items()}
+    return {own.get(key, key): value.flatten(1) if "attn" in key and value.dim() == 4 else value
+            for key, value in state.items()}
+
+def autoencoder_to_original(module):
+    """The inverse: the state dict of diffusers' blocks as it is released."""
+    state, names = module.state_dict(), autoencoder_names(module)
+    return {names[key]: (value[..., None, None] if "attn" in names[key] and value.dim() == 2 else value).contiguous()
+            for key, value in state.items()}
 
 # ==== 2. Random numbers ===============================================================================
 # Every draw of a step (mask, order, timestep, noise, template, crop) is a function of the seed and of the image's

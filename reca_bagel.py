@@ -516,16 +516,15 @@ class Bagel(nn.Module):
             base = common.hub_folder(DEFAULT, small)
         with torch.device("meta"):
             model = cls(read_config(base))
-        own = {theirs: f"vae.{name}" for name, theirs in common.original_autoencoder_names(model.vae).items()}
-
-        def stored():
-            for path in (weights[0], base / "ae.safetensors"):
-                with safe_open(path, "pt", str(device)) as file:
-                    for key in (key for key in file.keys() if key not in TABLES):
-                        name = own.get(key, key)
-                        yield name, as_linear(name, file.get_tensor(key))
         try:
-            model._fill(stored(), device, dtype, folder)
+            vae = common.autoencoder_from_original(model.vae, common.load_state(base / "ae.safetensors"))
+            vae = {f"vae.{key}": tensor for key, tensor in vae.items()}
+            with safe_open(weights[0], "pt", str(device)) as file:
+                keys = [key for key in file.keys() if key not in TABLES]
+                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+                shapes |= {key: tensor.to("meta") for key, tensor in vae.items()}
+                common.load_strictly(model, shapes, folder)                         # before 29 GB are read
+                model._fill(((key, vae[key] if key in vae else file.get_tensor(key)) for key in shapes), device, dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
         if any(base.glob("tokenizer*.json")):
@@ -547,18 +546,17 @@ class Bagel(nn.Module):
                     yield name, torch.ones(p.shape, device=device)
                 else:
                     yield name, torch.randn(p.shape, device=device) * p[0].numel() ** -0.5
-        model._fill(initial(), device, dtype, name)
+        model._fill(initial(), device, dtype)
         model._set_tokenizer(tokenizer)
         return model
 
-    def _fill(self, tensors, device, dtype, source):
+    def _fill(self, tensors, device, dtype):
         """Gives every weight, until now without memory, its tensor. tensors: (name, tensor), made one at a time. The
         precision is float32 in the VAE, as it is released (0.3 GB), bf16 where frozen on a GPU, dtype elsewhere."""
         state, frozen = {}, {name for name, p in self.named_parameters() if not p.requires_grad}
         for name, tensor in tensors:
             precision = torch.bfloat16 if tensor.is_cuda and name in frozen else dtype
             state[name] = tensor.to(device, torch.float32 if name.startswith("vae.") else precision)
-        common.load_strictly(self, {name: tensor.to("meta") for name, tensor in state.items()}, source)    # no values
         self.load_state_dict(state, assign=True)
         self.to(device).eval()
 
@@ -573,16 +571,14 @@ class Bagel(nn.Module):
         """Writes the released layout: ema.safetensors (with the tables), ae.safetensors (FLUX's names), configs,
         tokenizer. dtype: of ema.safetensors; None keeps the precision, bf16 gives the 29 GB file of ComfyUI-BAGEL
         (models/bagel/BAGEL-7B-MoT) and the original inferencer. Shards are gathered one by one: all ranks must call."""
-        folder, state, vae = Path(folder), {}, {}
+        folder, state = Path(folder), {}
         for name, tensor in [*self.state_dict().items(), *self.named_buffers()]:
             tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-            if common.world()[0] == 0:
-                state[name] = tensor.detach().to("cpu", None if name.startswith("vae.") else dtype).contiguous()
+            if common.world()[0] == 0 and not name.startswith("vae."):
+                state[name] = tensor.detach().to("cpu", dtype).contiguous()
         if common.world()[0] != 0:
             return
-        for name, theirs in common.original_autoencoder_names(self.vae).items():
-            tensor = state.pop(f"vae.{name}")
-            vae[theirs] = tensor[..., None, None].contiguous() if "attn" in theirs and tensor.dim() == 2 else tensor
+        vae = {name: tensor.cpu() for name, tensor in common.autoencoder_to_original(self.vae).items()}
         folder.mkdir(parents=True, exist_ok=True)
         save_file(state, folder / "ema.safetensors", {"format": "pt"})
         save_file(vae, folder / "ae.safetensors", {"format": "pt"})
@@ -831,10 +827,6 @@ def write_config(c, folder):
     config = {"architectures": ["BagelForConditionalGeneration"], "reca": values}
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
         common.write(folder / name, content)
-
-def as_linear(name, tensor):
-    """The VAE's attention has 1 x 1 convolutions in the file, [out, in, 1, 1], and linears in diffusers."""
-    return tensor.flatten(1) if "attentions" in name and tensor.dim() == 4 else tensor
 
 def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
     """The size that both encoders want: sides multiples of `stride`, the long one at most `longest`, the short one at

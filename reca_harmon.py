@@ -486,7 +486,8 @@ class Harmon(nn.Module):
     def save_pretrained(self, folder):
         """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, a config.json and the tokenizer."""
         folder, name = Path(folder), f"{self.config.name}.pth"
-        for file, state in ((name, self.released_state()), ("kl16.ckpt", {"model": self.vae_state()})):
+        vae = {"model": common.autoencoder_to_original(self.vae)}
+        for file, state in ((name, self.released_state()), ("kl16.ckpt", vae)):
             with common.atomic(folder / file) as path, open(path, "wb") as stream:
                 torch.save(state, stream)                   # to a path, torch would store that path, too
         common.write(folder / "config.json", {"reca_harmon": asdict(self.config)})
@@ -504,23 +505,15 @@ class Harmon(nn.Module):
             if not torch.equal(state.get("llm.lm_head.weight", embedding), embedding):
                 raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs")
             state = {**state, "llm.lm_head.weight": embedding}
-        # kl16.ckpt may hold more than the VAE. Its attention is 1x1 convolutions, [out, in, 1, 1]; ours matrices.
-        ours = {theirs: own for own, theirs in common.original_autoencoder_names(model.vae).items()}
-        vae = {ours.get(key, key): value.flatten(1) if "attn" in key and value.ndim == 4 else value
-               for key, value in vae.items() if key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
-        common.load_strictly(model.vae, vae, f"the VAE of {name}")
+        vae = {key: value for key, value in vae.items()     # kl16.ckpt may hold more than the VAE
+               if key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
+        common.load_strictly(model.vae, common.autoencoder_from_original(model.vae, vae), f"the VAE of {name}")
         common.load_strictly(nn.ModuleDict({k: m for k, m in model.named_children() if k != "vae"}), state, name)
         return model
 
     def released_state(self):
         """The flat dict of a released harmon_*.pth: everything but the VAE, the tied head listed."""
         return {key: value for key, value in self.state_dict().items() if not key.startswith("vae.")}
-
-    def vae_state(self):
-        """The dict under "model" in kl16.ckpt: the VAE under MAR's names, attention as 1x1 convolutions."""
-        own = self.vae.state_dict()
-        return {name: (own[key][..., None, None] if "attn" in name and own[key].ndim == 2 else own[key]).contiguous()
-                for key, name in common.original_autoencoder_names(self.vae).items()}
 
     # ==== 4. The embedding-conditioned prompt =========================================================
     # The heart of RecA: the model's own embeddings of an image stand where a caption would, in the chat template in

@@ -42,6 +42,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
 from PIL import Image
 from safetensors.torch import save_file
 from torch import nn
@@ -155,52 +156,8 @@ WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin"
 
 # ==== 2. The model ====================================================================================
 # Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
-# The image tokenizer is ours: in diffusers' VQModel encoder and decoder share their widths and numbers of residual
-# blocks, here each has its own lists of both, and the codebook is not learned.
-
-def pipeline(**layers):
-    """Layers that run one after the other, under the names that they have in the checkpoints."""
-    return nn.Sequential(OrderedDict(layers))
-
-class ResBlock(nn.Module):
-    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1x1 convolution on the shortcut where the width changes."""
-
-    def __init__(self, width, out):
-        super().__init__()
-        self.norm1, self.conv1 = nn.GroupNorm(32, width, eps=1e-6), nn.Conv2d(width, out, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(32, out, eps=1e-6), nn.Conv2d(out, out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width, out, 1) if width != out else nn.Identity()
-
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return h + self.nin_shortcut(x)
-
-class AttnBlock(nn.Module):
-    """Single-head self-attention over the token grid, all projections 1x1 convolutions."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.GroupNorm(32, width, eps=1e-6)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x):
-        h = self.norm(x)
-        q, k, v = (p(h).flatten(2).transpose(1, 2)[:, None] for p in (self.q, self.k, self.v))     # [B, 1, h*w, width]
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)                          # [B, width, h*w]
-        return x + self.proj_out(h.reshape(x.shape))
-
-def level(width, out, blocks, resample=None):
-    """The residual blocks of one resolution, then the change to the next one."""
-    layers = {"block": nn.Sequential(*(ResBlock(width if i == 0 else out, out) for i in range(blocks)))}
-    if resample == "downsample":                            # zeros on the right and at the bottom only
-        layers[resample] = pipeline(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=nn.Conv2d(out, out, 3, stride=2))
-    if resample == "upsample":
-        layers[resample] = pipeline(nearest=nn.Upsample(scale_factor=2.0), conv=nn.Conv2d(out, out, 3, padding=1))
-    return pipeline(**layers)
-
-def middle(width):
-    return pipeline(block_1=ResBlock(width, width), attn_1=AttnBlock(width), block_2=ResBlock(width, width))
+# The image tokenizer is made of diffusers' blocks, but is not its VQModel: there encoder and decoder share their widths
+# and numbers of residual blocks, here each has its own lists of both, and the codebook is not learned.
 
 class MagVit2(nn.Module):
     """The image tokenizer: 16 x 16 pixels become one of K codes; any multiple of 16 pixels works. No look-up: a code is
@@ -211,18 +168,20 @@ class MagVit2(nn.Module):
         super().__init__()
         bits, last = c.codebook_bits, len(c.vq_enc_mult) - 1
         enc, dec = ([c.vq_ch * m for m in mult] for mult in (c.vq_enc_mult, c.vq_dec_mult))     # level 0: full size
-        down = [level([c.vq_ch, *enc][i], enc[i], c.vq_enc_res[i], "downsample" if i < last else None)
-                for i in range(last + 1)]
-        up = {str(i): level([*dec, dec[-1]][i + 1], dec[i], c.vq_dec_res[i], "upsample" if i else None)
-              for i in reversed(range(last + 1))}
-        self.encoder = pipeline(                                    # [B, 3, S, S] in [-1, 1] -> [B, bits, S/16, S/16]
-            conv_in=nn.Conv2d(3, c.vq_ch, 3, padding=1), down=nn.Sequential(*down), mid=middle(enc[-1]),
-            norm_out=nn.GroupNorm(32, enc[-1], eps=1e-6), swish=nn.SiLU(),
-            conv_out=nn.Conv2d(enc[-1], bits, 3, padding=1), quant_conv=nn.Conv2d(bits, bits, 1))
-        self.decoder = pipeline(                                    # signs [B, bits, h, w] -> [B, 3, 16h, 16w]
+        down = [DownEncoderBlock2D([c.vq_ch, *enc][i], enc[i], num_layers=c.vq_enc_res[i], add_downsample=i < last,
+                                   downsample_padding=0) for i in range(last + 1)]
+        up = [UpDecoderBlock2D([*dec, dec[-1]][i + 1], dec[i], num_layers=c.vq_dec_res[i], add_upsample=i > 0)
+              for i in reversed(range(last + 1))]
+        self.encoder = nn.Sequential(OrderedDict(                   # [B, 3, S, S] in [-1, 1] -> [B, bits, S/16, S/16]
+            conv_in=nn.Conv2d(3, c.vq_ch, 3, padding=1), down_blocks=nn.Sequential(*down),
+            mid_block=UNetMidBlock2D(enc[-1], None, attention_head_dim=enc[-1]),
+            conv_norm_out=nn.GroupNorm(32, enc[-1], eps=1e-6), swish=nn.SiLU(),
+            conv_out=nn.Conv2d(enc[-1], bits, 3, padding=1), quant_conv=nn.Conv2d(bits, bits, 1)))
+        self.decoder = nn.Sequential(OrderedDict(                   # signs [B, bits, h, w] -> [B, 3, 16h, 16w]
             post_quant_conv=nn.Conv2d(bits, bits, 1), conv_in=nn.Conv2d(bits, dec[-1], 3, padding=1),
-            mid=middle(dec[-1]), up=pipeline(**up), norm_out=nn.GroupNorm(32, dec[0], eps=1e-6), swish=nn.SiLU(),
-            conv_out=nn.Conv2d(dec[0], 3, 3, padding=1))
+            mid_block=UNetMidBlock2D(dec[-1], None, attention_head_dim=dec[-1]), up_blocks=nn.Sequential(*up),
+            conv_norm_out=nn.GroupNorm(32, dec[0], eps=1e-6), swish=nn.SiLU(),
+            conv_out=nn.Conv2d(dec[0], 3, 3, padding=1)))
         self.quantize = nn.Module()
         powers = 2 ** torch.arange(bits - 1, -1, -1)
         signs = (torch.arange(2 ** bits)[:, None] & powers).bool().float() * 2 - 1
@@ -441,7 +400,7 @@ class Showo(nn.Module):
         model.to_empty(device="cpu")
         common.load_strictly(model.trained(), common.find_weights(folder, *WEIGHTS), str(source))
         state = common.find_weights(part("magvitv2", VQ_SOURCE, "*.safetensors", "*.bin"), *WEIGHTS)
-        common.load_strictly(model.magvit, state, "MAGVIT-v2")
+        common.load_strictly(model.magvit, common.autoencoder_from_original(model.magvit, state), "MAGVIT-v2")
         if config.w_clip_vit:
             state = common.find_weights(part("clip", CLIP_SOURCE, "*.safetensors", "*.bin"), *WEIGHTS)
             common.load_strictly(model.clip, clip_keys(state), "CLIP")
@@ -488,7 +447,7 @@ class Showo(nn.Module):
                   "codebook_size": c.codebook_size, "num_vq_tokens": c.num_tokens, "llm_model_path": TOKENIZER_SOURCE}
         sizes = {k: v for k, v in dataclasses.asdict(c).items() if k not in (*theirs, "image_size")}
         write_weights(folder, self.trained().state_dict(), {**theirs, "sizes": sizes})
-        write_weights(folder / "magvitv2", self.magvit.state_dict(), {"_class_name": "MAGVITv2"})
+        write_weights(folder / "magvitv2", common.autoencoder_to_original(self.magvit), {"_class_name": "MAGVITv2"})
         if c.w_clip_vit:
             state = {f"vision_model.{k}": v for k, v in self.clip.state_dict().items()}
             write_weights(folder / "clip", state, self.clip.config.to_dict(), "model.safetensors")

@@ -51,13 +51,9 @@ def fixture_model():
     hand."""
     model = Bagel(fixture_config())
     assert SETTINGS["timestep_shift"] == 1.0
-    names = common.original_autoencoder_names(model.vae)
     state = load_file(FIXTURE / "weights.safetensors")
-    vae = load_file(FIXTURE / "ae_weights.safetensors")
-    state |= {
-        f"vae.{name}": reca_bagel.as_linear(name, vae[key])
-        for name, key in names.items()
-    }
+    vae = common.autoencoder_from_original(model.vae, load_file(FIXTURE / "ae_weights.safetensors"))
+    state |= {f"vae.{name}": tensor for name, tensor in vae.items()}
     for name, table in model.named_buffers():
         assert torch.allclose(state.pop(name).float(), table, atol=1e-6)
     common.load_strictly(model, {k: v.float() for k, v in state.items()}, "fixture")
@@ -390,17 +386,14 @@ def test_bagel_key_lists():
     with torch.device("meta"):
         model = Bagel()
     shapes = {name: list(t.shape) for name, t in [*model.state_dict().items(), *model.named_buffers()]}
-    names = {f"vae.{k}": v for k, v in common.original_autoencoder_names(model.vae).items()}
     manifest = json.loads((HERE / "fixtures/manifests/bagel.json").read_text())
     assert {n: s for n, s in shapes.items() if not n.startswith("vae.")} == manifest
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 6_539_861_056
     manifest = json.loads((HERE / "fixtures/manifests/flux_ae.json").read_text())
-    assert set(names) == {n for n in shapes if n.startswith("vae.")} and set(names.values()) == set(manifest)
-    for ours, theirs in names.items():
-        assert shapes[ours] + [1, 1] * (len(manifest[theirs]) - len(shapes[ours]) == 2) == manifest[theirs], ours
+    assert {n: list(t.shape) for n, t in common.autoencoder_to_original(model.vae).items()} == manifest
 
 
-def test_parity_bagel_files(model, golden, tmp_path):
+def test_parity_bagel_files(model, golden, tmp_path, monkeypatch):
     """save -> load -> save is equal byte for byte; the saved file has the fixture's names, values and tables; strict
     but for the tables."""
     model.save_pretrained(tmp_path / "a")
@@ -440,7 +433,8 @@ def test_parity_bagel_files(model, golden, tmp_path):
     with torch.no_grad():                                     # experts of different precision meet in one attention
         loss = mixed._flow_loss(features, ids, draws, condition)
     assert loss.item() == pytest.approx(golden["recon.loss"].item(), rel=0.02)
-    # what does not fit is named
+    # what does not fit is named, before any weight is read (29 GB)
+    monkeypatch.setattr(Bagel, "_fill", lambda *_: pytest.fail("read"))
     for change, word in (
         ({"extra": torch.zeros(1)}, "unexpected"),
         ({"llm2vae.bias": None}, "lacks"),

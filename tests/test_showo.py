@@ -70,7 +70,8 @@ def load_model(config, w_clip_vit):
     state = load_file(FIXTURE / "weights.safetensors")
     state = {k: v for k, v in state.items() if w_clip_vit or k.startswith("showo.")}
     common.load_strictly(model.trained(), state, "fixture")
-    common.load_strictly(model.magvit, load_file(FIXTURE / "vq_weights.safetensors"), "MAGVIT-v2")
+    vq = common.autoencoder_from_original(model.magvit, load_file(FIXTURE / "vq_weights.safetensors"))
+    common.load_strictly(model.magvit, vq, "MAGVIT-v2")
     if w_clip_vit:
         common.load_strictly(model.clip, reca_showo.clip_keys(load_file(FIXTURE / "clip_weights.safetensors")), "CLIP")
     else:
@@ -365,7 +366,7 @@ def test_released_keys_showo(name, manifest):
     with torch.device("meta"):
         model = Showo(reca_showo.CONFIGS[name])
     assert {k: list(v.shape) for k, v in model.trained().state_dict().items()} == listed(manifest)
-    assert {k: list(v.shape) for k, v in model.magvit.state_dict().items()} == listed("magvitv2")
+    assert {k: list(v.shape) for k, v in common.autoencoder_to_original(model.magvit).items()} == listed("magvitv2")
     assert model.config.vocab_size == 58498 and model.config.mask_token == 58497 and model.config.first_code == 50305
     if model.config.w_clip_vit:
         names = {f"vision_model.{k}": list(v.shape) for k, v in model.clip.state_dict().items()}
@@ -424,7 +425,7 @@ def test_showo_loads_bin(tiny, tmp_path):
     (tmp_path / "pytorch_model.safetensors").unlink()
     torch.save({k: v.half() for k, v in tiny.trained().state_dict().items()}, tmp_path / "pytorch_model.bin")
     (tmp_path / "magvitv2" / "pytorch_model.safetensors").unlink()
-    torch.save(tiny.magvit.state_dict(), tmp_path / "magvitv2" / "pytorch_model.bin")
+    torch.save(common.autoencoder_to_original(tiny.magvit), tmp_path / "magvitv2" / "pytorch_model.bin")
     if tiny.config.w_clip_vit:
         (tmp_path / "clip" / "model.safetensors").unlink()
         state = {f"vision_model.{k}": v for k, v in tiny.clip.state_dict().items()}
