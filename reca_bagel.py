@@ -499,6 +499,7 @@ class Bagel(nn.Module):
         return [said[i].view(xi.shape) for i, xi in enumerate(x)] if rows else None
 
     # ==== 3. Loading and saving =======================================================================
+
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
@@ -628,6 +629,7 @@ class Bagel(nn.Module):
         return told, self._block(told, words, causal=True, read=read) if told else None
 
     # ==== 5. The losses ===============================================================================
+
     def recon_loss(self, features, templates, draws=None, rng=None):
         """RecA (paper, equation 2): paint the image that these understanding embeddings describe. features: encode(..,
         "recon"), one dict an image; templates: one text each; draws: see _draws. -> scalar, the velocity's squared
@@ -686,6 +688,7 @@ class Bagel(nn.Module):
         return common.global_mean(errors.sum(), len(errors))
 
     # ==== 6. Inference ================================================================================
+
     @torch.no_grad()
     def generate(self, prompts, *, seed=0, draws=None, size=None, **sampler):
         """Text to image: texts -> PIL images of `size` (one side, or (height, width); default 1024). seed: see
