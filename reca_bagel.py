@@ -42,7 +42,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
-from diffusers.models.embeddings import get_timestep_embedding
+from diffusers.models.embeddings import get_2d_sincos_pos_embed, get_timestep_embedding
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -255,10 +255,8 @@ class PositionTable(nn.Module):
     def __init__(self, side, width):
         super().__init__()
         self.side = side
-        angles = np.arange(side)[:, None] * 10000.0 ** (-np.arange(width // 4) / (width // 4))           # [side, D / 4]
-        axis = torch.from_numpy(np.concatenate([np.sin(angles), np.cos(angles)], axis=1)).float()        # [side, D / 2]
-        table = torch.cat([axis.repeat(side, 1), axis.repeat_interleave(side, 0)], dim=1)
-        self.register_buffer("pos_embed", table, persistent=False)
+        table = get_2d_sincos_pos_embed(width, side, base_size=side, device=torch.device("cpu"))     # base_size: unscaled
+        self.register_buffer("pos_embed", table.float(), persistent=False)
 
     def forward(self, height, width):
         """-> [height * width, D], row-major. No interpolation: a small image uses the top left corner of the table."""
