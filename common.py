@@ -1020,6 +1020,10 @@ def crowded_scene(rng):
     """Most cells full, any shape any number of times: what a toy autoencoder learns from (white teaches nothing)."""
     return [(place, int(rng.integers(4)), int(rng.integers(8))) for place in range(4) if rng.random() < 0.7]
 
+def crowded_pixels(seed, positions, size):
+    """Crowded scenes of a seed -> [B, 3, size, size] in [-1, 1]."""
+    return toy_pixels([crowded_scene(np.random.default_rng((seed, 1, position))) for position in positions], size)
+
 TOY_WORDS = (*SHAPES, *COLORS, *PLACES)
 
 def scene_words(scene, side, p=1.0, rng=None):
@@ -1034,9 +1038,10 @@ def scene_words(scene, side, p=1.0, rng=None):
                 said[row * half:(row + 1) * half, column * half:(column + 1) * half, word] = 1
     return said.flatten(0, 1)
 
-def toy_stage(title, parameters, loss, steps, lr=1e-3, batch=32, warmup=20):
-    """One stage of a tiny model's pretraining: `steps` of AdamW on loss(positions), warm-up and a cosine to a tenth."""
-    parameters = list(parameters)
+def toy_stage(title, parameters, loss, steps, fraction, lr=1e-3, batch=32, warmup=20):
+    """One stage of a tiny model's pretraining: a fraction of `steps` of AdamW on loss(positions), warm-up and a cosine
+    to a tenth."""
+    parameters, steps = list(parameters), max(2, int(steps * fraction))
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
     bar = tqdm(range(steps), desc=f"toy pretraining: {title}", unit="step", dynamic_ncols=True)
     for step in bar:
@@ -1284,10 +1289,11 @@ def post_train(model, args, rows, prepare, trainer, resume):
             return model.reconstruct(samples, seed=list(range(len(samples))), **sampler_options(args))
 
     def show(step):
+        now = paint()                           # on all ranks: sharded weights are gathered by all together
         if main_process:
             before = [load_image(previews / f"before_{k}.png") for k in range(len(samples))]
             titles = ("input", "before RecA", f"step {step}")
-            picture = grid(list(zip(samples, before, paint())), titles, cell=max(128, min(256, size)))
+            picture = grid(list(zip(samples, before, now)), titles, cell=max(128, min(256, size)))
             write(previews / f"step_{step:06d}.png", picture)
 
     def score(known):

@@ -33,7 +33,7 @@ packed pass, S keys that are seen.
 """
 import shutil
 import warnings
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -53,32 +53,24 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import Qwen2Config, SiglipVisionConfig
+from transformers import Qwen2Config, Siglip2VisionConfig, Siglip2VisionModel
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
-from transformers.models.siglip.modeling_siglip import SiglipEncoderLayer
 
 import common
 from common import InputError, Rng
 
 # ==== 1. Sizes and hyper-parameters ===================================================================
 
+LLM = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+           num_key_value_heads=4, rms_norm_eps=1e-6, rope_theta=1e6)                                       # Qwen2.5-7B
+VIT = dict(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, image_size=980,
+           patch_size=14)      # SigLIP so400m/14 at 980 px; of the 27 layers the original builds and stores one less
+
 @dataclass
 class BagelConfig:
     """Sizes of BAGEL-7B-MoT (the defaults). Names follow the released json files where those have a name."""
-    vocab_size: int = 152064
-    hidden_size: int = 3584
-    intermediate_size: int = 18944
-    num_hidden_layers: int = 28
-    num_attention_heads: int = 28
-    num_key_value_heads: int = 4
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 1e6
-    vit_hidden_size: int = 1152         # SigLIP so400m/14 at 980 px
-    vit_intermediate_size: int = 4304
-    vit_num_hidden_layers: int = 26     # vit_config.json says 27; the original builds and stores one less
-    vit_num_attention_heads: int = 16
-    vit_image_size: int = 980
-    vit_patch_size: int = 14
+    llm: dict = field(default_factory=LLM.copy)             # what counts in llm_config.json
+    vit: dict = field(default_factory=VIT.copy)             # and in vit_config.json
     vit_max_num_patch_per_side: int = 70
     latent_patch_size: int = 2
     max_latent_size: int = 64           # the original's flag defaults to 32, which does not fit the release
@@ -97,26 +89,20 @@ class BagelConfig:
     start_of_image: int = 151652        # before and after every image block
     end_of_image: int = 151653
 
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def stride(self):                                       # pixels per latent token and side: 16 in the release
-        return 2 ** (len(self.vae_ch_mult) - 1) * self.latent_patch_size
-
-    @property
-    def latent_dim(self):                                   # C, values of a latent token: 2 * 2 * 16 in the release
-        return self.latent_patch_size ** 2 * self.vae_z_channels
+    head_dim = property(lambda self: self.llm["hidden_size"] // self.llm["num_attention_heads"])
+    # Pixels per latent token and side (16 in the release), and C, values of a latent token (2 * 2 * 16).
+    stride = property(lambda self: 2 ** (len(self.vae_ch_mult) - 1) * self.latent_patch_size)
+    latent_dim = property(lambda self: self.latent_patch_size ** 2 * self.vae_z_channels)
 
 TINY = BagelConfig(
-    hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-    vit_hidden_size=64, vit_intermediate_size=160, vit_num_hidden_layers=2, vit_num_attention_heads=4,
-    vit_image_size=32, vit_patch_size=8, vit_max_num_patch_per_side=4, max_latent_size=4,
+    LLM | dict(hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
+               num_key_value_heads=2),
+    VIT | dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, image_size=32,
+               patch_size=8),
+    vit_max_num_patch_per_side=4, max_latent_size=4,
     vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1, vae_z_channels=8,
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
 
 @dataclass
 class Recipe:
@@ -162,7 +148,7 @@ def rotary(positions, config):
     """positions [R] (integers, also negative) -> cos, sin [R, 1, d] in float32 (the original's frequencies are bf16
     under FSDP, which blurs far positions; nothing depends on that)."""
     frequencies = torch.arange(0, config.head_dim, 2, device=positions.device).float() / config.head_dim       # [d / 2]
-    angles = positions[:, None, None].float() * (config.rope_theta ** -frequencies).repeat(2)
+    angles = positions[:, None, None].float() * (config.llm["rope_theta"] ** -frequencies).repeat(2)
     return angles.cos(), angles.sin()
 
 def turn(x, cos, sin):
@@ -190,16 +176,17 @@ class MoTLayer(nn.Module):
 
     def __init__(self, c):
         super().__init__()
-        width, d, attention = c.hidden_size, c.head_dim, {}
-        mlp = Qwen2Config(hidden_size=width, intermediate_size=c.intermediate_size)
-        self.head_dim, self.train_und = d, False
+        width, d, eps, attention = c.llm["hidden_size"], c.head_dim, c.llm["rms_norm_eps"], {}
+        heads, kv_heads = c.llm["num_attention_heads"], c.llm["num_key_value_heads"]
+        mlp = Qwen2Config(hidden_size=width, intermediate_size=c.llm["intermediate_size"])
+        self.head_dim = d
         for e in ("", "_moe_gen"):
-            for name, heads in zip("qkv", (c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads)):
-                attention[f"{name}_proj{e}"] = nn.Linear(width, heads * d)
-            attention |= {f"{name}_norm{e}": RMSNorm(d, c.rms_norm_eps) for name in "qk"}
-            attention[f"o_proj{e}"] = nn.Linear(c.num_attention_heads * d, width, bias=False)
-            self.add_module(f"input_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
-            self.add_module(f"post_attention_layernorm{e}", RMSNorm(width, c.rms_norm_eps))
+            for name, count in zip("qkv", (heads, kv_heads, kv_heads)):
+                attention[f"{name}_proj{e}"] = nn.Linear(width, count * d)
+            attention |= {f"{name}_norm{e}": RMSNorm(d, eps) for name in "qk"}
+            attention[f"o_proj{e}"] = nn.Linear(heads * d, width, bias=False)
+            self.add_module(f"input_layernorm{e}", RMSNorm(width, eps))
+            self.add_module(f"post_attention_layernorm{e}", RMSNorm(width, eps))
             self.add_module(f"mlp{e}", Qwen2MLP(mlp))
         self.self_attn = nn.ModuleDict(attention)
 
@@ -228,7 +215,7 @@ class MoTLayer(nn.Module):
         image; ropes: (cos, sin) for und and gen, None at position 0; read: the rows that the next layer or the caller
         needs. A frozen understanding expert has no graph (the original detaches its q, k, v, attention and MLP output
         in every layer): the markers' residual stream is a constant that follows the latents' values."""
-        und_graph = torch.is_grad_enabled() and self.train_und
+        und_graph = torch.is_grad_enabled() and self.input_layernorm.weight.requires_grad
         with torch.set_grad_enabled(und_graph):
             q_und, k_und, v_und = (split(x, shapes, 1) for x in self.project(und, "", ropes[0]))
         if gen is not None:
@@ -255,7 +242,7 @@ class PositionTable(nn.Module):
     def __init__(self, side, width):
         super().__init__()
         self.side = side
-        table = get_2d_sincos_pos_embed(width, side, base_size=side, device=torch.device("cpu"))     # base_size: unscaled
+        table = get_2d_sincos_pos_embed(width, side, base_size=side, device=torch.device("cpu"))  # base_size: unscaled
         self.register_buffer("pos_embed", table.float(), persistent=False)
 
     def forward(self, height, width):
@@ -285,14 +272,7 @@ class Context:
 
 def alike(keys):
     """Places of equal keys, in lists: what has one shape is computed as one dense tensor."""
-    places = {}
-    for i, key in enumerate(keys):
-        places.setdefault(key, []).append(i)
-    return list(places.values())
-
-def generates(name):
-    """What RecA trains: the generation expert, the time MLP and the two projections of the latents."""
-    return "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
+    return [[i for i, other in enumerate(keys) if other == key] for key in dict.fromkeys(keys)]
 
 class Bagel(nn.Module):
     """BAGEL, named as in ema.safetensors, whose 1223 keys are state_dict() without `vae.`, and the two tables."""
@@ -301,27 +281,20 @@ class Bagel(nn.Module):
 
     def __init__(self, config=BagelConfig()):
         super().__init__()
-        c, width = config, config.hidden_size
+        c, width, eps = config, config.llm["hidden_size"], config.llm["rms_norm_eps"]
         self.config, self.tokenizer, self.und_blur, self.und_size = c, None, 0, min(UND_SIZE, c.vit_limits[0])
         self.language_model = nn.ModuleDict({
             "model": nn.ModuleDict({
-                "embed_tokens": nn.Embedding(c.vocab_size, width),
-                "layers": nn.ModuleList(MoTLayer(c) for _ in range(c.num_hidden_layers)),
-                "norm": RMSNorm(width, c.rms_norm_eps), "norm_moe_gen": RMSNorm(width, c.rms_norm_eps)}),
-            "lm_head": nn.Linear(width, c.vocab_size, bias=False)})
-        # transformers' SigLIP tower wants square images of one size and a convolution; its layers serve images of any
-        # size. The patch embedding is a Linear in the checkpoint: a patch is flattened as (row, column, channel).
-        vit = SiglipVisionConfig(hidden_size=c.vit_hidden_size, intermediate_size=c.vit_intermediate_size,
-                                 num_attention_heads=c.vit_num_attention_heads, hidden_act="gelu_pytorch_tanh",
-                                 layer_norm_eps=1e-6, attn_implementation="sdpa")
-        self.vit_model = nn.ModuleDict({"vision_model": nn.ModuleDict({
-            "embeddings": nn.ModuleDict({
-                "patch_embedding": nn.Linear(3 * c.vit_patch_size ** 2, c.vit_hidden_size),
-                "position_embedding": nn.Embedding(c.vit_max_num_patch_per_side ** 2, c.vit_hidden_size)}),
-            "encoder": nn.ModuleDict({"layers": nn.ModuleList(
-                SiglipEncoderLayer(vit) for _ in range(c.vit_num_hidden_layers))}),
-            "post_layernorm": nn.LayerNorm(c.vit_hidden_size, eps=1e-6)})})
-        self.connector = nn.ModuleDict({"fc1": nn.Linear(c.vit_hidden_size, width), "fc2": nn.Linear(width, width)})
+                "embed_tokens": nn.Embedding(c.llm["vocab_size"], width),
+                "layers": nn.ModuleList(MoTLayer(c) for _ in range(c.llm["num_hidden_layers"])),
+                "norm": RMSNorm(width, eps), "norm_moe_gen": RMSNorm(width, eps)}),
+            "lm_head": nn.Linear(width, c.llm["vocab_size"], bias=False)})
+        # SigLIP 2 has the modules of this ViT: the patch embedding is a Linear, a patch flattened as (row, column,
+        # channel). Only its forward differs, which stretches the positions to an image: see _vit.
+        self.vit_model = nn.ModuleDict({"vision_model": Siglip2VisionModel(Siglip2VisionConfig(**c.vit | {
+            "num_hidden_layers": c.vit["num_hidden_layers"] - 1, "num_patches": c.vit_max_num_patch_per_side ** 2,
+            "vision_use_head": False}))})
+        self.connector = nn.ModuleDict({"fc1": nn.Linear(c.vit["hidden_size"], width), "fc2": nn.Linear(width, width)})
         self.vit_pos_embed = PositionTable(c.vit_max_num_patch_per_side, width)
         self.time_embedder = nn.ModuleDict({
             "mlp": nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))})
@@ -336,7 +309,7 @@ class Bagel(nn.Module):
 
     def set_und(self, size=None, blur=None):
         """The paper's ablations: the side of what the ViT sees, and blurring it. Raises InputError."""
-        p, most = self.config.vit_patch_size, self.config.vit_max_num_patch_per_side * self.config.vit_patch_size
+        p, most = self.config.vit["patch_size"], self.config.vit_max_num_patch_per_side * self.config.vit["patch_size"]
         size, blur = size or self.und_size, blur or self.und_blur
         if not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
@@ -345,11 +318,11 @@ class Bagel(nn.Module):
         self.und_size, self.und_blur = size, blur
 
     def freeze(self, train_und=False):
-        """Freezes all but what RecA trains. train_und=True opens the language model (`tiny`, a fixture)."""
+        """Freezes all but what RecA trains: the generation expert, the time MLP and the two projections of the latents.
+        train_und=True opens the language model (`tiny`, a fixture)."""
         for name, parameter in self.named_parameters():
-            parameter.requires_grad_(generates(name) or train_und and name.startswith("language_model."))
-        for layer in self.blocks():
-            layer.train_und = train_und
+            generates = "_moe_gen" in name or name.startswith(("time_embedder.", "vae2llm.", "llm2vae."))
+            parameter.requires_grad_(generates or train_und and name.startswith("language_model."))
 
     @property
     def device(self):
@@ -374,7 +347,7 @@ class Bagel(nn.Module):
             pixels["vae"] = common.to_tensor(resized)
             image = resized if task == "edit" else image
         if image is not None and task in limits:
-            image = image.resize(fit(*image.size, *limits[task], c.vit_patch_size), Image.BICUBIC)
+            image = image.resize(fit(*image.size, *limits[task], c.vit["patch_size"]), Image.BICUBIC)
             pixels["vit"] = common.to_tensor(image)
             if self.und_blur > 1 and task == "recon":
                 pixels["vit"] = common.blur(pixels["vit"][None], self.und_blur)[0]
@@ -398,16 +371,14 @@ class Bagel(nn.Module):
 
     def _vit(self, pixels):
         """[B, 3, height, width], sides divisible by the patch -> [B, rows, columns, width of the ViT]."""
-        p, vit = self.config.vit_patch_size, self.vit_model["vision_model"]
+        p, vit = self.config.vit["patch_size"], self.vit_model["vision_model"]
         # [B, 3, rows, p, columns, p] -> [B, rows, columns, p * p * 3]
         x = pixels.unflatten(3, (-1, p)).unflatten(2, (-1, p)).permute(0, 2, 4, 3, 5, 1).flatten(3)
         (rows, columns), side = x.shape[1:3], self.config.vit_max_num_patch_per_side
         ids = torch.arange(side ** 2, device=x.device).view(side, side)[:rows, :columns]
-        patch, position = vit["embeddings"].values()
+        patch, position = vit.embeddings.patch_embedding, vit.embeddings.position_embedding
         x = (patch(x.to(patch.weight.dtype)) + position(ids)).flatten(1, 2)
-        for layer in vit["encoder"]["layers"]:
-            x = layer(x, None)
-        return vit["post_layernorm"](x).unflatten(1, (rows, columns))
+        return vit.post_layernorm(vit.encoder(x).last_hidden_state).unflatten(1, (rows, columns))
 
     def _moments(self, pixels):
         """pixels [B, 3, height, width] -> "mean" and "logvar" [B, 16, height / 8, width / 8], float32. (On a CPU
@@ -535,7 +506,8 @@ class Bagel(nn.Module):
         """Random weights, made on the device: for tiny, and (any other name: the released sizes) for --bench."""
         tokenizer = common.tiny_tokenizer(MARKERS)
         with torch.device("meta"):
-            model = cls(replace(CONFIGS[name], vocab_size=len(tokenizer)) if name == "tiny" else CONFIGS[DEFAULT])
+            tiny = replace(TINY, llm=TINY.llm | {"vocab_size": len(tokenizer)})
+            model = cls(tiny if name == "tiny" else BagelConfig())
 
         def initial():
             for name, p in model.named_parameters():
@@ -799,20 +771,16 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-LLM_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "num_key_value_heads", "rms_norm_eps", "rope_theta")
 OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
 
 def read_config(folder):
     """The sizes in the release's llm_config.json, vit_config.json and config.json; in the latter, under "reca", stand
-    all of ours. Raises InputError."""
+    those of ours that no file of the release holds. Raises InputError."""
     llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
     config = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
-    known = {name: llm[name] for name in LLM_FIELDS if name in llm} | {f"vit_{name}": v for name, v in vit.items()}
-    if "num_hidden_layers" in vit:
-        known["vit_num_hidden_layers"] -= 1                     # the last layer is never built, see BagelConfig
+    known = {"llm": LLM | {name: llm[name] for name in LLM if name in llm},
+             "vit": VIT | {name: vit[name] for name in VIT if name in vit}}
     known |= {name: config[name] for name in OTHER_FIELDS if name in config}
-    known = {field.name: known[field.name] for field in fields(BagelConfig) if field.name in known}
     try:
         known |= config.get("reca", {})
         return BagelConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in known.items()})
@@ -820,12 +788,11 @@ def read_config(folder):
         raise InputError(f"{folder / 'config.json'}: {error}") from error
 
 def write_config(c, folder):
-    """config.json for us; llm_config.json and vit_config.json (see vit_num_hidden_layers) for the original."""
-    values = asdict(c)
-    vit = {name.removeprefix("vit_"): v for name, v in values.items() if name.startswith("vit_")}
-    vit |= {"model_type": "siglip_vision_model", "num_hidden_layers": c.vit_num_hidden_layers + 1}
-    llm = {name: values[name] for name in LLM_FIELDS} | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
-    config = {"architectures": ["BagelForConditionalGeneration"], "reca": values}
+    """config.json for us; llm_config.json and vit_config.json for us and the original."""
+    llm = c.llm | {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}
+    vit = c.vit | {"model_type": "siglip_vision_model"}
+    ours = {name: value for name, value in asdict(c).items() if name not in ("llm", "vit")}
+    config = {"architectures": ["BagelForConditionalGeneration"], "reca": ours}
     for name, content in (("llm_config.json", llm), ("vit_config.json", vit), ("config.json", config)):
         common.write(folder / name, content)
 
@@ -914,31 +881,16 @@ def shard(model):
     for layer in model.blocks():
         fully_shard(layer, **options)
     fully_shard(model, **options, ignored_params=frozen_outside)
-    for loss in ("recon_loss", "i2t_loss", "t2i_loss"):
-        register_fsdp_forward_method(model, loss)
-
-def unshard(model, whole=True):
-    """Gather all weights on every rank (whole=False: give them back), so that one can sample alone. All must call."""
-    for module in [module for module in model.modules() if isinstance(module, FSDPModule)]:
-        module.set_reshard_after_forward(not whole, recurse=False)
-        module.unshard() if whole else module.reshard()
+    for method in ("recon_loss", "i2t_loss", "t2i_loss", "reconstruct"):     # the last: previews, by all ranks together
+        register_fsdp_forward_method(model, method)
 
 class BagelTrainer(common.Trainer):
-    """The loop of common.py, with checkpoints that any number of ranks write and read, and previews when sharded. A
-    checkpoint holds the files of the release (bf16 after training on GPUs), and in shards/ the exact trained weights
-    and the optimizer, written by each rank for itself with torch.distributed.checkpoint."""
-
-    def __init__(self, model, streams, args, show=None, **more):
-        def show_together(step):
-            unshard(model)
-            show(step)                                                                  # only rank 0 paints
-            if dist.is_initialized():
-                dist.barrier()
-            unshard(model, whole=False)
-        super().__init__(model, streams, args, show and show_together, **more)
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")          # one process, as it should be
+    """The loop of common.py, with checkpoints that any number of ranks write and read: the files of the release (bf16
+    after training on GPUs), and in shards/ the exact trained weights and the optimizer, written by each rank for itself
+    with torch.distributed.checkpoint."""
 
     def _shards(self):
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")          # one process, as it should be
         trained = {name: p.detach() for name, p in self.model.named_parameters() if p.requires_grad}
         return {"weights": trained, "optimizer": get_optimizer_state_dict(self.model, self.optimizer)}
 
@@ -970,7 +922,10 @@ class BagelTrainer(common.Trainer):
 
     def train(self):
         super().train()
-        unshard(self.model)                                          # rank 0 goes on alone: previews, scores, inference
+        for module in self.model.modules():                   # rank 0 goes on alone, for scores and inference
+            if isinstance(module, FSDPModule):
+                module.set_reshard_after_forward(False, recurse=False)
+                module.unshard()
 
 def pretrain_toy(model, fraction, seed):
     """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that reads and
@@ -979,10 +934,7 @@ def pretrain_toy(model, fraction, seed):
     c, size, pool = model.config, model.config.image_size, max(64, int(2048 * fraction))
     table = model.language_model["model"]["embed_tokens"].weight
     words = model.tokenizer.convert_tokens_to_ids(list(common.TOY_WORDS))
-    side = c.vit_image_size // c.vit_patch_size
-
-    def steps(count):
-        return max(2, int(count * fraction))
+    side = c.vit["image_size"] // c.vit["patch_size"]
 
     def rng(stage, position):
         return np.random.default_rng((seed, stage, position))
@@ -992,21 +944,20 @@ def pretrain_toy(model, fraction, seed):
         spread = model.vae.encoder.conv_out
         spread.weight[c.vae_z_channels:], spread.bias[c.vae_z_channels:] = 0, -6
 
-    def crowded(positions):
-        return common.toy_pixels([common.crowded_scene(rng(1, p)) for p in positions], size)
-
     def autoencode(pixels):
         mean = model.vae.encode(pixels).latent_dist.mean
         back = model.vae.decode(mean + 0.05 * torch.randn_like(mean)).sample                  # neighbours decode alike
         return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * mean.square().mean()
 
     def quarters(positions):
-        pixels = crowded(positions).unflatten(2, (2, -1)).unflatten(4, (2, -1))              # [B, 3, 2, S/2, 2, S/2]
+        pixels = common.crowded_pixels(seed, positions, size)
+        pixels = pixels.unflatten(2, (2, -1)).unflatten(4, (2, -1))                          # [B, 3, 2, S/2, 2, S/2]
         return autoencode(pixels[:, :, positions[0] // 16 % 2, :, positions[0] // 32 % 2])
 
     vae = list(model.vae.requires_grad_(True).parameters())
-    common.toy_stage("autoencoder", vae, quarters, steps(300), lr=2e-3, batch=16)
-    common.toy_stage("autoencoder", vae, lambda positions: autoencode(crowded(positions)), steps(200), batch=4)
+    common.toy_stage("autoencoder", vae, quarters, 300, fraction, lr=2e-3, batch=16)
+    common.toy_stage("autoencoder", vae, lambda positions: autoencode(common.crowded_pixels(seed, positions, size)),
+                     200, fraction, batch=4)
     scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
     pictures = [model.preprocess(common.draw_scene(scene, size), "recon") for scene in scenes]
     features = [f for k in range(0, pool, 64)
@@ -1031,8 +982,8 @@ def pretrain_toy(model, fraction, seed):
 
     model.freeze(train_und=True)
     model._embed_vit = mixed
-    und = [p for n, p in model.named_parameters() if p.requires_grad and not generates(n)]
-    common.toy_stage("language", und, language, steps(500))
+    und = [p for n, p in model.language_model.named_parameters() if "_moe_gen" not in n]
+    common.toy_stage("language", und, language, 500, fraction)
     model.freeze()
 
     # 3. ViT and the first half of the connector; the second half is set to the words' embeddings, one word a hidden
@@ -1049,15 +1000,12 @@ def pretrain_toy(model, fraction, seed):
         return F.mse_loss(said, torch.stack([common.scene_words(scenes[i], side) for i in picked]))
 
     eyes = nn.ModuleList([model.vit_model, first]).requires_grad_(True)
-    common.toy_stage("vision", eyes.parameters(), see, steps(400))
+    common.toy_stage("vision", eyes.parameters(), see, 400, fraction)
 
     # 4. Generation from sparse captions, some of them said in the places of the patches.
     model.freeze()
-    own = dict(model.named_parameters())
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if "_moe_gen" in name:
-                parameter.copy_(own[name.replace("_moe_gen", "")])
+    own = model.state_dict()
+    model.load_state_dict({name: own[name.replace("_moe_gen", "")] for name in own})
 
     def paint(positions):
         picked, few = [p * 7919 % pool for p in positions], len(positions) // 4
@@ -1069,7 +1017,7 @@ def pretrain_toy(model, fraction, seed):
         draws = Rng(seed, "toy in place", positions=positions[:few])
         return loss + model.recon_loss(shown, [common.SEED_TEMPLATE] * few, rng=draws)
 
-    common.toy_stage("generation", (p for p in model.parameters() if p.requires_grad), paint, steps(800), lr=2e-3)
+    common.toy_stage("generation", (p for p in model.parameters() if p.requires_grad), paint, 800, fraction, lr=2e-3)
     del model._embed_vit                                                                # the class's own method again
 
 def flags(parser):

@@ -767,23 +767,17 @@ def pretrain_toy(model, fraction, seed):
     sparse ones. RecA finds a model that can say everything it sees, and paints without minding what it was told."""
     c, pool = model.config, max(64, round(4000 * fraction))
 
-    def crowded(positions):
-        scenes = [common.crowded_scene(np.random.default_rng((seed, 1, position))) for position in positions]
-        return common.toy_pixels(scenes, c.image_size)
-
     def vae_loss(positions):
-        x = crowded(positions)
+        x = common.crowded_pixels(seed, positions, c.image_size)
         latents = model.vae.encode(x).latent_dist.mean
         y = model.vae.decode(latents + 0.05 * torch.randn_like(latents)).sample        # neighbours decode alike
         return (y - x).square().mean() + (y - x).abs().mean() + 1e-3 * latents.square().mean()
 
-    def steps(count):
-        return max(1, round(count * fraction))
-
-    common.toy_stage("VAE", model.vae.requires_grad_(True).parameters(), vae_loss, steps(800), lr=2e-3, batch=8)
+    common.toy_stage("VAE", model.vae.requires_grad_(True).parameters(), vae_loss, 800, fraction, lr=2e-3, batch=8)
     model.vae.requires_grad_(False)
     with torch.no_grad():
-        c.vae_scale = 1 / model.vae.encode(crowded(range(256))).latent_dist.mean.std().item()
+        pixels = common.crowded_pixels(seed, range(256), c.image_size)
+        c.vae_scale = 1 / model.vae.encode(pixels).latent_dist.mean.std().item()
     scenes = [common.random_scene(np.random.default_rng((seed, 2, i))) for i in range(pool)]
     samples = [{"pixels": x} for x in common.toy_pixels(scenes, c.image_size)]
     features = [f for k in range(0, pool, 250) for f in model.encode(samples[k:k + 250], "i2t")]
@@ -818,8 +812,8 @@ def pretrain_toy(model, fraction, seed):
         return understanding(positions) + loss + F.mse_loss(probe(last["z"]), latents)
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("understanding", trained, understanding, steps(150), lr=1.5e-3)
-    common.toy_stage("generation", [*trained, *probe.parameters()], both, steps(800), lr=2e-3)
+    common.toy_stage("understanding", trained, understanding, 150, fraction, lr=1.5e-3)
+    common.toy_stage("generation", [*trained, *probe.parameters()], both, 800, fraction, lr=2e-3)
     del model.mar.decode                                                    # the method of the class again
 
 def main():

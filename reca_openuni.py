@@ -693,9 +693,6 @@ def pretrain_toy(model, fraction, seed):
     side = math.isqrt(model.image_tokens)
     table = model.lmm.get_input_embeddings().weight
 
-    def steps(count):
-        return max(2, int(count * fraction))
-
     def scenes(stage, positions):
         """(generator, scene) of each position, the same for the same seed."""
         for rng in (np.random.default_rng((seed, stage, position)) for position in positions):
@@ -705,20 +702,16 @@ def pretrain_toy(model, fraction, seed):
         return common.toy_pixels([scene for _, scene in drawn], size)
 
     # 1. DC-AE: reconstruct, also from slightly disturbed latents, as the generator will leave some disturbance.
-    def crowded(positions):
-        scenes = [common.crowded_scene(np.random.default_rng((seed, 1, position))) for position in positions]
-        return common.toy_pixels(scenes, size)
-
     def autoencoder_loss(positions):
-        x = crowded(positions)
+        x = common.crowded_pixels(seed, positions, size)
         z = model.vae.encode(x).latent
         error = model.vae.decode(z + 0.1 * torch.randn_like(z)).sample - x
         return error.square().mean() + error.abs().mean() + 1e-3 * z.square().mean()
 
     parameters = model.vae.requires_grad_(True).parameters()
-    common.toy_stage("autoencoder", parameters, autoencoder_loss, steps(1000), lr=2e-3, batch=8)
+    common.toy_stage("autoencoder", parameters, autoencoder_loss, 1000, fraction, lr=2e-3, batch=8)
     with torch.no_grad():                                       # latents of unit variance, as flow matching wants them
-        scale = 1 / model.vae.encode(crowded(range(256))).latent.std().item()
+        scale = 1 / model.vae.encode(common.crowded_pixels(seed, range(256), size)).latent.std().item()
     model.vae.requires_grad_(False).register_to_config(scaling_factor=scale)
 
     # 2. Qwen2: descriptions and answers, from captions in any order and from image tokens that are mixtures of words.
@@ -740,7 +733,7 @@ def pretrain_toy(model, fraction, seed):
         return model.i2t_loss(features, talks)
 
     llm = nn.ModuleList([model.lmm.model.language_model, model.lmm.lm_head]).requires_grad_(True)
-    common.toy_stage("language", llm.parameters(), language_loss, steps(900), lr=1e-3)
+    common.toy_stage("language", llm.parameters(), language_loss, 900, fraction, lr=1e-3)
     model.lmm.requires_grad_(False)
 
     # 3. InternViT and the first half of mlp1. The second half is set to the words' embeddings, one word a hidden
@@ -759,7 +752,7 @@ def pretrain_toy(model, fraction, seed):
         return F.mse_loss(gates["said"], torch.stack([common.scene_words(scene, side) for _, scene in drawn]))
 
     eyes = nn.ModuleList([model.lmm.model.vision_tower, projector.layer_norm, projector.linear_1]).requires_grad_(True)
-    common.toy_stage("vision", eyes.parameters(), vision_loss, steps(300), lr=1e-3)
+    common.toy_stage("vision", eyes.parameters(), vision_loss, 300, fraction, lr=1e-3)
     model.lmm.requires_grad_(False)
     hook.remove()
 
@@ -770,7 +763,7 @@ def pretrain_toy(model, fraction, seed):
         return model.t2i_loss(features, [common.caption(scene, 0.1, rng) for rng, scene in drawn])
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("generation", trained, generation_loss, steps(1200), lr=1e-3)
+    common.toy_stage("generation", trained, generation_loss, 1200, fraction, lr=1e-3)
 
 def flags(parser):
     """What only this architecture has."""

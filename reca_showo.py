@@ -745,7 +745,7 @@ def pretrain_toy(model, fraction, seed):
     c, pool, table = model.config, max(64, round(2000 * fraction)), model.showo.model.embed_tokens
 
     def stage(title, parameters, loss, count, **options):
-        common.toy_stage(title, parameters, loss, max(1, round(count * fraction)), lr=2e-3, **options)
+        common.toy_stage(title, parameters, loss, count, fraction, lr=2e-3, **options)
 
     def rng(number, position):
         return np.random.default_rng((seed, number, position))
@@ -763,7 +763,7 @@ def pretrain_toy(model, fraction, seed):
     def tokenizer_loss(positions):
         loss = 0
         for size in sizes:
-            images = common.toy_pixels([common.crowded_scene(rng(1, p)) for p in positions], size)
+            images = common.crowded_pixels(seed, positions, size)
             codes = torch.cdist(patches(images), book.expand(len(images), -1, -1)).argmin(-1)               # [B, N]
             signs = model.magvit.quantize.embedding[codes].transpose(1, 2).unflatten(2, (size // 16,) * 2)
             loss = loss + F.binary_cross_entropy_with_logits(model.magvit.encoder(images), (signs > 0).float())
