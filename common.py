@@ -361,14 +361,6 @@ def load_image(source):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
-def try_image(name, source):
-    """load_image for a folder of many: None, and a line that names the file, where it cannot be read."""
-    try:
-        return load_image(source)
-    except UNREADABLE as error:
-        tqdm.write(f"skipped: {name} ({brief(error)})")
-        return None
-
 def to_tensor(image):
     """PIL RGB -> float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5 - 1
@@ -384,19 +376,17 @@ def random_square(image, size, rng=None):
     left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
 
-def stretch_square(image, size):
-    """The whole image, stretched (not cropped) to size x size."""
-    return image.resize((size, size))
+def short_side_square(image, size):
+    """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height)).crop((left, top, left + size, top + size))
 
-def pad_square(image, size, fill=127):
+def pad_square(image, size):
     """Centred on a grey square of the longer side, then size x size (LLaVA's padding)."""
-    square = Image.new("RGB", (max(image.size),) * 2, (fill,) * 3)
+    square = Image.new("RGB", (max(image.size),) * 2, (127,) * 3)
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return square.resize((size, size))
-
-def resize(pixels, size, antialias=False):
-    """[B, 3, H, W] -> [B, 3, size, size], bilinear: how the originals shrink the understanding input."""
-    return F.interpolate(pixels, size=(size, size), mode="bilinear", align_corners=False, antialias=antialias)
 
 def blur(pixels, factor):
     """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens.
@@ -411,29 +401,28 @@ def blur(pixels, factor):
 # Rows are (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or None (a text
 # without image). text: None (RecA needs none), a caption, or a conversation [(question, answer), ...].
 
-class Images(list):
+def image_rows(source):
     """Rows of unlabelled images: a folder (recursive), or WebDataset tar shards (one .tar, or a folder with some). Only
     names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path inside
     an archive has no effect on the disk. InputError where there is no image."""
-
-    def __init__(self, source):
-        source = Path(source).expanduser()
-        if not source.exists():
-            raise InputError(f"no such folder or .tar file: {source}")
-        paths = [str(source)] if source.is_file() else sorted(
-            os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
-        for path in filter(lambda path: path.lower().endswith(".tar"), paths):
-            try:
-                with tarfile.open(path, "r:") as archive:      # "r:" = uncompressed: a member can be read by its offset
-                    self += [(m.name, (path, m.offset_data, m.size), None) for m in archive
-                             if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
-            except (tarfile.TarError, OSError) as error:
-                raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
-        if not self:
-            root = source.parent if source.is_file() else source
-            self += [(os.path.relpath(p, root), p, None) for p in paths if p.lower().endswith(IMAGE_SUFFIXES)]
-        if not self:
-            raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
+    source, rows = Path(source).expanduser(), []
+    if not source.exists():
+        raise InputError(f"no such folder or .tar file: {source}")
+    paths = [str(source)] if source.is_file() else sorted(
+        os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
+    for path in filter(lambda path: path.lower().endswith(".tar"), paths):
+        try:
+            with tarfile.open(path, "r:") as archive:          # "r:" = uncompressed: a member can be read by its offset
+                rows += [(m.name, (path, m.offset_data, m.size), None) for m in archive
+                         if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
+        except (tarfile.TarError, OSError) as error:
+            raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
+    if not rows:
+        root = source.parent if source.is_file() else source
+        rows = [(os.path.relpath(p, root), p, None) for p in paths if p.lower().endswith(IMAGE_SUFFIXES)]
+    if not rows:
+        raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
+    return rows
 
 def read_rows(path, what, read):
     """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first that is not `what`."""
@@ -454,25 +443,21 @@ def text_in(row, *keys):
         raise KeyError(keys)
     return text
 
-class Conversations(list):
+def conversation_rows(path, folder):
     """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
     [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's)."""
+    def read(i, row):
+        values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
+        turns, image = list(zip(values[::2], values[1::2])), row.get("image")
+        if not turns:
+            raise KeyError("conversations")
+        return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
+    return read_rows(path, "a LLaVA conversation (image, conversations)", read)
 
-    def __init__(self, path, folder):
-        def read(i, row):
-            values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
-            turns, image = list(zip(values[::2], values[1::2])), row.get("image")
-            if not turns:
-                raise KeyError("conversations")
-            return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
-        super().__init__(read_rows(path, "a LLaVA conversation (image, conversations)", read))
-
-class Captions(list):
+def caption_rows(path):
     """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
-
-    def __init__(self, path):
-        super().__init__(read_rows(path, "an image with its caption (image, caption)", lambda i, row: (
-            row["image"], Path(path).parent / row["image"], text_in(row, "caption"))))
+    return read_rows(path, "an image with its caption (image, caption)", lambda i, row: (
+        row["image"], Path(path).parent / row["image"], text_in(row, "caption")))
 
 class Cache:
     """What the frozen parts compute for an image, a safetensors file each: folder/<hash of settings>/<hash of image>.
@@ -596,12 +581,6 @@ def average_gradients(parameters):
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
             parameter.grad /= dist.get_world_size()
-
-def checkpoint_blocks(blocks):
-    """Activation checkpointing: keep only each block's input, compute the block again in the backward."""
-    from torch.utils.checkpoint import checkpoint
-    for block in blocks:
-        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
 
 class Trainer:
     """The post-training loop, once for all architectures.
@@ -810,9 +789,12 @@ def in_batches(title, rows, size, same=lambda row: None):
     return tqdm(chunks, desc=title, unit="batch", dynamic_ncols=True)
 
 def readable(rows):
-    """Rows (name, source, ...) -> (name, image, ...), without those whose image cannot be read."""
-    rows = [(name, try_image(name, source), *more) for name, source, *more in rows]
-    return [row for row in rows if row[1] is not None]
+    """Yields (name, image, ...) for rows (name, source, ...); a line names each whose image cannot be read."""
+    for name, source, *more in rows:
+        try:
+            yield name, load_image(source), *more
+        except UNREADABLE as error:
+            tqdm.write(f"skipped: {name} ({brief(error)})")
 
 def generate_files(model, args, jobs):
     """--generate: image k of a prompt has seed --seed + k, whatever its batch, so a rerun may skip what is there."""
@@ -835,7 +817,7 @@ def reconstruct_files(model, args, images):
     out, count, shown = Path(args.out), 0, []
     todo = [(name, source, inside(out, Path(name).with_suffix(".png"))) for name, source, _ in images]
     for chunk in in_batches("reconstruct", [row for row in todo if not row[2].exists()], args.batch_images):
-        if chunk := readable(chunk):
+        if chunk := list(readable(chunk)):
             images, seeds = [row[1] for row in chunk], [args.seed] * len(chunk)
             painted = model.reconstruct(images, seed=seeds, **sampler_options(args))
             for (_, image, path), again in zip(chunk, painted):
@@ -851,7 +833,7 @@ def questions(args):
     question file (.json, .jsonl: question_id, image, text; the images beside it or in --i2t-images)."""
     source = Path(args.describe)
     if source.is_dir():
-        return [(name, image, args.question, Path(name).name) for name, image, _ in Images(source)]
+        return [(name, image, args.question, Path(name).name) for name, image, _ in image_rows(source)]
     if not source.exists():
         raise InputError(f"no such folder or question file: {source}")
     folder = Path(args.i2t_images or source.parent)
@@ -864,7 +846,7 @@ def questions(args):
 def answers(model, args, rows, title):
     """Yields (row, the model's answer) for rows (name, source, question, ...), in batches of one question each."""
     for chunk in in_batches(title, rows, args.batch_images, same=lambda row: row[2]):
-        if chunk := readable(chunk):
+        if chunk := list(readable(chunk)):
             images, question = [row[1] for row in chunk], chunk[0][2]
             yield from zip(chunk, model.describe(images, question=question, max_new_tokens=args.max_new_tokens))
 
@@ -913,11 +895,8 @@ def _cell(size):
     y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1
     masks = (x * x + y * y < 0.56, np.maximum(abs(x), abs(y)) < 0.68, (y < 0.7) & (y > 2 * abs(x) - 0.75),
              (np.minimum(abs(x), abs(y)) < 0.25) & (np.maximum(abs(x), abs(y)) < 0.75))
-    cells = [np.full((size, size, 3), 255.0)]
-    for mask in masks:
-        for color in COLORS.values():
-            cells.append(np.where(mask[..., None], np.array(color, float), 255.0))
-    return np.stack(cells).astype(np.float32)
+    things = [np.where(mask[..., None], color, 255.0) for mask in masks for color in COLORS.values()]
+    return np.stack([np.full((size, size, 3), 255.0), *things]).astype(np.float32)
 
 def random_scene(rng, objects=None):
     """A list of (place, shape, color), indices, in the order of the places. objects: how many (default 1 to 3)."""
@@ -1164,13 +1143,13 @@ def build_rows(args):
     """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
     rows, toy = {}, args.data == "shapes"
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
-        rows["recon"] = Shapes(seed=args.seed) if toy else Images(args.data)
+        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data)
     if args.lambda_i2t and args.i2t_data:
         rows["i2t"] = (Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes"
-                       else Conversations(args.i2t_data, args.i2t_images))
+                       else conversation_rows(args.i2t_data, args.i2t_images))
     if args.lambda_t2i:
         p = {"full": 1.0, "sparse": 0.1}.get(args.captions) if toy else None
-        rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else Captions(args.captions)
+        rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else caption_rows(args.captions)
     return rows
 
 def start_process(args):
@@ -1211,10 +1190,11 @@ def inference(model, args):
 
 def speed_up(model, args):
     """--checkpointing and --compile, block by block."""
-    if args.checkpointing:
-        checkpoint_blocks(model.blocks())
-    if args.compile:
-        for block in model.blocks():
+    from torch.utils.checkpoint import checkpoint
+    for block in model.blocks():
+        if args.checkpointing:                 # keep only the block's input, compute the block again in the backward
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+        if args.compile:
             block.compile()
 
 def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
@@ -1235,7 +1215,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     if args.generate:
         todo[generate_files] = prompt_jobs(args.generate, out, args.images)
     if args.reconstruct:
-        todo[reconstruct_files] = Images(args.reconstruct)
+        todo[reconstruct_files] = image_rows(args.reconstruct)
     if args.describe:
         todo[describe_files] = questions(args)
     resume = checkpoints[-1] if args.resume else None
@@ -1328,8 +1308,8 @@ def preview_images(rows, size, count=6):
     if isinstance(rows, Shapes):
         rng = np.random.default_rng(12345)
         return [draw_scene(random_scene(rng), size) for _ in range(count)]
-    found = (try_image(name, source) for name, source, _ in rows[:100] if source is not None)
-    images = list(itertools.islice((image for image in found if image is not None), count))
+    found = readable(row for row in rows[:100] if row[1] is not None)
+    images = [image for _, image, _ in itertools.islice(found, count)]
     if not images:
         raise InputError("none of the first images could be read")
     return images

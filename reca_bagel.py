@@ -103,6 +103,7 @@ TINY = BagelConfig(
     vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1, vae_z_channels=8,
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
+CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
 
 @dataclass
 class Recipe:
@@ -507,7 +508,7 @@ class Bagel(nn.Module):
         tokenizer = common.tiny_tokenizer(MARKERS)
         with torch.device("meta"):
             tiny = replace(TINY, llm=TINY.llm | {"vocab_size": len(tokenizer)})
-            model = cls(tiny if name == "tiny" else BagelConfig())
+            model = cls(tiny if name == "tiny" else CONFIGS[DEFAULT])
 
         def initial():
             for name, p in model.named_parameters():
@@ -1090,7 +1091,7 @@ def edit_files(model, args, jobs):
     todo, count = [job for job in jobs if not all(path.exists() for path in job[3])], 0
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
     for chunk in common.in_batches("edit", todo, args.batch_images):
-        if chunk := common.readable(chunk):
+        if chunk := list(common.readable(chunk)):
             _, images, texts, paths = zip(*chunk)
             edited = model.edit(images, texts, seed=[args.seed] * len(chunk), **options)
             for source, image, targets in zip(images, edited, paths):

@@ -393,7 +393,7 @@ class Harmon(nn.Module):
         if image is None:                                   # a conversation without an image: mid grey
             return {"pixels": torch.zeros(3, size, size)}
         if task == "recon":                                 # squeezed to a square, from its longer side
-            image = common.stretch_square(common.stretch_square(image, max(image.size)), size)
+            image = image.resize((max(image.size),) * 2).resize((size, size))
         else:
             image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
         return {"pixels": common.to_tensor(image)}
@@ -406,7 +406,7 @@ class Harmon(nn.Module):
         features = {"latents": self._latents(pixels)}
         if task == "recon" and (self.und_size or self.und_blur):
             pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
-            pixels = common.resize(pixels, self.und_size, antialias=True) if self.und_size else pixels
+            pixels = F.interpolate(pixels, self.und_size, mode="bilinear", antialias=True) if self.und_size else pixels
             features["und_latents"] = self._latents(pixels)
         return [{key: value[i] for key, value in features.items()} for i in range(len(samples))]
 

@@ -270,7 +270,7 @@ class OpenUni(nn.Module):
         if image is None:
             return {}
         size = self.config.image_size
-        image = common.stretch_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
+        image = image.resize((size, size)) if task == "i2t" else common.random_square(image, size, rng)
         return {"pixels": common.to_tensor(image)}
 
     @torch.no_grad()
@@ -296,7 +296,7 @@ class OpenUni(nn.Module):
         antialiasing: 512 -> 448 px loses a little by that, but so it was trained."""
         mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
-        return common.resize(((pixels + 1) / 2 - mean) / std, self.und_size)
+        return F.interpolate(((pixels + 1) / 2 - mean) / std, self.und_size, mode="bilinear")
 
     def _und(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> understanding embeddings [B, N, D]: last ViT layer without the class token, 2x2

@@ -198,12 +198,6 @@ class MagVit2(nn.Module):
         side = math.isqrt(codes.shape[1])
         return self.decoder(self.quantize.embedding[codes].transpose(1, 2).unflatten(2, (side, side)))
 
-def short_side_square(image, size):
-    """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
-    width, height = (int(size * side / min(image.size)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height)).crop((left, top, left + size, top + size))
-
 @dataclass
 class Rows:
     """A batch of prompts and its mask. Every mask of Show-o is one statement: position q attends to the span first[q]
@@ -326,10 +320,10 @@ class Showo(nn.Module):
             raise ValueError("a conversation without an image")
         size = self.config.image_size
         if task != "i2t":
-            return {"pixels": common.to_tensor(common.stretch_square(image, size))}
+            return {"pixels": common.to_tensor(image.resize((size, size)))}
         if not self.config.w_clip_vit:
-            return {"pixels": common.to_tensor(short_side_square(image, size))}
-        pixels = (common.to_tensor(short_side_square(image, self.config.clip_image_size)) + 1) / 2
+            return {"pixels": common.to_tensor(common.short_side_square(image, size))}
+        pixels = (common.to_tensor(common.short_side_square(image, self.config.clip_image_size)) + 1) / 2
         mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (CLIP_MEAN, CLIP_STD))
         return {"clip_pixels": (pixels - mean) / std}
 
@@ -354,7 +348,8 @@ class Showo(nn.Module):
         deviation, which captioning applies, are forgotten. It looks like an oversight of the original, but the released
         weights were trained with it, so it is followed. VQ variant: `und_size` pixels (F.2: 512 collapses into copying,
         256 is the best trade, 128 is outside of what the model knows), or a blur: as many tokens, but no detail."""
-        return common.resize(common.blur(pixels, self.und_blur) if self.und_blur else pixels, self.und_size)
+        pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
+        return F.interpolate(pixels, self.und_size, mode="bilinear")
 
     def clip_rows(self, pixels):
         """[B, 3, 336, 336] -> [B, C, width]: the last layer but one, without the class token and the final norm."""

@@ -1,6 +1,7 @@
 """BAGEL against the fixture made with the original implementation (tests/fixtures/bagel), and what issue-level
 promises need."""
 
+import argparse
 import json
 import os
 import subprocess
@@ -631,7 +632,7 @@ def test_bagel_draws_follow_the_image():
     assert {id(p) for g in model.parameter_groups(0.0) for p in g["params"]} == {
         id(p) for n, p in model.named_parameters() if n in grads
     }
-    common.checkpoint_blocks(model.blocks())
+    common.speed_up(model, argparse.Namespace(checkpointing=True, compile=False))
     for block in model.blocks():
         block.compile(backend="aot_eager")
     model.zero_grad()

@@ -42,7 +42,7 @@ def test_templates_are_drawn_with_a_seed(tmp_path):
     noise().save(tmp_path / "a.png")
 
     def drawn(seed):
-        stream = common.Stream("recon", common.Images(tmp_path), lambda *_: {}, seed, common.templates())
+        stream = common.Stream("recon", common.image_rows(tmp_path), lambda *_: {}, seed, common.templates())
         return [stream[k]["text"] for k in range(50)]
     assert drawn(1) == drawn(1) != drawn(2)
     assert len(set(drawn(1))) > 30
@@ -60,7 +60,7 @@ def test_every_mode_loads(tmp_path):
     base.convert("CMYK").save(tmp_path / "cmyk.jpg")
     base.save(tmp_path / "w.webp")
     base.save(tmp_path / "b.bmp")
-    rows = common.Images(tmp_path)
+    rows = common.image_rows(tmp_path)
     assert len(rows) == 10
     for k in range(len(rows)):
         image = common.load_image(rows[k][1])
@@ -98,13 +98,12 @@ def test_pixels_round_trip_and_geometry():
     assert np.array_equal(np.asarray(common.to_pil(common.to_tensor(image))), np.asarray(image))
     wide = Image.new("RGB", (60, 20), "white")
     wide.paste("black", (20, 0, 40, 20))
-    assert common.stretch_square(wide, 24).size == (24, 24)
+    assert np.asarray(common.short_side_square(wide, 20)).max() == 0
     padded = np.asarray(common.pad_square(Image.new("RGB", (60, 20), "white"), 60))
     assert (padded[0] == 127).all() and (padded[30] == 255).all()
     crops = {common.random_square(wide, 20, np.random.default_rng(k)).tobytes() for k in range(20)}
     assert len(crops) > 5 and np.asarray(common.random_square(wide, 20)).max() == 0    # the centre
     pixels = torch.rand(2, 3, 32, 32)
-    assert common.resize(pixels, 16).shape == (2, 3, 16, 16)
     soft = common.blur(pixels, 8)
     assert soft.shape == pixels.shape and soft.std() < 0.5 * pixels.std()
     assert common.blur(pixels[..., :24], 8).shape == (2, 3, 32, 24)
@@ -143,18 +142,18 @@ def names(stream, positions):
 
 def test_a_stream_is_a_shuffled_permutation_every_epoch(tmp_path):
     make_folder(tmp_path, 10)
-    stream = stream_over(common.Images(tmp_path))
+    stream = stream_over(common.image_rows(tmp_path))
     epochs = [names(stream, range(e * 10, e * 10 + 10)) for e in range(3)]
     assert all(len(set(epoch)) == 10 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    entered = names(stream_over(common.Images(tmp_path)), range(17, 23))                      # any position, at once
+    entered = names(stream_over(common.image_rows(tmp_path)), range(17, 23))                      # any position, at once
     assert entered == (epochs[1] + epochs[2])[7:13]
-    assert names(stream_over(common.Images(tmp_path), seed=5), range(10)) != epochs[0]
+    assert names(stream_over(common.image_rows(tmp_path), seed=5), range(10)) != epochs[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_ranks_and_workers_share_without_gap_or_repeat(tmp_path, monkeypatch, workers):
     make_folder(tmp_path, 12)
-    rows, seen = common.Images(tmp_path), []
+    rows, seen = common.image_rows(tmp_path), []
     loaders = []
     for rank in range(3):
         monkeypatch.setattr(common, "world", lambda rank=rank: (rank, 3))
@@ -174,8 +173,8 @@ def test_tar_shards_are_read_by_name_and_never_extracted(tmp_path, monkeypatch):
     make_tar(tmp_path / "b.tar", 4, prefix="../../evil")
     monkeypatch.setattr(tarfile.TarFile, "extract", lambda *a, **k: pytest.fail("extracted"))
     monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *a, **k: pytest.fail("extracted"))
-    rows = common.Images(tmp_path)
-    assert len(rows) == 7 and len(common.Images(tmp_path / "a.tar")) == 3
+    rows = common.image_rows(tmp_path)
+    assert len(rows) == 7 and len(common.image_rows(tmp_path / "a.tar")) == 3
     assert sorted(names(stream_over(rows), range(7)))[0].startswith("../../evil")
     assert np.array_equal(np.asarray(common.load_image(rows[2][1])), np.asarray(noise(12, 12, 2)))
     assert not list(tmp_path.parent.glob("evil*"))
@@ -186,7 +185,7 @@ def test_corrupt_images_are_skipped_and_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "cut.png").write_bytes(png(noise(200, 200))[:5000])
-    stream = stream_over(common.Images(tmp_path))
+    stream = stream_over(common.image_rows(tmp_path))
     items = [stream[k] for k in range(9)]
     skipped = {s.split(" (")[0] for item in items for s in item["skipped"]}
     assert skipped == {"empty.png", "text.jpg", "cut.png"}
@@ -209,7 +208,7 @@ def test_a_text_without_an_image_is_no_unreadable_image():
 def test_a_folder_without_a_readable_image_stops(tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(common.InputError, match="no row of recon could be used.*text.jpg"):
-        stream_over(common.Images(tmp_path))[0]
+        stream_over(common.image_rows(tmp_path))[0]
 
 
 def test_a_large_folder_starts_within_seconds(tmp_path):
@@ -218,7 +217,7 @@ def test_a_large_folder_starts_within_seconds(tmp_path):
         for j in range(200):
             (tmp_path / str(k) / f"{j}.jpg").touch()
     began = time.time()
-    rows = common.Images(tmp_path)
+    rows = common.image_rows(tmp_path)
     stream_over(rows).order(0)
     assert len(rows) == 20000 and time.time() - began < 3                                     # nothing is opened
 
@@ -230,7 +229,7 @@ def test_a_large_folder_starts_within_seconds(tmp_path):
 ])
 def test_bad_data_is_one_line(tmp_path, make, message):
     with pytest.raises(common.InputError, match=message) as error:
-        common.Images(make(tmp_path))
+        common.image_rows(make(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -240,24 +239,24 @@ def test_conversations_and_captions_name_the_malformed_line(tmp_path):
     good = {"image": "a.png", "conversations": [{"from": who, "value": text} for who, text in said]}
     path = tmp_path / "llava.json"
     path.write_text(json.dumps([good, {"conversations": good["conversations"]}]))
-    rows = common.Conversations(path, None)
+    rows = common.conversation_rows(path, None)
     assert rows[0][0] == "a.png" and rows[0][2] == [("What?", "Noise."), ("Sure?", "Yes.")]
     assert rows[1][1] is None                                                                  # a text-only sample
     path.write_text(json.dumps([good, {"image": "a.png"}]))
     with pytest.raises(common.InputError, match="row 2"):
-        common.Conversations(path, None)
+        common.conversation_rows(path, None)
     path.write_text('[{"a": 1},\n{"b" 2}]')
     with pytest.raises(common.InputError, match="line 2"):
-        common.Conversations(path, None)
+        common.conversation_rows(path, None)
     lines = tmp_path / "captions.jsonl"
     lines.write_text('{"image": "a.png", "caption": "noise"}\n{broken\n')
     with pytest.raises(common.InputError, match="line 2"):
-        common.Captions(lines)
+        common.caption_rows(lines)
     lines.write_text('{"image": "a.png", "caption": "noise"}\n{"image": "a.png"}\n')
     with pytest.raises(common.InputError, match="row 2"):
-        common.Captions(lines)
+        common.caption_rows(lines)
     lines.write_text('{"image": "a.png", "caption": "noise"}\n')
-    assert common.Captions(lines)[0][2] == "noise"
+    assert common.caption_rows(lines)[0][2] == "noise"
 
 
 class Encoder:
@@ -271,7 +270,7 @@ class Encoder:
 
 def test_the_cache_computes_once_and_checks_image_and_settings(tmp_path):
     make_folder(tmp_path / "images", 4)
-    rows, encoder = common.Images(tmp_path / "images"), Encoder()
+    rows, encoder = common.image_rows(tmp_path / "images"), Encoder()
 
     def features(settings="a"):
         cache = common.Cache(tmp_path / "cache", settings)
