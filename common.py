@@ -106,14 +106,16 @@ def atomic(path):
         remove(temporary)
 
 def write(path, content):
-    """A PIL image, the rows of a .jsonl, or what a .json shall hold -> the file, atomically."""
+    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file, atomically."""
     with atomic(path) as temporary:
         if isinstance(content, Image.Image):
             content.save(temporary)
+        elif isinstance(content, str):
+            temporary.write_text(content, encoding="utf-8")
         elif temporary.suffix == ".jsonl":
             temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
         else:
-            temporary.write_text(json.dumps(content, indent=1, default=str))
+            temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False))
 
 def inside(folder, name):
     """folder / name, for a name that comes from a file or an archive. InputError where it leads out of the folder."""
@@ -1094,15 +1096,15 @@ FLAGS = (
     ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
 )
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message):
-        raise InputError(f"{message} (see --help)")
+        raise InputError(f"{message} (see python {self.prog} --help)")
 
 def parse_args(description, recipes, default, argv=None, extend=None):
     """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
     line is taken from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
     paper, group = vars(recipes[default]), None
-    parser = _Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     models = f"a released model ({', '.join(recipes)}), a hub id, a folder, or tiny (default {default})"
     parser.add_argument("--model", default=default, help=models)
     for flag in FLAGS:

@@ -23,7 +23,6 @@ counted, never scored; --strict makes it an error. Rules follow the official sco
 import argparse
 import ast
 import base64
-import concurrent.futures
 import contextlib
 import csv
 import functools
@@ -41,6 +40,7 @@ import time
 import urllib.request
 from collections import Counter, defaultdict, namedtuple
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -186,7 +186,7 @@ class Endpoint:
         require(re.fullmatch(r"[\x21-\x7e]*", self.key),       # http.client would quote the key in its error
                 "OPENAI_API_KEY holds a character that no key has (a blank or a line end?)")
         self.args, self.host, self.next_turn = args, url.hostname, 0.0
-        self.lock, self.stopped = threading.Lock(), threading.Event()
+        self.lock, self.stopped = threading.Lock(), False
         self.opener = urllib.request.OpenerDirector()          # follows no redirect: it would carry the key elsewhere
         for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self.opener.add_handler(handler())
@@ -212,7 +212,8 @@ class Endpoint:
             with self.lock:                                    # each request takes the next free turn
                 turn = max(time.monotonic(), self.next_turn)
                 self.next_turn = turn + (60 / self.args.rate if self.args.rate else 0)
-            if self.stopped.wait(max(0, turn - time.monotonic())):
+            time.sleep(max(0, turn - time.monotonic()))
+            if self.stopped:
                 return None, "stopped"
             wait, request = min(60, 2 ** attempt), urllib.request.Request(url, body, headers)
             try:
@@ -221,7 +222,9 @@ class Endpoint:
                 if status < 300:                               # content null: the judge refused
                     return self.clean(json.loads(text)["choices"][0]["message"]["content"] or ""), None
                 detail = self.clean(f"{self.host} answers {status}: {' '.join(text.split())}")[:240]
-                require(400 <= status not in (401, 402, 403, 404, 405) and "insufficient_quota" not in text, detail)
+                if status < 400 or status in (401, 402, 403, 404, 405) or "insufficient_quota" in text:
+                    self.stopped = True                        # no other worker asks any more
+                    raise InputError(detail)
                 if status < 500 and status not in (408, 409, 429):
                     return None, detail
                 wait = min(60, float(after)) if re.fullmatch(r"[\d.]+", after) else wait
@@ -229,7 +232,7 @@ class Endpoint:
                 detail = f"{self.host}: {type(error).__name__}: {error}"
             except (ValueError, LookupError, TypeError, AttributeError):
                 detail = f"{self.host}: the body is not a chat completion; does the URL end in /v1?"
-            self.stopped.wait(wait if attempt < self.args.retries else 0)
+            time.sleep(wait if attempt < self.args.retries else 0)
         return None, f"{detail} (after {self.args.retries + 1} attempts)"
 
     def ask(self, item):
@@ -241,22 +244,16 @@ class Endpoint:
             reply, error = self.post(payload)
             if error or item.parse(reply) is not None:
                 break
-        return reply, error and f"no reply ({error})"
+        return item, reply, error and f"no reply ({error})"
 
     def __call__(self, items):
         """As they come. After ten failures in a row the judge is taken to be down, and the run stops."""
-        pool, in_a_row = concurrent.futures.ThreadPoolExecutor(self.args.workers), 0
-        try:
-            futures = {pool.submit(self.ask, item): item for item in items}
-            for future in concurrent.futures.as_completed(futures):
-                reply, error = future.result()
-                yield futures[future], reply, error
+        in_a_row = 0
+        with ThreadPool(self.args.workers) as pool:            # of daemons: an error or Ctrl-C does not wait for them
+            for item, reply, error in pool.imap_unordered(self.ask, items):
+                yield item, reply, error
                 in_a_row = in_a_row + 1 if reply is None else 0
                 require(in_a_row < 10, f"ten items in a row without a reply, last: {error}; run again to go on")
-        finally:
-            self.stopped.set()                                 # wakes sleeping workers
-            pool.shutdown(wait=True, cancel_futures=True)
-            self.stopped.clear()
 
 def local(replies, batch):
     """A judge in this process: replies(items of one batch) -> texts. Asked twice it says the same: no second try."""
@@ -289,31 +286,24 @@ class LocalJudge:
     """A vision-language model, greedy, through its own processor and chat template."""
     def __init__(self, name, device):
         with loading(name) as transformers:
-            if transformers.AutoConfig.from_pretrained(name).model_type in ("qwen2_vl", "qwen2_5_vl"):
-                from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-                class WithoutVideo(transformers.Qwen2_5_VLProcessor):            # its video processor wants torchvision
-                    def check_argument_for_proper_class(self, *_):
-                        pass
-                tokenizer = transformers.AutoTokenizer.from_pretrained(name)
-                self.processor = WithoutVideo(Qwen2VLImageProcessorPil.from_pretrained(name), tokenizer, None,
-                                              chat_template=tokenizer.chat_template)
-            else:
-                self.processor = transformers.AutoProcessor.from_pretrained(name)
+            class WithoutVideo(transformers.Qwen2_5_VLProcessor):                # its video processor wants torchvision
+                def __init__(self, image_processor, tokenizer, chat_template=None):
+                    super().__init__(image_processor, tokenizer, None, chat_template)
+            qwen = transformers.AutoConfig.from_pretrained(name).model_type in ("qwen2_vl", "qwen2_5_vl")
+            self.processor = (WithoutVideo if qwen else transformers.AutoProcessor).from_pretrained(name, backend="pil")
             self.model = load_model(transformers.AutoModelForImageTextToText, name, device,
                                     dtype=torch.float32 if device == "cpu" else torch.bfloat16)
         tokenizer = self.processor.tokenizer
         tokenizer.padding_side, tokenizer.pad_token = "left", tokenizer.pad_token or tokenizer.eos_token
 
     def inputs(self, items):
-        texts = [self.processor.apply_chat_template(item.chat(lambda p: {"type": "image"}), add_generation_prompt=True,
-                                                    tokenize=False) for item in items]
-        pictures = [[p.load() for p in item.pictures] for item in items]
-        return self.processor(text=texts, images=pictures, padding=True, return_tensors="pt")
+        chats = [item.chat(lambda p: {"type": "image", "image": p.load()}) for item in items]
+        return self.processor.apply_chat_template(chats, add_generation_prompt=True, tokenize=True, return_dict=True,
+                                                  return_tensors="pt", processor_kwargs={"padding": True})
 
     @torch.inference_mode()
     def replies(self, items):
-        inputs = {name: value.to(self.model.device, self.model.dtype if value.is_floating_point() else None)
-                  for name, value in self.inputs(items).items()}
+        inputs = self.inputs(items).to(self.model.device, self.model.dtype)      # whole numbers keep their type
         out = self.model.generate(**inputs, max_new_tokens=max(item.max_tokens for item in items), do_sample=False,
                                   pad_token_id=self.processor.tokenizer.pad_token_id)
         out = out[:, inputs["input_ids"].shape[1]:]            # the prompts are padded on the left: replies start here
@@ -358,7 +348,9 @@ def judge_prompt(path, *fields):
 # ==== 3. The loop: what is done is skipped, what is judged is written down at once ====================
 
 def mean(values):
-    return sum(values) / len(values) if (values := list(values)) else None
+    """None without values, and where one is None: an overall of fewer categories is another number."""
+    values = list(values)
+    return None if not values or None in values else sum(values) / len(values)
 
 def grouped(pairs):
     groups = defaultdict(list)
@@ -370,11 +362,6 @@ def means(pairs, names=None):
     """(name, value) pairs -> {name: mean of its values}; a name of `names` that has none: None."""
     groups = grouped(pairs)
     return {name: mean(groups[name]) for name in (names or list(groups))}
-
-def over(parts, whole):
-    """The mean of `whole`'s parts; None if one is missing: an overall of fewer categories is another number."""
-    values = [parts.get(name) for name in whole]
-    return None if None in values else mean(values)
 
 def percent(value):
     if isinstance(value, dict):
@@ -504,15 +491,15 @@ def object_crop(image, mask, box):
 
 def color_logits(texts, images):
     """texts [colors, templates, D], images [N, D] -> 100 x cosine [N, colors]; templates are normalised, averaged."""
-    def unit(x):
-        return x / np.linalg.norm(x, axis=-1, keepdims=True)
-    return 100 * unit(np.asarray(images, float)) @ unit(unit(np.asarray(texts, float)).mean(1)).T
+    colors = F.normalize(F.normalize(torch.as_tensor(texts), dim=-1).mean(1), dim=-1)
+    return 100 * F.normalize(torch.as_tensor(images), dim=-1) @ colors.T
 
 def geneval_summary(results):
     """(tag, prompt, correct) per image. Task: the share of correct images; Overall: the plain mean of the six tasks."""
     tasks, prompts = means((r[0], r[2]) for r in results), means(((r[0], r[1]), r[2]) for r in results)
-    return {"tasks": tasks, "overall": over(tasks, GENEVAL_TASKS), "images": len(results), "prompts": len(prompts),
-            "image_accuracy": mean(r[2] for r in results), "prompt_accuracy_any": mean(v > 0 for v in prompts.values())}
+    return {"tasks": tasks, "overall": mean(tasks.get(tag) for tag in GENEVAL_TASKS), "images": len(results),
+            "prompts": len(prompts), "image_accuracy": mean(r[2] for r in results),
+            "prompt_accuracy_any": mean(v > 0 for v in prompts.values())}
 
 class Detector:
     """Mask2Former with mmdet's instance post-processing, for which GenEval's thresholds were chosen: the library's own
@@ -554,26 +541,23 @@ class Detector:
         inside = masks > 0
         best = best * (masks.sigmoid() * inside).sum((1, 2)) / (inside.sum((1, 2)) + 1e-6)
         for s, c, m in zip(best.tolist(), (index % chances.shape[1]).tolist(), inside.cpu().numpy()):
-            ys, xs = np.flatnonzero(m.any(1)), np.flatnonzero(m.any(0))
-            if s > threshold and len(ys):                      # right and bottom edges are exclusive
-                box = [int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1]
-                found[COCO[c]].append({"box": box, "score": s, "mask": m})
+            box = Image.fromarray(m).getbbox()                 # right and bottom edges are exclusive; None: empty
+            if s > threshold and box:
+                found[COCO[c]].append({"box": list(box), "score": s, "mask": m})
         return found
 
 class Clip:
     """CLIP ViT-L/14: names the color of an object (GenEval), and how alike two pictures are (recon)."""
     def __init__(self, name, device):
         with loading(name) as transformers:
-            from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
             self.model = load_model(transformers.CLIPModel, name, device)
-            self.tokenizer = transformers.CLIPTokenizer.from_pretrained(name)
-            self.processor = CLIPImageProcessorPil.from_pretrained(name)
+            self.processor = transformers.CLIPProcessor.from_pretrained(name, backend="pil")     # torchvision's differs
 
     @torch.inference_mode()
     def images(self, images):
         """PIL -> [N, D]. Shorter side to 224, centre cut out: long objects lose their ends, as officially."""
-        inputs = self.processor(images, return_tensors="pt").to(self.model.device)
-        return self.model.get_image_features(**inputs).pooler_output.float().cpu().numpy()
+        inputs = self.processor(images=images, return_tensors="pt").to(self.model.device)
+        return self.model.get_image_features(**inputs).pooler_output.float().cpu()
 
     @functools.cache
     @torch.inference_mode()
@@ -581,8 +565,8 @@ class Clip:
         """A class's name -> [colors, templates, D]"""
         templates = ("a photo of a {} {name}", "a photo of a {}-colored {name}", "a photo of a {} object")
         texts = [t.format(c, name=name) for c in GENEVAL_COLORS for t in templates]
-        tokens = self.tokenizer(texts, padding=True, return_tensors="pt").to(self.model.device)
-        features = self.model.get_text_features(**tokens).pooler_output.float().cpu().numpy()
+        tokens = self.processor(text=texts, padding=True, return_tensors="pt").to(self.model.device)
+        features = self.model.get_text_features(**tokens).pooler_output.float().cpu()
         return features.reshape(len(GENEVAL_COLORS), 3, -1)
 
     def colors(self, image, objects, name):
@@ -691,7 +675,8 @@ def dpg(out, args, problems):
         require(part or side or args.samples == 1 or name not in questions,
                 f"{path.name}: a grid of four samples? Give --grid SIDE; or --samples 1 if it is one sample")
         if name not in questions:
-            problems.add("image of no known prompt", path.name) if not args.limit else None
+            if not args.limit:
+                problems.add("image of no known prompt", path.name)
             continue
         if side and not part:
             crops = [(x, y, x + side, y + side) for y in (0, side) for x in (0, side)]
@@ -746,7 +731,7 @@ def wise_summary(rows):
             return "Time" if subcategory in ("Longitudinal time", "Horizontal time") else "Space"
         return "Cultural" if number <= 400 else WISE_GROUPS[3 + min((number - 701) // 100, 2)]
     parts = means(((group(*row[:2]), wise_score(*row[2:])) for row in rows), WISE_GROUPS)
-    overall, weights = over(parts, WISE_GROUPS), (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)
+    overall, weights = mean(parts.values()), (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)
     weighted = None if overall is None else sum(w * parts[name] for w, name in zip(weights, WISE_GROUPS))
     return {"categories": parts, "overall": overall, "overall_weighted": weighted}
 
@@ -803,7 +788,7 @@ def compbench(out, args, problems):
     def add_up(values):
         ten = means(((category[k], v) for k, v in values.items()), (*COMPBENCH, *COMPLEX))
         return {**{COMPBENCH.get(name, name): value for name, value in ten.items()},
-                "Complex": over(ten, COMPLEX), "Overall": over(ten, ten)}
+                "Complex": mean(ten[name] for name in COMPLEX), "Overall": mean(ten.values())}
     return items, len(rows), add_up
 
 # ==== 6. Editing, judged ==============================================================================
@@ -842,7 +827,7 @@ def imgedit(out, args, problems):
     def add_up(values):
         _, table = imgedit_summary(types, values)
         columns = {column: table.get(t) for t, column in IMGEDIT.items()}
-        return {**columns, "Ovr.": table.get("overall"), "by_type": over(table, IMGEDIT)}
+        return {**columns, "Ovr.": table.get("overall"), "by_type": mean(table.get(t) for t in IMGEDIT)}
     return items, len(edits), add_up
 
 GEDIT_GROUPS = ("background_change", "color_alter", "material_alter", "motion_change", "ps_human", "style_change",
@@ -898,7 +883,7 @@ def gedit_summary(rows, language="en"):
                    ("overall", "avg_overall", lambda sc, pq: (sc * pq) ** 0.5))
         for name, average, value in columns:
             groups = means(((row[0], value(*row[3:])) for row in part), GEDIT_GROUPS)
-            tables[name + suffix] = {**groups, average: over(groups, GEDIT_GROUPS)}
+            tables[name + suffix] = {**groups, average: mean(groups.values())}
     return tables
 
 def gedit(out, args, problems):
@@ -1104,9 +1089,8 @@ def understanding(out, args, problems):
     listed = listed[:args.limit]
     rows = {str(need(row, ("question_id", "image", "text"), args.questions)[0]): row for row in listed}
     if args.prepare:
-        lines = [json.dumps({"question_id": k, "image": row["image"], "text": row["text"]}) for k, row in rows.items()]
-        with common.atomic(args.prepare) as path:
-            path.write_text("\n".join([*lines, ""]))
+        asked = [{"question_id": k, "image": row["image"], "text": row["text"]} for k, row in rows.items()]
+        common.write(args.prepare, asked)
         return print(f"{len(rows)} questions in {args.prepare}, for a script's --describe")
     require(len(rows) == len(listed) and all("answer" in row or "label" in row for row in listed),
             f"{args.questions}: question ids that repeat, or questions without their answer")
@@ -1148,8 +1132,7 @@ def likeness(source, result, clip):
         return None
     source = ImageOps.fit(source, result.size, Image.BICUBIC)
     a, b = np.asarray(source), np.asarray(result)
-    fa, fb = clip.images([source, result]) if clip else (None, None)
-    cosine = {"CLIP": float(fa @ fb / np.linalg.norm(fa) / np.linalg.norm(fb))} if clip else {}
+    cosine = {"CLIP": float(F.cosine_similarity(*clip.images([source, result]), dim=0))} if clip else {}
     return {"PSNR": psnr(a, b), "SSIM": ssim(a, b), **cosine}
 
 def with_sources(out, args, prefix="", **options):
@@ -1230,7 +1213,7 @@ BENCHMARKS = {
 def summarize(label, seeds, columns):
     """Seeds of one row -> mean and sample standard deviation of each column; None if a seed lacks it."""
     values = {c: [s["values"].get(c) for s in seeds] for c in columns}
-    row = {"label": label, "seeds": seeds, "mean": {c: None if None in v else mean(v) for c, v in values.items()}}
+    row = {"label": label, "seeds": seeds, "mean": {c: mean(v) for c, v in values.items()}}
     if len(seeds) > 1:
         row["std"] = {c: None if None in v else statistics.stdev(v) for c, v in values.items()}
     n, expected = (sum(s[key] for s in seeds) for key in ("n", "expected"))
@@ -1238,23 +1221,18 @@ def summarize(label, seeds, columns):
 
 def in_groups(rows):
     """{"Harmon": [rows labelled "Harmon: before", "Harmon: RecA", ...]}; the group of a label without ": " is ""."""
-    groups = defaultdict(list)
-    for row in rows:
-        groups[row["label"].rpartition(": ")[0]].append(row)
-    return groups
+    return grouped((row["label"].rpartition(": ")[0], row) for row in rows)
 
 def markdown(rows, columns, d):
     """d decimals; a group's first row is its baseline; in brackets the differences of the printed numbers."""
-    bases = {id(row): group[0] for group in in_groups(rows).values() for row in group}
-
-    def cell(row, c):
-        value, base = row["mean"][c], bases[id(row)]["mean"][c]
+    def cell(row, first, c):
+        value, base = row["mean"][c], first["mean"][c]
         if value is None:
             return "–"
         text = f"{value:.{d}f}" + (f" ± {row['std'][c]:.{d}f}" if "std" in row else "")
-        return text if row is bases[id(row)] or base is None else f"{text} ({round(value, d) - round(base, d):+.{d}f})"
+        return text if row is first or base is None else f"{text} ({round(value, d) - round(base, d):+.{d}f})"
     table = [["Model", *columns], ["---"] * (len(columns) + 1)]
-    table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, c) for c in columns)]
+    table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, group[0], c) for c in columns)]
               for group in in_groups(rows).values() for row in group]
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in table)
 
@@ -1300,10 +1278,10 @@ def toy_run(path, label):
     values = percent({column: scores.get(name) for name, column in SHAPE_COLUMNS.items()})
     return {"folder": str(path), "values": values, "n": 1, "expected": 1, "problems": Problems()}
 
-def score(path, args, judge):
-    """One folder, or one answer file."""
+def score(path, label, args, judge):
+    """One folder, or one answer file, of the row `label`."""
     if args.benchmark == "shapes" and not (args.prompts or args.sources) and (path / "scores.json").is_file():
-        return toy_run(path, args.label)
+        return toy_run(path, label)
     problems, strings = Problems(), args.benchmark in STRINGS.split()
     wanted = "an answer file" if strings else "a folder of pictures"
     require(path.is_dir() != strings, f"{path}: {args.benchmark} wants {wanted}")
@@ -1323,8 +1301,8 @@ def run(args):
         return understanding(None, args, Problems())
     outputs = parse_outputs(args.outputs)
     rows = []
-    for args.label, paths in outputs:
-        rows.append(summarize(args.label, [score(path, args, judge) for path in paths], benchmark.columns))
+    for label, paths in outputs:
+        rows.append(summarize(label, [score(path, label, args, judge) for path in paths], benchmark.columns))
     columns = benchmark.columns
     if args.benchmark == "shapes":                             # runs, captions and sources have different columns
         columns = [c for c in columns if any(row["mean"][c] is not None for row in rows)]
@@ -1342,9 +1320,8 @@ def run(args):
     record = {"benchmark": args.benchmark, "judge": name, "columns": benchmark.columns, "rows": rows}
     last = outputs[-1][1][-1]
     folder = Path(args.out or (last if last.is_dir() else last.parent) / "eval" / args.benchmark)
-    for file, content in (("scores.json", json.dumps(record, indent=1, allow_nan=False)), ("scores.md", text)):
-        with common.atomic(folder / file) as path:
-            path.write_text(content + "\n", encoding="utf-8")
+    common.write(folder / "scores.json", record)
+    common.write(folder / "scores.md", text + "\n")
     panels = [chart(group, columns) for group in in_groups(rows).values()]
     width, height = (max(panel.size[k] for panel in panels) for k in (0, 1))
     picture = Image.new("RGB", (width * min(2, len(panels)), height * -(-len(panels) // 2)), "white")    # two a line
@@ -1389,15 +1366,10 @@ def contact_sheet(args):
         words = textwrap.wrap(prompt, max(1, side // 6), max_lines=3)
         draw.text((x + 3, y + side + 7), "\n".join(words), "black", font, spacing=2)
     target = Path(args.out or out / "eval" / "contact_sheet.png")
-    with common.atomic(target) as path:
-        sheet.save(path)
+    common.write(target, sheet)
     print(f"{target}: {len(shown)} of {len(tiles)} images, {len(failures)} marked as failed")
 
 # ==== 10. The command line ============================================================================
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see python {self.prog} --help)")
 
 JUDGED, STRINGS, OWN = "dpg wise compbench imgedit gedit", "pope mme gqa mmmu seed", "geneval recon shapes"
 OPTIONS = (                                                    # flag, sub-commands (!: required), words
@@ -1431,8 +1403,8 @@ OPTIONS = (                                                    # flag, sub-comma
 
 def main(argv=None):
     def command():
-        top = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-        commands = top.add_subparsers(dest="benchmark", required=True, parser_class=Parser, metavar="BENCHMARK")
+        top = common.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        commands = top.add_subparsers(dest="benchmark", required=True, parser_class=common.Parser, metavar="BENCHMARK")
         for name in [*BENCHMARKS, "contact-sheet"]:
             work = BENCHMARKS[name].work if name in BENCHMARKS else contact_sheet
             sub = commands.add_parser(name, description=work.__doc__, formatter_class=top.formatter_class)

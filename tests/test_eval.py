@@ -367,7 +367,7 @@ def test_colors_through_clip(tiny):
     colors = clip.colors(image, [{"mask": mask, "box": [5, 10, 30, 40]}] * 2, "dog")
     assert len(colors) == 2 and colors[0] == colors[1] and colors[0] in ev.GENEVAL_COLORS
     import torch                                                                             # the classifier is that of the library's model
-    text = clip.tokenizer(["a photo of a red dog"], return_tensors="pt")
+    text = clip.processor.tokenizer(["a photo of a red dog"], return_tensors="pt")
     with torch.no_grad():
         np.testing.assert_allclose(clip.texts("dog")[0, 0], clip.model.get_text_features(**text).pooler_output[0].numpy(), rtol=1e-4, atol=1e-6)
 
