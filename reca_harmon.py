@@ -89,7 +89,7 @@ class HarmonConfig:
     vae_scale: float = 0.2325           # makes the variance of the latents about 1
     num_steps: int = 64                 # the sampler's defaults
     guidance_scale: float = 3.0
-    clip_latents: float = 0.0           # bound of x_0, 0: none. Tiny: at t = 999 an error is 20000 times as large in x_0
+    clip_latents: float = 0.0           # bound of x_0, 0: none. Tiny: at t = 999 errors are 20000 times as large
     grad_scale: float = 0.1             # RecA: factor on the gradient that reaches the understanding embeddings
 
 CONFIGS = {
