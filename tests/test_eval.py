@@ -688,6 +688,23 @@ def test_kill_in_the_middle_and_rerun(tmp_path):
     assert all(json.loads(line) for line in journal.read_text().splitlines())
 
 
+def test_interrupt_does_not_wait_for_the_judge(tmp_path):
+    """Ctrl-C while a slow judge holds every worker: one line, exit code 130, at once."""
+    out = wise_folder(tmp_path, "out", 1)
+    with Judge(lambda n, p: (time.sleep(8), good(n, p))[1]) as judge:
+        command = ["wise", out, *wise_args(tmp_path, judge, None, "--workers", "2")]
+        code = "import signal, sys, eval; signal.signal(signal.SIGINT, signal.default_int_handler); eval.main(sys.argv[1:])"
+        process = subprocess.Popen([sys.executable, "-c", code, *map(str, command)], cwd=Path(ev.__file__).parent,
+                                   stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and len(judge.requests) < 2:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        began = time.monotonic()
+        assert "interrupted" in process.communicate(timeout=30)[1] and process.returncode == 130
+        assert time.monotonic() - began < 4
+
+
 def test_journal_repairs_only_the_last_line(tmp_path, capsys):
     path = tmp_path / "items.jsonl"
     path.write_bytes(b'{"id": "a", "n": 1}\n{"id": "b", "n": 2}\n{"id": "c", "n"')
