@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import common
 import reca_showo
-from reca_showo import IGNORED, Rows, Showo, ShowoConfig
+from reca_showo import IGNORED, Showo, ShowoConfig
 
 FIXTURE = Path(os.environ.get("RECA_FIXTURES", Path(__file__).parent / "fixtures")) / "showo"
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
