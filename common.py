@@ -314,23 +314,57 @@ def mean(total, count):
     return total / max(1, count)
 
 
+class HeadCrossEntropy(torch.autograd.Function):
+    """See cross_entropy_sum. The gradients are known as soon as the logits are there: they are computed
+    with them, so that no logits are kept for the backward, or made in it a second time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, at_once):
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias) if wanted[2] else None
+        total = torch.zeros((), device=hidden.device)
+
+        for begin in range(0, len(labels), at_once):
+            rows = hidden[begin:begin + at_once]                                    # [n, D]
+            targets = labels[begin:begin + at_once]                                 # [n]
+            logits = F.linear(rows, weight, bias)                                   # [n, V]
+            precision = logits.dtype
+            logits = logits.float()
+            total += F.cross_entropy(logits, targets, reduction="sum")
+            if not any(wanted):
+                continue
+
+            # d loss / d logits = probabilities - 1 at the target, in the precision of the product.
+            slope = logits.softmax(-1)
+            del logits
+            slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+            slope = slope.to(precision)
+            if wanted[0]:
+                grad_hidden[begin:begin + at_once] = slope @ weight
+            if wanted[1]:
+                grad_weight.addmm_(slope.T.to(weight.dtype), rows.to(weight.dtype))
+            if wanted[2]:
+                grad_bias += slope.sum(0)
+
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients = [None if grad is None else grad.mul_(upstream) for grad in ctx.gradients]
+        ctx.gradients = None        # the last reference: autograd may add to these tensors in place
+        return *gradients, None, None
+
+
 def cross_entropy_sum(head, hidden, labels, at_once=1024):
-    """Sum of the cross-entropies of labels [n] under head(hidden [n, D]) -> scalar, float32.
+    """Sum of the cross-entropies of labels [n] under the linear layer head(hidden [n, D]) -> scalar, float32.
 
     The logits, a column for each of up to 150,000 words, would be the largest tensors of a step:
-    they are made for `at_once` labels at a time, and once more in the backward where these are not all.
+    they are made for `at_once` labels at a time.
     """
-    from torch.utils.checkpoint import checkpoint
-
-    def piece(hidden, labels):
-        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
-
-    if len(labels) <= at_once:
-        return piece(hidden, labels)
-    total = 0
-    for part in zip(hidden.split(at_once), labels.split(at_once)):
-        total = total + checkpoint(piece, *part, use_reentrant=False)
-    return total
+    return HeadCrossEntropy.apply(hidden, head.weight, head.bias, labels, at_once)
 
 
 # ==== 3. Templates and images =========================================================================

@@ -251,8 +251,11 @@ class MAR(nn.Module):
         buffer, places = self.positions(self.encoder_pos_embed_learned, grid).expand(B, -1, -1).tensor_split([E], dim=1)
         if visible is not None:
             latents, places = take(latents, visible), take(places, visible)
-        x = self.z_proj(latents.to(self.z_proj.weight.dtype)) + places
-        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x], dim=1))
+        x = self.z_proj(latents.to(self.z_proj.weight.dtype))
+        precision = x.dtype
+        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x + places], dim=1))
+        # Under autocast position tables and norms give float32, in which all blocks would then keep their rows.
+        x = x.to(precision)
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
@@ -263,7 +266,8 @@ class MAR(nn.Module):
         buffer, seen = self.decoder_embed(x).tensor_split([E], dim=1)
         image = self.mask_token.to(seen.dtype).expand(len(x), grid[0] * grid[1], -1)
         image = image.scatter(1, visible[..., None].expand(-1, -1, seen.shape[-1]), seen)                   # [B, N, Dd]
-        x = torch.cat([buffer, image], dim=1) + self.positions(self.decoder_pos_embed_learned, grid)
+        x = torch.cat([buffer, image], dim=1)
+        x = x + self.positions(self.decoder_pos_embed_learned, grid).to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)[:, E:] + self.positions(self.diffusion_pos_embed_learned, grid)
@@ -329,7 +333,7 @@ def masked_after(N, num_steps):
 
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
 LEAST_MASKED = 0.7      # of the tokens, in training
-LABELS_AT_ONCE = 512    # that meet the language model's head
+LABELS_AT_ONCE = 128    # that meet the language model's head: float32 logits of 78 MB
 IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
 
 class Harmon(nn.Module):
