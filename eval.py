@@ -93,7 +93,14 @@ def read_text(path, parse=str):
 
 def strict(parse, valid):
     """An official parser made strict: None, so that the judge is asked again, for what must not enter a mean."""
-    return lambda reply: value if valid(value := parse(reply)) else None
+    def strictly(reply):
+        # Official parsers stop at some replies: int("④"), brackets nested too deep, numbers of 5000 digits.
+        try:
+            value = parse(reply)
+            return value if valid(value) else None
+        except Exception:
+            return None
+    return strictly
 
 @contextlib.contextmanager
 def open_journal(path):
@@ -172,7 +179,62 @@ class Item:
         user = {"role": "user", "content": parts + text if self.image_first else text + parts}
         return [{"role": "system", "content": [{"type": "text", "text": self.system}]}] * bool(self.system) + [user]
 
-# ==== 2. Judges: a function from items to (item, reply or None, error or None) of each ================
+# ==== 2. Judges: a function from items to (item, Reply) of each =======================================
+
+@dataclass
+class Reply:
+    """What a judge said, or why it said nothing."""
+    text: str = None
+    error: str = None
+    # The endpoint's finish_reason; "length" means that the token limit cut the reply off.
+    finish: str = None
+
+
+# A draft ends with the last of these; where its opening mark stands alone, the answer never came.
+THINKING_ENDS = re.compile(r"</think(?:ing)?>|</reasoning>|\[/THINK\]|◁/think▷", re.IGNORECASE)
+THINKING_BEGINS = re.compile(r"<think(?:ing)?>|<reasoning>|\[THINK\]|◁think▷", re.IGNORECASE)
+
+
+def without_thinking(text):
+    """The answer that follows a reasoning model's draft; None where the draft does not end.
+
+    Chat templates may put the opening mark into the prompt, so that the reply holds the closing one only.
+    """
+    answer = THINKING_ENDS.split(text)[-1]
+    return None if THINKING_BEGINS.search(answer) else answer
+
+
+def read_reply(item, reply):
+    """-> (value, None), or (None, why the reply cannot be used)."""
+    if reply.error:
+        return None, reply.error
+    if reply.finish == "length":
+        return None, "malformed reply, cut off (finish_reason: length)"
+
+    answer = without_thinking(reply.text)
+    if answer is None:
+        return None, "malformed reply, unclosed <think>"
+
+    # Whatever a parser raises means that the reply is not what it reads.
+    try:
+        value = item.parse(answer)
+    except Exception:
+        value = None
+    return (value, None) if value is not None else (None, item.failure)
+
+
+def message_text(content):
+    """The content of a chat message as one text: some servers send a list of parts, reasoning among them."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    texts = []
+    for part in content if isinstance(content, list) else [content]:
+        if isinstance(part, str):
+            texts.append(part)
+        elif part["type"] in ("text", "output_text"):
+            texts.append(part["text"])
+    return "".join(texts)
+
 
 class Endpoint:
     """Any OpenAI-compatible endpoint, through the standard library. The key comes from OPENAI_API_KEY only. Time-outs,
@@ -205,7 +267,7 @@ class Endpoint:
         return data.decode(errors="replace")
 
     def post(self, payload):
-        """-> (reply, None) or, after the last attempt, (None, why). InputError where asking again cannot help."""
+        """-> a Reply, after the last attempt one with an error. InputError where asking again cannot help."""
         headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
         url, body = self.args.judge_url.rstrip("/") + "/chat/completions", json.dumps(payload).encode()
         for attempt in range(self.args.retries + 1):
@@ -214,26 +276,28 @@ class Endpoint:
                 self.next_turn = turn + (60 / self.args.rate if self.args.rate else 0)
             time.sleep(max(0, turn - time.monotonic()))
             if self.stopped:
-                return None, "stopped"
+                return Reply(error="no reply (stopped)")
             wait, request = min(60, 2 ** attempt), urllib.request.Request(url, body, headers)
             try:
                 with self.opener.open(request, timeout=self.args.timeout) as response:
                     text, status, after = self.read(response), response.status, response.headers.get("Retry-After", "")
                 if status < 300:                               # content null: the judge refused
-                    return self.clean(json.loads(text)["choices"][0]["message"]["content"] or ""), None
+                    choice = json.loads(text)["choices"][0]
+                    said = self.clean(message_text(choice["message"].get("content")))
+                    return Reply(said, finish=choice.get("finish_reason"))
                 detail = self.clean(f"{self.host} answers {status}: {' '.join(text.split())}")[:240]
                 if status < 400 or status in (401, 402, 403, 404, 405) or "insufficient_quota" in text:
                     self.stopped = True                        # no other worker asks any more
                     raise InputError(detail)
                 if status < 500 and status not in (408, 409, 429):
-                    return None, detail
+                    return Reply(error=f"no reply ({detail})")
                 wait = min(60, float(after)) if re.fullmatch(r"[\d.]+", after) else wait
             except (OSError, http.client.HTTPException) as error:
                 detail = f"{self.host}: {type(error).__name__}: {error}"
-            except (ValueError, LookupError, TypeError, AttributeError):
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
                 detail = f"{self.host}: the body is not a chat completion; does the URL end in /v1?"
             time.sleep(wait if attempt < self.args.retries else 0)
-        return None, f"{detail} (after {self.args.retries + 1} attempts)"
+        return Reply(error=f"no reply ({detail} (after {self.args.retries + 1} attempts))")
 
     def ask(self, item):
         """A reply that does not parse is asked for again, `reask` times: endpoints are not deterministic."""
@@ -241,26 +305,27 @@ class Endpoint:
         payload = {"model": judge_name(self.args), "messages": messages, "max_tokens": item.max_tokens}
         payload |= {} if item.temperature is None else {"temperature": item.temperature}
         for _ in range(self.args.reask + 1):
-            reply, error = self.post(payload)
-            if error or item.parse(reply) is not None:
+            reply = self.post(payload)
+            _, error = read_reply(item, reply)
+            if reply.error or not error:
                 break
-        return item, reply, error and f"no reply ({error})"
+        return item, reply
 
     def __call__(self, items):
         """As they come. After ten failures in a row the judge is taken to be down, and the run stops."""
         in_a_row = 0
         with ThreadPool(self.args.workers) as pool:            # of daemons: an error or Ctrl-C does not wait for them
-            for item, reply, error in pool.imap_unordered(self.ask, items):
-                yield item, reply, error
-                in_a_row = in_a_row + 1 if reply is None else 0
-                require(in_a_row < 10, f"ten items in a row without a reply, last: {error}; run again to go on")
+            for item, reply in pool.imap_unordered(self.ask, items):
+                yield item, reply
+                in_a_row = in_a_row + 1 if reply.error else 0
+                require(in_a_row < 10, f"ten items in a row, last: {reply.error}; run again to go on")
 
 def local(replies, batch):
-    """A judge in this process: replies(items of one batch) -> texts. Asked twice it says the same: no second try."""
+    """A judge in this process: replies(items of one batch) -> Replies. Asked twice it says the same: no second try."""
     def judge(items):
         for start in range(0, len(items), batch):
             part = items[start:start + batch]
-            yield from ((item, reply, None) for item, reply in zip(part, replies(part)))
+            yield from zip(part, replies(part))
     return judge
 
 @contextlib.contextmanager
@@ -307,7 +372,14 @@ class LocalJudge:
         out = self.model.generate(**inputs, max_new_tokens=max(item.max_tokens for item in items), do_sample=False,
                                   pad_token_id=self.processor.tokenizer.pad_token_id)
         out = out[:, inputs["input_ids"].shape[1]:]            # the prompts are padded on the left: replies start here
-        return [text.strip() for text in self.processor.batch_decode(out, skip_special_tokens=True)]
+        texts = self.processor.batch_decode(out, skip_special_tokens=True)
+
+        # A reply that came to its end has an end token; in a batch the shorter ones are padded behind it.
+        ends = self.model.generation_config.eos_token_id
+        ends = ends if isinstance(ends, list) else [-1 if ends is None else ends]
+        ends = torch.tensor(ends, device=out.device)
+        ended = torch.isin(out, ends).any(1).tolist()
+        return [Reply(text.strip(), finish="stop" if end else "length") for text, end in zip(texts, ended)]
 
 def judge_name(args):
     """Stands in the table, and in the journal: a reply counts for the judge that gave it."""
@@ -324,9 +396,9 @@ def make_judge(args):
         return local(functools.partial(geneval_replies, **models), batch)
     if args.benchmark == "recon":
         clip = None if args.clip == "none" else Clip(args.clip, device)
-        return local(lambda items: [json.dumps(likeness(*[p.load() for p in i.pictures], clip)) for i in items], batch)
+        return local(functools.partial(recon_replies, clip=clip), batch)
     if args.benchmark == "shapes":
-        return local(lambda items: [json.dumps([common.read_scene(p.load()) for p in i.pictures]) for i in items], 1)
+        return local(shape_replies, 1)
     return Endpoint(args) if args.judge_url else local(LocalJudge(judge_name(args), device).replies, batch)
 
 def judge_prompt(path, *fields):
@@ -394,16 +466,17 @@ def judge_all(out, items, problems, args, judge):
     with open_journal(out / "eval" / args.benchmark / "items.jsonl") as (records, add):
         for item in items:
             old = records.get(item.id, {})
-            known = old.get("key") == keys[item.id] and old["reply"] is not None
-            values[item.id] = item.parse(old["reply"]) if known else None
+            values[item.id] = None
+            if old.get("key") == keys[item.id] and old.get("reply") is not None:
+                values[item.id], _ = read_reply(item, Reply(old["reply"], finish=old.get("finish")))
         todo = [item for item in items if values[item.id] is None]
         with tqdm(total=len(items), initial=len(items) - len(todo), desc=f"{args.benchmark} {out.name}", unit="item",
                   dynamic_ncols=True) as bar:
-            for item, reply, error in judge()(todo) if todo else ():
-                values[item.id] = value = None if error else item.parse(reply)
-                errors[item.id] = error = error or (item.failure if value is None else None)
+            for item, reply in judge()(todo) if todo else ():
+                value, error = read_reply(item, reply)
+                values[item.id], errors[item.id] = value, error
                 add({"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
-                     "prompt": item.prompt, "reply": reply, "error": error,
+                     "prompt": item.prompt, "reply": reply.text, "finish": reply.finish, "error": error,
                      "mark": item.mark(value) if item.mark and not error else None})
                 bar.update()
     for item in items:                                         # in the order of the work, whichever thread was first
@@ -584,7 +657,7 @@ def geneval_replies(items, detector, clip):
         kept = {c: [f[i] for i in keep_detections(f, metadata["tag"])] for c, f in found[k].items()}
         correct, reason = geneval_decide(metadata, kept, lambda objects, name: clip.colors(images[k], objects, name))
         boxes = {c: [[*o["box"], round(o["score"], 4)] for o in objects] for c, objects in kept.items() if objects}
-        replies.append(json.dumps({"correct": correct, "reason": reason, "details": boxes}))
+        replies.append(Reply(json.dumps({"correct": correct, "reason": reason, "details": boxes})))
     return replies
 
 def geneval(out, args, problems):
@@ -692,7 +765,7 @@ def dpg(out, args, problems):
     def parse(reply):                                          # "Yes." -> yes, "No, it is not" -> no
         return (re.findall(r"^\W*(yes|no)\b", reply.strip().lower()) or [None])[0]
     items = [Item(f"{path.name}|{k}|{q}", [Picture(path, crop)], f"{question} Answer with one word, yes or no.",
-                  parse, max_tokens=8, image_first=True, prompt=question, mark=lambda word: float(word == "yes"))
+                  parse, max_tokens=64, image_first=True, prompt=question, mark=lambda word: float(word == "yes"))
              for path, name, k, crop in work for q, (_, _, question) in questions[name].items()]
 
     def add_up(values):
@@ -799,7 +872,7 @@ IMGEDIT = {"background": "Bg.", "style": "Style", "adjust": "Adj.", "extract": "
 def imgedit_ratings(reply):
     """Numbers on lines of the form "words: 4"; nothing else counts ("4.", "4/5", "**Name:** 4", "Name:4" do not)."""
     parts = [line.strip().split(": ") for line in reply.splitlines()]
-    return [int(p[1]) for p in parts if len(p) == 2 and p[1].isdigit()]
+    return [int(p[1]) for p in parts if len(p) == 2 and p[1].isdecimal()]
 
 # officially 0, 100 or another number of ratings pass
 strict_imgedit = strict(imgedit_ratings, lambda ratings: len(ratings) == 3 and all(1 <= r <= 5 for r in ratings))
@@ -1135,6 +1208,15 @@ def likeness(source, result, clip):
     cosine = {"CLIP": float(F.cosine_similarity(*clip.images([source, result]), dim=0))} if clip else {}
     return {"PSNR": psnr(a, b), "SSIM": ssim(a, b), **cosine}
 
+def recon_replies(items, clip):
+    """The "replies" about pairs of pictures: their likeness, as JSON."""
+    replies = []
+    for item in items:
+        source, result = [picture.load() for picture in item.pictures]
+        replies.append(Reply(json.dumps(likeness(source, result, clip))))
+    return replies
+
+
 def with_sources(out, args, prefix="", **options):
     """An item per image of --sources and its namesake in OUT (of whatever suffix)."""
     names = [path.relative_to(args.sources) for path in images_in(args.sources, "**/*")][:args.limit]
@@ -1154,6 +1236,15 @@ def recon(out, args, problems):
 
 SHAPE_COLUMNS = {"single_object": "Single", "two_object": "Two", "colors": "Color", "position": "Position",
                  "color_attribution": "Attri.", "overall": "Overall", "reconstruction": "Recon."}
+
+def shape_replies(items):
+    """The "replies" about toy pictures: what is drawn on each, as JSON."""
+    replies = []
+    for item in items:
+        scenes = [common.read_scene(picture.load()) for picture in item.pictures]
+        replies.append(Reply(json.dumps(scenes)))
+    return replies
+
 
 def shapes(out, args, problems):
     """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector and no error.

@@ -655,6 +655,114 @@ def test_redirects_do_not_carry_the_key_away(tmp_path, capsys, monkeypatch):
         assert thief.requests == []
 
 
+# ---- replies of every kind -----------------------------------------------------------------------------
+
+
+def completion(content, finish="stop", model=None, **message):
+    """The body of a chat completion, as a Judge's answer."""
+    choice = {"message": {"role": "assistant", "content": content, **message}, "finish_reason": finish}
+    return 200, json.dumps({"choices": [choice], **({"model": model} if model else {})}), {}
+
+
+def problems(folder):
+    """{kind: [names]} of the only row's only folder."""
+    return scores(folder)["rows"][0]["seeds"][0]["problems"]
+
+
+def imgedit_args(root, *ratings_of):
+    """One edit of each name, and the arguments of ImgEdit."""
+    edits = {name: {"id": "a.jpg", "prompt": f"edit {name}", "edit_type": "style"} for name in ratings_of}
+    (root / "edits.json").write_text(json.dumps(edits))
+    (root / "judge.json").write_text(json.dumps({"style": "Rate: <edit_prompt>"}))
+    save(root / "sources/a.jpg")
+    for k, name in enumerate(edits):
+        save(root / f"out/{name}.png", k)
+    return ["imgedit", root / "out", "--prompts", root / "edits.json", "--judge-prompt", root / "judge.json", "--sources", root / "sources"]
+
+
+def name_of(payload):
+    """The name of the edit, or of the prompt, that a request asks about."""
+    text = next(part["text"] for part in payload["messages"][-1]["content"] if part["type"] == "text")
+    return text.split()[-1]
+
+
+def test_no_reply_can_end_the_run(tmp_path):
+    """Content in parts, digits that are no decimal digits, brackets nested too deep, a number of 5000 digits: scored where they say
+    something, else malformed; the items beside them are scored."""
+    answer = "A: 4\nB: 4\nC: 4"
+    replies = {"parts": [{"type": "text", "text": "A: 4\nB: 4\n"}, {"type": "text", "text": "C: 4"}],
+               "reasoning": [{"type": "reasoning", "text": "A: 1\nB: 1\nC: 1\n"}, {"type": "text", "text": answer}],
+               "circled": answer.replace("A: 4", "Prompt Compliance: ④"), "power": answer.replace("A: 4", "A: 4¹"),
+               "number": 7, "none": None, "plain": answer}
+    arguments = imgedit_args(tmp_path, *replies)
+    with Judge(lambda n, p: completion(replies[name_of(p)])) as judge:
+        assert run(*arguments, "--judge-url", judge.url, "--reask", 0, "--retries", 0)
+    row = scores(tmp_path / "out/eval/imgedit")["rows"][0]
+    assert row["n"] == 3 and row["mean"]["Style"] == 4
+    found = problems(tmp_path / "out/eval/imgedit")
+    assert found == {"malformed reply": ["circled", "power", "none"], "no reply": ["number"]}
+
+
+def test_replies_that_break_a_parser_are_malformed():
+    nested = '{"score": ' + "[" * 100_000
+    for parse in (ev.strict_gedit, ev.strict_compbench, ev.strict_wise, ev.strict_imgedit):
+        assert parse(nested) is None
+    assert ev.strict_compbench('{"score": ' + "9" * 5000 + "}") is None                          # int() refuses more than 4300 digits
+    with pytest.raises(RecursionError):
+        json.loads(nested)
+    item = ev.Item("a", [], "", json.loads)                                                    # whatever the parser, also one that is not strict
+    assert ev.read_reply(item, ev.Reply(nested)) == (None, "malformed reply")
+
+
+DRAFTS = [  # the reply, and what a judge of each benchmark has said with it
+    ("<think>Consistency: 0 would be harsh.</think>Consistency: 2\nRealism: 2\nAesthetic Quality: 2", "wise", 1.0),
+    ("Consistency: 0 no\n</think>\nConsistency: 2\nRealism: 2\nAesthetic Quality: 2", "wise", 1.0),
+    ('{"score": 20}</think>{"score": 80}', "compbench", 80),
+    ('For example, {"score": 2}. My answer: {"score": 80}', "compbench", 2),                   # a plain reply: as the official parser reads it
+    ("<think>a</think>b</think>{\"score\": 70}", "compbench", 70),
+    ("<thinking>{\"score\": 1}</thinking>{\"score\": 60}", "compbench", 60),
+    ("◁think▷{\"score\": 1}◁/think▷{\"score\": 50}", "compbench", 50),
+    ("[THINK]{\"score\": 1}[/THINK]{\"score\": 40}", "compbench", 40),
+    ("<think>Consistency: 0\nRealism: 0\nAesthetic Quality: 0", "wise", None),
+    ("<think>{\"score\": 3}", "compbench", None),
+    ("<think>short</think>{\"score\": 3} <think>and again", "compbench", None),
+]
+
+
+@pytest.mark.parametrize("text, benchmark, expected", DRAFTS)
+def test_what_a_judge_thinks_is_not_its_verdict(text, benchmark, expected):
+    parse = {"wise": ev.strict_wise, "compbench": ev.strict_compbench}[benchmark]
+    value, error = ev.read_reply(ev.Item("a", [], "", parse), ev.Reply(text, finish="stop"))
+    assert (ev.wise_score(**value) if benchmark == "wise" and value else value) == pytest.approx(expected)
+    assert error == (None if expected is not None else "malformed reply, unclosed <think>")
+
+
+def test_drafts_and_cut_off_replies_through_the_endpoint(tmp_path, capsys):
+    """DPG: a draft that says no before the answer yes. WISE: a reply that the token limit cut off is named so, though all its digits are there."""
+    out = dpg_folder(tmp_path)
+    for name in "ab":
+        save(out / f"{name}.png")
+    with Judge(lambda n, p: "No wait, let me look.\n</think>\n\nYes") as judge:
+        assert run("dpg", out, "--questions", tmp_path / "dpg.csv", "--judge-url", judge.url, "--judge", "stand-in", "--samples", 1)
+    assert "| 100.00 |" in capsys.readouterr().out
+    out = wise_folder(tmp_path, "wise", 1)
+    with Judge(lambda n, p: completion(good(n, p), "length" if asked(p) == 401 else "stop")) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge))
+        assert run("wise", out, *wise_args(tmp_path, judge))                                    # the journal remembers why
+    assert problems(out / "eval/wise") == {"malformed reply, cut off": ["401"]}
+    assert "malformed reply, cut off: 401" in capsys.readouterr().out
+
+
+def test_a_local_judge_that_does_not_come_to_its_end_is_cut_off(tiny, tmp_path):
+    save(tmp_path / "a.png")
+    judge = ev.LocalJudge(str(tiny / "qwen"), "cpu")
+    item = ev.Item("a", [ev.Picture(tmp_path / "a.png")], "Say it.", str, max_tokens=3)
+    assert [reply.finish for reply in judge.replies([item])] == ["length"]
+    said = judge.model.generate(**judge.inputs([item]), max_new_tokens=1, do_sample=False)[0, -1]
+    judge.model.generation_config.eos_token_id = int(said)                                     # what it says first now ends the reply
+    assert [reply.finish for reply in judge.replies([item])] == ["stop"]
+
+
 # ---- interrupted runs ----------------------------------------------------------------------------------
 
 
