@@ -39,7 +39,7 @@ import threading
 import time
 import urllib.request
 from collections import Counter, defaultdict, namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -59,15 +59,34 @@ def require(condition, message):
         raise InputError(message)
 
 class Problems(dict):
-    """What cannot be scored, {kind: [names]}: printed as counts with the first five names, whole in scores.json."""
+    """What cannot be scored, {kind: [names]}: printed as counts with the first five names, whole in scores.json.
+
+    notes: the same for what changes no score but should be known; --strict lets it pass.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.notes = {}
+
     def add(self, kind, name):
         self.setdefault(kind, []).append(str(name))
 
-    def lines(self):
-        return [f"{len(n)} x {kind}: {', '.join(n[:5])}{' ...' if len(n) > 5 else ''}" for kind, n in self.items()]
+    def note(self, kind, name):
+        self.notes.setdefault(kind, []).append(str(name))
 
     def stop(self, strict):
-        require(not (strict and self), f"{'; '.join(self.lines())} (--strict; without it these are left out and named)")
+        require(not (strict and self),
+                f"{'; '.join(named(self))} (--strict; without it these are left out and named)")
+
+
+def named(problems):
+    """{kind: [names]} -> a line for each kind, with the first five names."""
+    lines = []
+    for kind, names in problems.items():
+        more = " ..." if len(names) > 5 else ""
+        lines.append(f"{len(names)} x {kind}: {', '.join(names[:5])}{more}")
+    return lines
+
 
 def need(row, names, where):
     """The values of `names` in a row of a benchmark's file."""
@@ -102,27 +121,65 @@ def strict(parse, valid):
             return None
     return strictly
 
+
+def journal_records(data):
+    """The bytes of a journal -> ({id: record}, numbers of the lines that hold none). Of an id the last line counts."""
+    records = {}
+    bad = []
+    for number, line in enumerate(data.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            records[record["id"]] = record
+        except (ValueError, TypeError, LookupError, RecursionError):
+            bad.append(number)
+    return records, bad
+
+
 @contextlib.contextmanager
 def open_journal(path):
-    """items.jsonl, a line per judged item -> ({id: record}, add(record), which appends at once). A kill can tear only
-    the last line; that one is cut off. A second run on the same file is refused."""
+    """items.jsonl, a line per judged item -> ({id: record}, add(record), which appends at once).
+
+    A line that a kill or a full disk left half-written at the end is cut off; one in the middle that cannot be read is
+    named, and its item judged again. A second run on the same file is refused.
+    """
+    def add(record):
+        line = json.dumps(record).encode() + b"\n"
+        end = file.seek(0, os.SEEK_END)
+        written = 0
+        try:
+            while written < len(line):
+                written += file.write(line[written:])
+        except OSError:
+            # A full disk took a part of the line: without the cut, the next one would be fused with it.
+            file.truncate(end)
+            raise
+
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a+b", buffering=0) as file:
-            with contextlib.suppress(ImportError):             # no locks on Windows
+            # There are no locks on Windows.
+            with contextlib.suppress(ImportError):
                 import fcntl
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
             file.seek(0)
-            whole = (data := file.read()).rfind(b"\n") + 1
+            data = file.read()
+            whole = data.rfind(b"\n") + 1
             if whole < len(data):
                 print(f"{path}: the last line was half-written: its item is judged again", file=sys.stderr)
                 file.truncate(whole)
-            records = {record["id"]: record for record in common.read_json(path, lines=True)}    # the last line counts
-            yield records, lambda record: file.write(json.dumps(record).encode() + b"\n")
+
+            records, bad = journal_records(data[:whole])
+            for number in bad:
+                print(f"{path}: line {number} cannot be read: its item is judged again", file=sys.stderr)
+            yield records, add
     except BlockingIOError:
         raise InputError(f"another eval.py is writing {path}") from None
     except OSError as error:
         raise InputError(f"cannot go on with {path}: {error}") from None
+
 
 def find_image(stem, *folders):
     """The file stem.* that exists; else the .png that should be there, and will be named as missing."""
@@ -188,6 +245,12 @@ class Reply:
     error: str = None
     # The endpoint's finish_reason; "length" means that the token limit cut the reply off.
     finish: str = None
+    # The model that the response names.
+    model: str = None
+    # Another run would be refused in the same way.
+    permanent: bool = False
+    # How the request had to be changed so that the endpoint takes it.
+    notes: list = field(default_factory=list)
 
 
 # A draft ends with the last of these; where its opening mark stands alone, the answer never came.
@@ -236,20 +299,49 @@ def message_text(content):
     return "".join(texts)
 
 
+# What an endpoint may refuse of a request, and what it gets instead; None: nothing.
+ADAPTABLE = {"max_tokens": "max_completion_tokens", "temperature": None}
+
+# Words in a 403 or 400 that mean this picture or prompt, not the key: a moderator's, a content filter's.
+MODERATED = re.compile(
+    r"moderation|flagged|content.?(policy|filter|management)|guardrail|data_inspection|safety", re.IGNORECASE)
+
+# A number that is too large names its parameter too; another name for it would not help.
+TOO_LARGE = re.compile(r"too (large|long)|exceed|maximum|at most|context length", re.IGNORECASE)
+
+
 class Endpoint:
-    """Any OpenAI-compatible endpoint, through the standard library. The key comes from OPENAI_API_KEY only. Time-outs,
-    broken connections, 408, 409, 429, 5xx and odd bodies are asked again with growing pauses; another 4xx (a refused
-    picture) fails its item. A wrong key or address, an empty account or a redirect stops the run."""
+    """Any OpenAI-compatible endpoint, through the standard library. The key comes from OPENAI_API_KEY only.
+
+    Time-outs, broken connections, 408, 409, 425, 429, 5xx and odd bodies are asked again with growing pauses. Another
+    4xx, and a 403 that speaks of moderation, fails its item. A wrong key or address, an empty account or a redirect
+    stops the run.
+
+    Not through huggingface_hub.InferenceClient, which comes with transformers. It lacks these guarantees (tried with
+    2.4.0): its time limit counts from byte to byte, so that a server that drips held a request of 0.5 s for 3 s, and
+    nothing bounds a body's size; it follows redirects, and so carries the pictures to another host; without a key it
+    sends the token that is stored for the Hub to whatever host --judge-url names; it does not ask again after 429 or
+    503, nor hand out Retry-After. What would be left of it is one call.
+    """
+
     def __init__(self, args):
+        self.args = args
+        self.address = judge_address(args)
         url = urllib.parse.urlsplit(args.judge_url)
-        require(url.scheme in ("http", "https") and url.hostname and not url.username and not url.query,
-                "--judge-url must look like https://host/v1, without a key (it goes into OPENAI_API_KEY)")
+        self.host = url.hostname
+        self.url = f"{url.scheme}://{self.address}/chat/completions"
         self.key = os.environ.get("OPENAI_API_KEY", "").strip()
-        require(re.fullmatch(r"[\x21-\x7e]*", self.key),       # http.client would quote the key in its error
+        # http.client would quote the key in its error.
+        require(re.fullmatch(r"[\x21-\x7e]*", self.key),
                 "OPENAI_API_KEY holds a character that no key has (a blank or a line end?)")
-        self.args, self.host, self.next_turn = args, url.hostname, 0.0
-        self.lock, self.stopped = threading.Lock(), False
-        self.opener = urllib.request.OpenerDirector()          # follows no redirect: it would carry the key elsewhere
+
+        self.lock = threading.Lock()
+        self.next_turn = 0.0
+        self.stopped = False
+        self.adapted = {}
+
+        # An opener that follows no redirect.
+        self.opener = urllib.request.OpenerDirector()
         for handler in (urllib.request.ProxyHandler, urllib.request.HTTPHandler, urllib.request.HTTPSHandler):
             self.opener.add_handler(handler())
 
@@ -257,68 +349,169 @@ class Endpoint:
         """A server may quote the key back ("incorrect key sk-..."): it never reaches the screen or a file."""
         return text.replace(self.key, "[key]") if len(self.key) > 3 else text
 
-    def read(self, response):
-        """A socket's time-out counts from byte to byte, and a server may drip; this one counts from the start."""
-        deadline, data = time.monotonic() + self.args.timeout, b""
-        while chunk := response.read1(65536):
-            data += chunk
-            if time.monotonic() > deadline or len(data) > 10_000_000:
-                raise TimeoutError("the reply took too long")
-        return data.decode(errors="replace")
+    def payload(self, item):
+        """What is asked about an item, in the shape that this endpoint takes."""
+        messages = item.chat(lambda p: {"type": "image_url", "image_url": {"url": p.data_url()}})
+        payload = {"model": judge_name(self.args), "messages": messages}
 
-    def post(self, payload):
-        """-> a Reply, after the last attempt one with an error. InputError where asking again cannot help."""
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        url, body = self.args.judge_url.rstrip("/") + "/chat/completions", json.dumps(payload).encode()
-        for attempt in range(self.args.retries + 1):
-            with self.lock:                                    # each request takes the next free turn
-                turn = max(time.monotonic(), self.next_turn)
-                self.next_turn = turn + (60 / self.args.rate if self.args.rate else 0)
-            time.sleep(max(0, turn - time.monotonic()))
+        limits = {"max_tokens": item.max_tokens, "temperature": item.temperature}
+        for name, value in limits.items():
+            name = self.adapted.get(name, name)
+            if name and value is not None:
+                payload[name] = value
+
+        extra = self.args.judge_extra or {}
+        if "max_completion_tokens" in extra:
+            payload.pop("max_tokens", None)
+        return payload | extra
+
+    def adapt(self, payload, status, text):
+        """Does the endpoint refuse one of the parameters by name? Then, once, it will be asked in another shape."""
+        if status not in (400, 422) or TOO_LARGE.search(text):
+            return False
+        for name, other in ADAPTABLE.items():
+            if name in payload and name not in (self.args.judge_extra or {}) and re.search(rf"\b{name}\b", text):
+                self.adapted[name] = other
+                return True
+        return False
+
+    def adaptations(self):
+        """In words, for the journal and the table."""
+        return [f"{other} for {name}" if other else f"no {name}" for name, other in sorted(self.adapted.items())]
+
+    def wait_for_turn(self):
+        """Each request takes the next free turn: at most --rate a minute."""
+        with self.lock:
+            turn = max(time.monotonic(), self.next_turn)
+            self.next_turn = turn + (60 / self.args.rate if self.args.rate else 0)
+        time.sleep(max(0, turn - time.monotonic()))
+
+    def send(self, payload):
+        """-> the answer's status, its text, its Retry-After. The whole answer must be there within --timeout."""
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(self.url, json.dumps(payload).encode(), headers)
+
+        with self.opener.open(request, timeout=self.args.timeout) as response:
+            deadline = time.monotonic() + self.args.timeout
+            chunks = []
+            size = 0
+            while chunk := response.read1(65536):
+                chunks.append(chunk)
+                size += len(chunk)
+                if time.monotonic() > deadline or size > 10_000_000:
+                    raise TimeoutError("the reply took too long")
+            text = b"".join(chunks).decode(errors="replace")
+            return response.status, text, response.headers.get("Retry-After", "")
+
+    def read(self, status, text):
+        """The answer to a request -> (Reply, None, status), or (None, the server's reason, status).
+
+        An error may come inside a 200; its own code counts then.
+        """
+        try:
+            data = json.loads(text)
+        except (ValueError, RecursionError):
+            data = None
+        choices = data.get("choices") if isinstance(data, dict) else None
+        choice = choices[0] if isinstance(choices, list) and choices else {}
+
+        error = None
+        for part in (data, choice):
+            if isinstance(part, dict) and part.get("error"):
+                error = part["error"]
+        if status < 300 and error:
+            code = error.get("code") if isinstance(error, dict) else None
+            status = code if isinstance(code, int) and 400 <= code < 600 else 500
+            text = json.dumps(error, ensure_ascii=False)
+
+        if status >= 300:
+            reason = self.clean(f"{self.host} answers {status}: {' '.join(text.split())}")[:300]
+            if status == 404 and not re.search(r"/v\d", self.address):
+                reason += " (does the URL end in /v1?)"
+            return None, reason, status
+
+        try:
+            message = choice["message"]
+            said = self.clean(message_text(message.get("content")))
+            finish = choice.get("finish_reason")
+            why = message.get("refusal") or (finish if finish == "content_filter" else None)
+        except (LookupError, TypeError, AttributeError):
+            start = self.clean(" ".join(text.split()))[:100]
+            return None, f"{self.host}: the body is not a chat completion; does the URL end in /v1? {start}", 500
+        if why and not said:
+            return Reply(error=f"no reply (refused: {self.clean(str(why))[:300]})", permanent=True), None, status
+        model = data.get("model")
+        return Reply(said, finish=finish, model=self.clean(str(model)) if model else None), None, status
+
+    def ask_once(self, item):
+        """-> a Reply; after the last attempt one with an error. InputError where asking again cannot help."""
+        payload = self.payload(item)
+        attempt = 0
+        while True:
+            self.wait_for_turn()
             if self.stopped:
                 return Reply(error="no reply (stopped)")
-            wait, request = min(60, 2 ** attempt), urllib.request.Request(url, body, headers)
+
+            wait = min(60, 2 ** attempt)
             try:
-                with self.opener.open(request, timeout=self.args.timeout) as response:
-                    text, status, after = self.read(response), response.status, response.headers.get("Retry-After", "")
-                if status < 300:                               # content null: the judge refused
-                    choice = json.loads(text)["choices"][0]
-                    said = self.clean(message_text(choice["message"].get("content")))
-                    return Reply(said, finish=choice.get("finish_reason"))
-                detail = self.clean(f"{self.host} answers {status}: {' '.join(text.split())}")[:240]
-                if status < 400 or status in (401, 402, 403, 404, 405) or "insufficient_quota" in text:
-                    self.stopped = True                        # no other worker asks any more
-                    raise InputError(detail)
-                if status < 500 and status not in (408, 409, 429):
-                    return Reply(error=f"no reply ({detail})")
-                wait = min(60, float(after)) if re.fullmatch(r"[\d.]+", after) else wait
+                status, text, after = self.send(payload)
             except (OSError, http.client.HTTPException) as error:
-                detail = f"{self.host}: {type(error).__name__}: {error}"
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-                detail = f"{self.host}: the body is not a chat completion; does the URL end in /v1?"
-            time.sleep(wait if attempt < self.args.retries else 0)
-        return Reply(error=f"no reply ({detail} (after {self.args.retries + 1} attempts))")
+                reason = self.clean(f"{self.host}: {type(error).__name__}: {error}")
+            else:
+                reply, reason, status = self.read(status, text)
+                if reply:
+                    return reply
+                if self.adapt(payload, status, text):
+                    payload = self.payload(item)
+                    continue
+                moderated = status in (400, 403) and MODERATED.search(text)
+                if status < 400 or status in (401, 402, 403, 404, 405) or "insufficient_quota" in text:
+                    if not moderated:
+                        # No other worker asks any more.
+                        self.stopped = True
+                        raise InputError(reason)
+                if status < 500 and status not in (408, 409, 425, 429):
+                    return Reply(error=f"no reply ({reason})", permanent=True)
+                if re.fullmatch(r"[\d.]+", after):
+                    wait = min(60, float(after))
+
+            attempt += 1
+            if attempt > self.args.retries:
+                return Reply(error=f"no reply ({reason} (after {attempt} attempts))")
+            time.sleep(wait)
 
     def ask(self, item):
         """A reply that does not parse is asked for again, `reask` times: endpoints are not deterministic."""
-        messages = item.chat(lambda p: {"type": "image_url", "image_url": {"url": p.data_url()}})
-        payload = {"model": judge_name(self.args), "messages": messages, "max_tokens": item.max_tokens}
-        payload |= {} if item.temperature is None else {"temperature": item.temperature}
         for _ in range(self.args.reask + 1):
-            reply = self.post(payload)
+            reply = self.ask_once(item)
             _, error = read_reply(item, reply)
             if reply.error or not error:
                 break
+        reply.notes = self.adaptations()
         return item, reply
 
     def __call__(self, items):
-        """As they come. After ten failures in a row the judge is taken to be down, and the run stops."""
-        in_a_row = 0
-        with ThreadPool(self.args.workers) as pool:            # of daemons: an error or Ctrl-C does not wait for them
-            for item, reply in pool.imap_unordered(self.ask, items):
-                yield item, reply
-                in_a_row = in_a_row + 1 if reply.error else 0
-                require(in_a_row < 10, f"ten items in a row, last: {reply.error}; run again to go on")
+        """As they come."""
+        # The pool's threads are daemons: an error or Ctrl-C does not wait for them.
+        with ThreadPool(self.args.workers) as pool:
+            try:
+                yield from pool.imap_unordered(self.ask, items)
+            except GeneratorExit:
+                self.stopped = True
+                raise
+
+
+def when_needed(make):
+    """A judge that is made, its models loaded, when the first item is to be judged."""
+    made = functools.cache(make)
+
+    def judge(items):
+        if items:
+            yield from made()(items)
+    return judge
+
 
 def local(replies, batch):
     """A judge in this process: replies(items of one batch) -> Replies. Asked twice it says the same: no second try."""
@@ -381,6 +574,16 @@ class LocalJudge:
         ended = torch.isin(out, ends).any(1).tolist()
         return [Reply(text.strip(), finish="stop" if end else "length") for text, end in zip(texts, ended)]
 
+def judge_address(args):
+    """host[:port]/path of --judge-url, without the /chat/completions that some copy along; None: a local judge."""
+    if not getattr(args, "judge_url", None):
+        return None
+    url = urllib.parse.urlsplit(args.judge_url)
+    require(url.scheme in ("http", "https") and url.hostname and not url.username and not url.query,
+            "--judge-url must look like https://host/v1, without a key (it goes into OPENAI_API_KEY)")
+    return url.netloc + url.path.rstrip("/").removesuffix("/chat/completions").rstrip("/")
+
+
 def judge_name(args):
     """Stands in the table, and in the journal: a reply counts for the judge that gave it."""
     if args.benchmark in ("geneval", "recon", "shapes"):
@@ -440,49 +643,171 @@ def percent(value):
         return {name: percent(part) for name, part in value.items()}
     return None if value is None else 100 * value
 
+class Streak:
+    """Stops a run in which ten items in a row have no usable reply: a judge that is down, that refuses everything or
+    whose format never fits would cost as much as one that works.
+
+    Items that failed in an earlier run do not count while others are scored: they are few, and asked together.
+    """
+
+    def __init__(self, args, values, failed):
+        self.judged = bool(BENCHMARKS[args.benchmark].judge)
+        self.scored = any(value is not None for value in values.values())
+        self.failed = set(failed)
+        self.length = 0
+
+    def note(self, item, reply, error):
+        if not error:
+            self.scored = True
+            self.length = 0
+        elif self.judged and not (self.scored and item.id in self.failed):
+            self.length += 1
+        if self.length < 10:
+            return
+
+        message = f"ten items in a row without a usable reply, the last: {error}"
+        if reply.text is not None:
+            said = " ".join(reply.text.split())[:200]
+            raise InputError(f"{message}: {said!r}; does this judge keep to the format that --judge-prompt asks for?")
+        if reply.permanent:
+            raise InputError(f"{message}; another run would be refused in the same way")
+        raise InputError(f"{message}; run again to go on")
+
+
+class Files:
+    """The pictures' digests. A picture that could be decoded in an earlier run, and has the size and the time that the
+    journal remembers, is not decoded again: a thousand of them take 20 s."""
+
+    def __init__(self, out, journal, problems):
+        self.out = out
+        self.problems = problems
+        self.stamps = {}
+        self.known = {}
+        if journal.is_file():
+            records, _ = journal_records(journal.read_bytes())
+            for record in records.values():
+                for name, *stamp in record.get("pictures", []):
+                    self.known[name] = stamp
+
+    def stamp(self, path):
+        """-> [name, bytes, time, digest]; None, and a problem, where the picture is missing or cannot be read."""
+        if path not in self.stamps:
+            self.stamps[path] = self.look_at(path)
+        return self.stamps[path]
+
+    def look_at(self, path):
+        name = os.path.relpath(path, self.out)
+        try:
+            state = path.stat()
+            known = self.known.get(name)
+            if known and known[:2] == [state.st_size, state.st_mtime_ns]:
+                return [name, *known]
+            data = path.read_bytes()
+            load_image(data)
+        except UNREADABLE as error:
+            missing = isinstance(error, FileNotFoundError)
+            self.problems.add("missing image" if missing else "unreadable image", path)
+            return None
+        return [name, state.st_size, state.st_mtime_ns, hashlib.sha1(data).hexdigest()]
+
+
+def item_key(item, stamps, judge):
+    """Tells whether a line of the journal answers the same question about the same pictures by the same judge."""
+    marks = []
+    for picture, (*_, digest) in zip(item.pictures, stamps):
+        marks.append((digest, picture.crop, picture.size, picture.jpeg))
+    question = (item.text, item.system, item.max_tokens, item.temperature, item.image_first, judge)
+    return hashlib.sha1(repr((marks, question)).encode()).hexdigest()
+
+
 def judge_all(out, items, problems, args, judge):
-    """Ask about every item that has no valid line in OUT's journal -> {item id: value}. Bad files are named first. A
-    line counts while pictures, text and judge are the same and its reply still parses: changed pictures are judged
-    anew, a better parser needs no new replies. Failures are written down too, and tried again in the next run."""
+    """Ask about every item that has no valid line in OUT's journal -> {item id: value}, [names of the judges].
+
+    Bad files are named first. A line counts while pictures, text and judge are the same and its reply still parses:
+    changed pictures are judged anew, a better parser needs no new replies. Failures are written down too, and tried
+    again in the next run.
+    """
     twice = [name for name, n in Counter(item.id for item in items).items() if n > 1]
     require(not twice, f"the prompt file has {', '.join(twice[:1])} twice")
+    journal = out / "eval" / args.benchmark / "items.jsonl"
+    place = judge_address(args) or "local"
+    name = judge_name(args)
 
-    @functools.cache
-    def digest(path):
-        try:
-            load_image(data := path.read_bytes())
-            return hashlib.sha1(data).hexdigest()
-        except UNREADABLE as error:
-            problems.add("missing image" if isinstance(error, FileNotFoundError) else "unreadable image", path)
-    keys, values, errors = {}, {}, {}
+    files = Files(out, journal, problems)
+    stamps = {}
+    keys = {}
     for item in tqdm(items, desc="check", unit="item", dynamic_ncols=True, disable=len(items) < 50):
-        marks = [(digest(p.path), p.crop, p.size, p.jpeg) for p in item.pictures]
-        if all(mark[0] for mark in marks):
-            question = (item.text, item.system, item.max_tokens, item.temperature, item.image_first, judge_name(args))
-            keys[item.id] = hashlib.sha1(repr((marks, question)).encode()).hexdigest()
+        found = [files.stamp(picture.path) for picture in item.pictures]
+        if all(found):
+            stamps[item.id] = found
+            keys[item.id] = item_key(item, found, (place, name, getattr(args, "judge_extra", None)))
     problems.stop(args.strict)
-    require(keys, f"{out}: nothing to score; {'; '.join(problems.lines()) or 'no image of a known prompt'}")
+    require(keys, f"{out}: nothing to score; {'; '.join(named(problems)) or 'no image of a known prompt'}")
     items = [item for item in items if item.id in keys]
-    with open_journal(out / "eval" / args.benchmark / "items.jsonl") as (records, add):
+
+    # In the order of the work, whichever thread will be first: sums do not depend on chance.
+    values = dict.fromkeys(item.id for item in items)
+    errors = {}
+    judges = {}
+    notes = set()
+
+    def take(item, record):
+        """A record's value, None where its reply cannot be used; who gave it, and to what request."""
+        reply = Reply(record["reply"], record.get("error") if record["reply"] is None else None, record.get("finish"))
+        values[item.id], errors[item.id] = read_reply(item, reply)
+        if values[item.id] is not None:
+            judges[item.id] = record["judge"]["answered"] or (name if place == "local" else f"{name} (unconfirmed)")
+            notes.update(record["request"])
+
+    with open_journal(journal) as (records, add):
+        todo = []
+        failed = []
         for item in items:
             old = records.get(item.id, {})
-            values[item.id] = None
-            if old.get("key") == keys[item.id] and old.get("reply") is not None:
-                values[item.id], _ = read_reply(item, Reply(old["reply"], finish=old.get("finish")))
-        todo = [item for item in items if values[item.id] is None]
-        with tqdm(total=len(items), initial=len(items) - len(todo), desc=f"{args.benchmark} {out.name}", unit="item",
-                  dynamic_ncols=True) as bar:
-            for item, reply in judge()(todo) if todo else ():
+            same = old.get("key") == keys[item.id]
+            if same:
+                take(item, old)
+            if values[item.id] is None:
+                todo.append(item)
+                failed += [item.id] if same else []
+
+        streak = Streak(args, values, failed)
+        bar = tqdm(total=len(items), initial=len(items) - len(todo), desc=f"{args.benchmark} {out.name}", unit="item",
+                   dynamic_ncols=True)
+        with bar, contextlib.closing(judge(todo)) as replies:
+            for item, reply in replies:
                 value, error = read_reply(item, reply)
-                values[item.id], errors[item.id] = value, error
-                add({"id": item.id, "key": keys[item.id], "file": os.path.relpath(item.pictures[-1].path, out),
-                     "prompt": item.prompt, "reply": reply.text, "finish": reply.finish, "error": error,
-                     "mark": item.mark(value) if item.mark and not error else None})
+                record = {
+                    "id": item.id,
+                    "key": keys[item.id],
+                    "file": os.path.relpath(item.pictures[-1].path, out),
+                    "pictures": stamps[item.id],
+                    "prompt": item.prompt,
+                    "judge": {"place": place, "asked": name, "answered": reply.model},
+                    "request": reply.notes,
+                    "reply": reply.text,
+                    "finish": reply.finish,
+                    "error": error,
+                    "mark": item.mark(value) if item.mark and not error else None,
+                }
+                add(record)
+                take(item, record)
                 bar.update()
-    for item in items:                                         # in the order of the work, whichever thread was first
+                streak.note(item, reply, error)
+
+    reason = None
+    for item in items:
         if errors.get(item.id):
-            problems.add(errors[item.id].split(" (")[0], item.id)
-    return {name: value for name, value in values.items() if value is not None}
+            kind, _, why = errors[item.id].partition(" (")
+            problems.add(kind, item.id)
+            if kind == "no reply" and not reason:
+                reason = f"{item.id}: {why.removesuffix(')')}"
+    if reason:
+        problems.note("reason, of the first without a reply", reason)
+    for note in sorted(notes):
+        problems.note("request adapted to what the endpoint takes", f"asked with {note}")
+    return {item: value for item, value in values.items() if value is not None}, sorted(set(judges.values()))
+
 
 # A judged benchmark is a function (out, args, problems) -> its items, how many things should be scored, and
 # add_up({item id: value}) -> {column: value in the table's unit, or None}, with whatever else scores.json shall hold.
@@ -1308,7 +1633,16 @@ def summarize(label, seeds, columns):
     if len(seeds) > 1:
         row["std"] = {c: None if None in v else statistics.stdev(v) for c, v in values.items()}
     n, expected = (sum(s[key] for s in seeds) for key in ("n", "expected"))
-    return {**row, "n": n, "expected": expected, "partial": n < expected or any(s["problems"] for s in seeds)}
+    judges = sorted({name for s in seeds for name in s["judges"]})
+    return {**row, "n": n, "expected": expected, "partial": n < expected or any(s["problems"] for s in seeds),
+            "judges": judges}
+
+
+def other_judge(row, first):
+    """Were the two rows judged by different models? Then no difference of theirs means anything."""
+    mine, base = row.get("judges"), first.get("judges")
+    return bool(mine and base and mine != base)
+
 
 def in_groups(rows):
     """{"Harmon": [rows labelled "Harmon: before", "Harmon: RecA", ...]}; the group of a label without ": " is ""."""
@@ -1321,10 +1655,15 @@ def markdown(rows, columns, d):
         if value is None:
             return "–"
         text = f"{value:.{d}f}" + (f" ± {row['std'][c]:.{d}f}" if "std" in row else "")
-        return text if row is first or base is None else f"{text} ({round(value, d) - round(base, d):+.{d}f})"
+        if row is first or base is None or other_judge(row, first):
+            return text
+        return f"{text} ({round(value, d) - round(base, d):+.{d}f})"
     table = [["Model", *columns], ["---"] * (len(columns) + 1)]
-    table += [[row["label"] + " (partial)" * row["partial"], *(cell(row, group[0], c) for c in columns)]
-              for group in in_groups(rows).values() for row in group]
+    for group in in_groups(rows).values():
+        for row in group:
+            label = row["label"] + " (partial)" * row["partial"]
+            label += " (other judge, not comparable)" * other_judge(row, group[0])
+            table.append([label, *(cell(row, group[0], c) for c in columns)])
     return "\n".join("| " + " | ".join(str(c).replace("|", "\\|") for c in line) + " |" for line in table)
 
 def chart(rows, columns, height=200, bar=12):
@@ -1367,27 +1706,53 @@ def toy_run(path, label):
     scores = common.read_json(path / "scores.json").get("before" if label.rpartition(": ")[2] == "before" else "after")
     require(isinstance(scores, dict), f"{path} is not a finished run of --model tiny")
     values = percent({column: scores.get(name) for name, column in SHAPE_COLUMNS.items()})
-    return {"folder": str(path), "values": values, "n": 1, "expected": 1, "problems": Problems()}
+    return {"folder": str(path), "values": values, "n": 1, "expected": 1, "judges": [],
+            "problems": {}, "notes": {}}
 
 def score(path, label, args, judge):
     """One folder, or one answer file, of the row `label`."""
     if args.benchmark == "shapes" and not (args.prompts or args.sources) and (path / "scores.json").is_file():
         return toy_run(path, label)
     problems, strings = Problems(), args.benchmark in STRINGS.split()
+    judges = []
     wanted = "an answer file" if strings else "a folder of pictures"
     require(path.is_dir() != strings, f"{path}: {args.benchmark} wants {wanted}")
     if strings:
         values, n, expected = understanding(path, args, problems)
     else:
         items, expected, add_up = BENCHMARKS[args.benchmark].work(path, args, problems)
-        judged = judge_all(path, items, problems, args, judge)
+        judged, judges = judge_all(path, items, problems, args, judge)
         values, n = add_up(judged), len(judged)
     problems.stop(args.strict)
-    return {"folder": str(path), "values": values, "n": n, "expected": expected, "problems": problems}
+    return {"folder": str(path), "values": values, "n": n, "expected": expected, "judges": judges,
+            "problems": problems, "notes": problems.notes}
+
+def who_judged(args, name, official, rows):
+    """The table's line about the judge: the model that was asked for, where, and the one that the replies name."""
+    judges = set()
+    for row in rows:
+        judges.update(row["judges"])
+    named_in_replies = sorted(judge for judge in judges if not judge.endswith(" (unconfirmed)"))
+
+    text = f"Judge: {name} ({'endpoint' if args.judge_url else 'local'})."
+    if args.judge_url and named_in_replies:
+        text += f" Its replies name {', '.join(named_in_replies)}."
+    if (judges or {name}) - {official, f"{official} (unconfirmed)"}:
+        text += f" The paper's is {official}: do not compare."
+    if args.judge_url:
+        text += f" Host: {judge_address(args)}."
+    if args.judge_url and not named_in_replies:
+        text += " The replies do not name their model."
+    if len(judges) > 1:
+        each = [f"{row['label']}: {' and '.join(row['judges']) or 'none'}" for row in rows]
+        text += f" Replies of different judges are not comparable ({'; '.join(each)})."
+    return text
+
 
 def run(args):
     """Score every folder, print the table, write scores.json and scores.md."""
-    benchmark, judge = BENCHMARKS[args.benchmark], functools.cache(lambda: make_judge(args))     # when first needed
+    benchmark = BENCHMARKS[args.benchmark]
+    judge = when_needed(lambda: make_judge(args))
     if args.benchmark in STRINGS.split() and args.prepare:
         return understanding(None, args, Problems())
     outputs = parse_outputs(args.outputs)
@@ -1400,15 +1765,15 @@ def run(args):
     text = [f"# {args.benchmark}", "", markdown(rows, columns, benchmark.decimals), ""]
     name = None if args.benchmark in STRINGS.split() else judge_name(args)
     if benchmark.judge:
-        other = "" if name == benchmark.judge else f" The paper's is {benchmark.judge}: do not compare."
-        text += [f"Judge: {name} ({'endpoint' if args.judge_url else 'local'}).{other}", ""]
+        text += [who_judged(args, name, benchmark.judge, rows), ""]
     for row in rows:
         if row["partial"] or args.limit:
             limit = f" (--limit {args.limit})" if args.limit else ""
             text.append(f"{row['label']}: {row['n']} of {row['expected']} scored{limit}")
-        text += [f"- {seed['folder']}: {line}" for seed in row["seeds"] for line in seed["problems"].lines()]
+        for seed in row["seeds"]:
+            text += [f"- {seed['folder']}: {line}" for line in named(seed["problems"]) + named(seed["notes"])]
     print(text := "\n".join(text).strip())
-    record = {"benchmark": args.benchmark, "judge": name, "columns": benchmark.columns, "rows": rows}
+    record = {"benchmark": args.benchmark, "judge": name, "endpoint": judge_address(args), "columns": benchmark.columns, "rows": rows}
     last = outputs[-1][1][-1]
     folder = Path(args.out or (last if last.is_dir() else last.parent) / "eval" / args.benchmark)
     common.write(folder / "scores.json", record)
@@ -1421,17 +1786,23 @@ def run(args):
     common.write(folder / "scores.png", picture)
     print(folder / "scores.json", folder / "scores.md", folder / "scores.png", file=sys.stderr)
 
+    empty = [row["label"] for row in rows if not row["n"]]
+    if empty:
+        print(f"error: nothing was scored of {', '.join(empty)}", file=sys.stderr)
+        sys.exit(1)
+
 def contact_sheet(args):
     """One picture of the pictures in OUTPUTS with their prompts, framed green (right), red (failed, missing) or grey.
     Marks and prompts come from OUT/eval/*/items.jsonl (mean mark below 0.5: failed), else GenEval's metadata.jsonl."""
     tiles = []                                                 # (path, prompt, mark or None)
     for label, out in [(label, path) for label, paths in parse_outputs(args.outputs) for path in paths]:
         marks, prompts = defaultdict(list), {}
-        for line in [line for file in sorted(out.glob("eval/*/items.jsonl")) for line in read_text(file).split("\n")]:
-            with contextlib.suppress(ValueError):              # a torn last line
-                record = json.loads(line)
-                marks[record["file"]] += [record["mark"]] if record["mark"] is not None else []
-                prompts[record["file"]] = record["prompt"]
+        for journal in sorted(out.glob("eval/*/items.jsonl")):
+            records, _ = journal_records(journal.read_bytes())
+            for record in records.values():
+                if record.get("file"):
+                    marks[record["file"]] += [record["mark"]] if record["mark"] is not None else []
+                    prompts[record["file"]] = record["prompt"]
         files = {os.path.relpath(path, out) for path in images_in(out, "**/*")} | prompts.keys()
         for file in sorted(file for file in files if Path(file).parts[0] not in ("eval", "..")):
             meta = (out / file).parent.parent / "metadata.jsonl"
@@ -1462,6 +1833,17 @@ def contact_sheet(args):
 
 # ==== 10. The command line ============================================================================
 
+def json_object(text):
+    """The type of --judge-extra."""
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict) or {"model", "messages"} & value.keys():
+        raise argparse.ArgumentTypeError(f"{text} is not a JSON object of fields other than model and messages")
+    return value
+
+
 JUDGED, STRINGS, OWN = "dpg wise compbench imgedit gedit", "pope mme gqa mmmu seed", "geneval recon shapes"
 OPTIONS = (                                                    # flag, sub-commands (!: required), words
     ("--prompts", "geneval! wise! compbench! imgedit! gedit! shapes", dict(help="prompts or metadata, as released")),
@@ -1477,6 +1859,8 @@ OPTIONS = (                                                    # flag, sub-comma
     ("--images", "mme", dict(help="folder of the images, to write their paths")),
     ("--judge", JUDGED, dict(help="model: hub id or folder; with --judge-url its name there")),
     ("--judge-url", JUDGED, dict(help="OpenAI-compatible endpoint, https://host/v1; the key from OPENAI_API_KEY")),
+    ("--judge-extra", JUDGED, dict(type=json_object, metavar="JSON", help="more fields of each request to the endpoint, "
+     "as {\"reasoning_effort\": \"low\"}; they replace ours")),
     ("--workers", JUDGED, dict(type=int, default=8, help="requests at a time (8)")),
     ("--rate", JUDGED, dict(type=float, help="requests a minute, at most")),
     ("--retries", JUDGED, dict(type=int, default=5, help="after 429, 5xx, time-outs (5)")),

@@ -280,13 +280,13 @@ def save(path, seed=0, size=(64, 64)):
     picture(seed, size).save(path)
 
 
-def run(*args, ok=True):
-    """main() in this process -> what it printed is in capsys; SystemExit(2) becomes False."""
+def run(*args, ok=True, code=2):
+    """main() in this process -> what it printed is in capsys; SystemExit(code) becomes False. 2: bad input; 1: nothing was scored."""
     try:
         ev.main([str(a) for a in args])
         return True
     except SystemExit as stop:
-        assert stop.code == 2 and not ok, stop.code
+        assert stop.code == code and not ok, stop.code
         return False
 
 
@@ -421,9 +421,10 @@ KEY = "sk-test-0123456789abcdef"
 
 
 class Judge:
-    """An OpenAI-compatible server. behave(number of the request, its JSON) -> reply text, or (status, body, headers), or a function of the handler."""
+    """An OpenAI-compatible server. behave(number of the request, its JSON) -> reply text, or (status, body, headers), or a function of the handler.
+    A judge is known by its address: `port` is that of one that was there before."""
 
-    def __init__(self, behave):
+    def __init__(self, behave, port=0):
         judge, self.requests, self.headers, self.active, self.peak, self.times = self, [], [], 0, 0, []
         self.lock = threading.Lock()
 
@@ -455,9 +456,10 @@ class Judge:
                 finally:
                     with judge.lock:
                         judge.active -= 1
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -564,7 +566,7 @@ def test_malformed_replies_are_left_out_and_named(tmp_path, capsys):
         assert result["seeds"][0]["problems"] == {"malformed reply": ["702"]} and result["mean"]["Biology"] is not None
         assert not run("wise", out, *wise_args(tmp_path, judge, None, "--strict"), ok=False)
         assert "702" in capsys.readouterr().err
-    with Judge(good) as judge:                                                                # the next run asks only about the failed one
+    with Judge(good, judge.port) as judge:                                                    # the next run asks only about the failed one
         assert run("wise", out, *wise_args(tmp_path, judge, None, "--strict"))
         assert len(judge.requests) == 1 and scores(out / "eval/wise")["rows"][0]["n"] == 12
 
@@ -763,6 +765,192 @@ def test_a_local_judge_that_does_not_come_to_its_end_is_cut_off(tiny, tmp_path):
     assert [reply.finish for reply in judge.replies([item])] == ["stop"]
 
 
+# ---- what endpoints refuse, and say why ------------------------------------------------------------------
+
+
+MODERATION = {"error": {"code": 403, "message": "The model requires moderation and your input was flagged",
+                        "metadata": {"reasons": ["violence"], "flagged_input": "<image>", "provider_name": "X"}}}
+
+
+@pytest.mark.parametrize("status, body", [
+    (403, MODERATION),
+    (400, {"error": {"code": "content_filter", "message": "The response was filtered by the content management policy"}}),
+    (403, {"error": {"message": "Request blocked by a guardrail", "metadata": {"stage": "input"}}}),
+    (200, MODERATION),
+])
+def test_one_flagged_picture_fails_its_item_only(tmp_path, capsys, status, body):
+    """The refusal is named with the server's reason; it is not asked for twice."""
+    out = wise_folder(tmp_path)
+    with Judge(lambda n, p: (status, json.dumps(body), {}) if asked(p) == 501 else good(n, p)) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 2))
+        assert len(judge.requests) == 12
+    assert problems(out / "eval/wise") == {"no reply": ["501"]} and scores(out / "eval/wise")["rows"][0]["n"] == 11
+    assert body["error"]["message"] in capsys.readouterr().out
+
+
+def test_a_refusal_in_a_completion_is_named(tmp_path, capsys):
+    """content null with a refusal, and a finish_reason content_filter: not malformed, not asked again."""
+    out = wise_folder(tmp_path, per_group=1)
+    odd = {401: completion(None, refusal="I cannot judge people."), 501: completion(None, "content_filter")}
+    with Judge(lambda n, p: odd.get(asked(p)) or good(n, p)) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(judge.requests) == 6
+    assert problems(out / "eval/wise") == {"no reply": ["401", "501"]} and "I cannot judge people." in capsys.readouterr().out
+
+
+def test_ten_flagged_pictures_in_a_row_are_no_accident(tmp_path, capsys):
+    out = wise_folder(tmp_path, per_group=4)
+    with Judge(lambda n, p: (403, json.dumps(MODERATION), {})) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False) and len(judge.requests) <= 12
+    error = capsys.readouterr().err
+    assert "ten items in a row" in error and "your input was flagged" in error and "run again to go on" not in error
+
+
+def test_a_key_that_is_refused_still_stops_at_once(tmp_path, capsys):
+    out = wise_folder(tmp_path)
+    with Judge(lambda n, p: good(n, p) if n < 4 else (403, '{"error": {"message": "Your key has been revoked"}}', {})) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False) and len(judge.requests) <= 5
+    assert "revoked" in capsys.readouterr().err
+
+
+def test_a_judge_whose_format_never_fits_is_stopped(tmp_path, capsys):
+    """60 items: ten are asked (and re-asked), then one reply is quoted; what is already paid for stays in the journal."""
+    out = wise_folder(tmp_path, per_group=10)
+    with Judge(lambda n, p: "I would rate this 7/10.") as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False)
+        assert len(judge.requests) <= 3 * 11
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert len(error) == 1 and "ten items in a row" in error[0] and "'I would rate this 7/10.'" in error[0]
+    assert not (out / "eval/wise/scores.json").exists()
+
+
+def test_a_local_judge_whose_format_never_fits_is_stopped(tmp_path, tiny, capsys):
+    out = dpg_folder(tmp_path)
+    for k in range(8):
+        save(out / f"a_{k}.png", k)
+    assert not run("dpg", out, "--questions", tmp_path / "dpg.csv", "--judge", tiny / "qwen", "--device", "cpu", "--samples", 8, ok=False)
+    assert "ten items in a row without a usable reply" in capsys.readouterr().err
+    assert len((out / "eval/dpg/items.jsonl").read_text().splitlines()) == 10                   # of 16
+
+
+def test_items_that_always_fail_do_not_stop_a_rerun(tmp_path, capsys):
+    """Twelve of 24 can never be read: found out among others, they are asked again in each run, and the table is made."""
+    out = wise_folder(tmp_path, per_group=4)
+    with Judge(lambda n, p: "?" if asked(p) % 2 else good(n, p)) as judge:
+        for _ in range(2):
+            assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1, "--reask", 0))
+    assert scores(out / "eval/wise")["rows"][0]["n"] == 12
+
+
+def test_nothing_scored_is_exit_code_1(tmp_path, capsys):
+    """With the table, which says so; the same for answers of which none fits a question."""
+    out = wise_folder(tmp_path, per_group=1)
+    with Judge(lambda n, p: "?") as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--reask", 0), ok=False, code=1)
+    assert "0 of 6 scored" in capsys.readouterr().out and scores(out / "eval/wise")["rows"][0]["n"] == 0
+    (tmp_path / "gqa.json").write_text(json.dumps({"1": {"question": "What?", "imageId": "n1", "answer": "man"}}))
+    (tmp_path / "answers.jsonl").write_text('{"question_id": "9", "answer": "man"}\n')
+    assert not run("gqa", tmp_path / "answers.jsonl", "--questions", tmp_path / "gqa.json", ok=False, code=1)
+    assert "nothing was scored of" in capsys.readouterr().err
+
+
+REFUSED = [  # of the request, the server's words for it
+    ("max_tokens", 400, {"error": {"message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                                              "'max_completion_tokens' instead.", "param": "max_tokens"}}),
+    ("temperature", 400, {"error": {"message": "Unsupported value: 'temperature' does not support 0 with this model.", "param": "temperature"}}),
+    ("temperature", 422, {"detail": [{"loc": ["body", "temperature"], "msg": "extra fields not permitted"}]}),
+]
+
+
+@pytest.mark.parametrize("name, status, body", REFUSED)
+def test_a_parameter_that_is_refused_is_adapted_once(tmp_path, capsys, name, status, body):
+    """One refused request, then the shape that fits, for all items; the journal and the table say so."""
+    out = wise_folder(tmp_path)
+    with Judge(lambda n, p: (status, json.dumps(body), {}) if name in p else good(n, p)) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1))
+        assert len(judge.requests) == 13 and all(name not in request for request in judge.requests[1:])
+        assert name == "temperature" or judge.requests[-1]["max_completion_tokens"] == 2000
+    note = "no temperature" if name == "temperature" else "max_completion_tokens for max_tokens"
+    records = [json.loads(line) for line in (out / "eval/wise/items.jsonl").read_text().splitlines()]
+    assert all(record["request"] == [note] for record in records) and f"asked with {note}" in capsys.readouterr().out
+
+
+def test_a_reasoning_endpoint_refuses_one_after_the_other(tmp_path):
+    out = wise_folder(tmp_path)
+    def behave(number, payload):
+        refused = next((body for name, _, body in REFUSED if name in payload), None)
+        return (400, json.dumps(refused), {}) if refused else good(number, payload)
+    with Judge(behave) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 4))
+        assert len(judge.requests) <= 12 + 2 * 4                                                # each worker may learn it for itself
+    assert scores(out / "eval/wise")["rows"][0]["n"] == 12
+
+
+def test_a_number_that_is_too_large_is_not_renamed(tmp_path, capsys):
+    """The refusal names max_tokens, but another name would not help (and might remove the limit)."""
+    out = wise_folder(tmp_path, per_group=1)
+    body = {"error": {"message": "max_tokens is too large: 2000. This model's maximum context length is 1024 tokens", "param": "max_tokens"}}
+    with Judge(lambda *_: (400, json.dumps(body), {})) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge), ok=False, code=1)
+        assert all("max_tokens" in request for request in judge.requests) and len(judge.requests) == 6
+
+
+def test_judge_extra_adds_fields(tmp_path, capsys):
+    out = wise_folder(tmp_path, per_group=1)
+    extra = {"reasoning_effort": "low", "max_completion_tokens": 9000, "temperature": 1}
+    with Judge(good) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge, None, "--judge-extra", json.dumps(extra)))
+        request = judge.requests[0]
+        assert {name: request[name] for name in extra} == extra and "max_tokens" not in request
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(judge.requests) == 12      # other fields: another question
+        for wrong in ("{", "[1]", '{"model": "x"}'):
+            assert not run("wise", out, *wise_args(tmp_path, judge, None, "--judge-extra", wrong), ok=False)
+        assert "is not a JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("status, body, words", [
+    (200, {"error": {"message": "The engine core died", "type": "internal"}}, "The engine core died"),
+    (200, {"choices": [{"error": {"message": "Upstream lost its connection", "code": 502}, "message": {"content": ""}}]}, "Upstream lost"),
+    (200, {"error": "model is loading"}, "model is loading"),
+    (400, {"error": {"message": "image too small"}}, "image too small"),
+])
+def test_the_servers_reason_is_told(tmp_path, capsys, status, body, words):
+    out = wise_folder(tmp_path, per_group=2)
+    with Judge(lambda *_: (status, json.dumps(body), {})) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1, "--retries", 0), ok=False)
+    error = capsys.readouterr().err
+    assert words in error and "does the URL end in /v1?" not in error
+    assert ("run again to go on" in error) == (status == 200)                                  # not where another run is refused too
+
+
+def test_a_permanent_error_inside_a_200_is_not_asked_again(tmp_path):
+    out = wise_folder(tmp_path, per_group=1)
+    body = {"error": {"message": "Insufficient credits", "code": 402}}
+    with Judge(lambda *_: (200, json.dumps(body), {})) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False) and len(judge.requests) == 1
+
+
+def test_a_url_that_ends_in_chat_completions_is_understood(tmp_path, capsys):
+    """As is one with a slash at its end; one without /v1 is told so."""
+    out = wise_folder(tmp_path, per_group=1)
+    paths = []
+    def behave(number, payload):
+        def answer(handler):
+            paths.append(handler.path)
+            found = handler.path == "/v1/chat/completions"
+            body = json.dumps({"choices": [{"message": {"content": good(number, payload)}}]}) if found else "Not Found"
+            handler.send_response(200 if found else 404)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body.encode())
+        return answer
+    with Judge(behave) as judge:
+        for url in (judge.url + "/chat/completions", judge.url + "/chat/completions/", judge.url + "/"):
+            assert run("wise", out, *wise_args(tmp_path, None, url))
+        assert len(paths) == 6 and set(paths) == {"/v1/chat/completions"}                       # three ways to write one endpoint
+        assert not run("wise", wise_folder(tmp_path, "other"), *wise_args(tmp_path, None, judge.url.removesuffix("/v1")), ok=False)
+    assert "404: Not Found (does the URL end in /v1?)" in capsys.readouterr().err
+
+
 # ---- interrupted runs ----------------------------------------------------------------------------------
 
 
@@ -785,7 +973,7 @@ def test_kill_in_the_middle_and_rerun(tmp_path):
         assert 8 <= done < 24 and not (out / "eval/wise/scores.json").exists()
     with open(journal, "ab") as file:                                                          # and the kill tore the line being written
         file.write(b'{"id": "901", "key": "abc", "re')
-    with Judge(good) as judge:
+    with Judge(good, judge.port) as judge:
         assert run("wise", out, *wise_args(tmp_path, judge))
         assert len(judge.requests) == 24 - done
         assert run("wise", peace, *wise_args(tmp_path, judge))
@@ -822,9 +1010,77 @@ def test_journal_repairs_only_the_last_line(tmp_path, capsys):
             pass
         add({"id": "c", "n": 3})
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [1, 2, 3]
-    path.write_bytes(b'{"id": "a"}\nrubbish\n{"id": "b"}\n')
-    with pytest.raises(ev.InputError, match="line 2"), ev.open_journal(path):
-        pass
+    # In the middle: rubbish, two lines that were fused, no object, an object without an id, bytes that are no text.
+    path.write_bytes(b'{"id": "a"}\nrubbish\n{"id": "x{"id": "y"}\n5\n{"n": 1}\n\xff\xfe\n{"id": "b"}\n')
+    with ev.open_journal(path) as (records, add):
+        assert set(records) == {"a", "b"}
+        add({"id": "c"})
+    error = capsys.readouterr().err
+    assert [int(n) for n in re.findall(r"line (\d) cannot be read", error)] == [2, 3, 4, 5, 6]
+    assert b'\n{"id": "c"}\n' in path.read_bytes()
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, capsys):
+    """The disk (here: the process's limit on a file's size) takes half a line: one line says so, no line is torn, and the next run with
+    room asks only about what is missing. A journal that an older run fused is judged again at that line alone."""
+    out = wise_folder(tmp_path)
+    journal = out / "eval/wise/items.jsonl"
+    with Judge(good) as judge:
+        arguments = ["wise", str(out), *map(str, wise_args(tmp_path, judge, None, "--workers", "1"))]
+        code = ("import resource, sys, eval; resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY)); "
+                "eval.main(sys.argv[1:])")
+        done = subprocess.run([sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True)
+        error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 2 and len(error) == 1 and "items.jsonl" in error[0]
+        lines = journal.read_bytes().split(b"\n")
+        assert lines.pop() == b"" and 3 <= len(lines) < 12 and all(json.loads(line)["id"] for line in lines)
+        paid = len(judge.requests)
+        assert run(*arguments) and len(judge.requests) == paid + 12 - len(lines)
+
+        lines = journal.read_bytes().split(b"\n")
+        lines[4:6] = [lines[4][:70] + lines[5]]                                                # as such a run left it before
+        journal.write_bytes(b"\n".join(lines))
+        before = len(judge.requests)
+        capsys.readouterr()
+        assert run(*arguments) and "line 5 cannot be read" in capsys.readouterr().err
+        assert scores(out / "eval/wise")["rows"][0]["n"] == 12 and len(judge.requests) == before + 2
+
+
+def test_who_judged_is_in_the_key_and_in_the_table(tmp_path, capsys):
+    """Another --judge-url, or another --judge there, is asked anew; the model that the replies name is in journal and table."""
+    out = wise_folder(tmp_path, per_group=1)
+    with Judge(lambda n, p: completion(good(n, p), model="llava-1.6")) as one, Judge(good) as two:
+        assert run("wise", out, *wise_args(tmp_path, one))
+        text = capsys.readouterr().out
+        assert ("Judge: gpt-4o-2024-05-13 (endpoint). Its replies name llava-1.6. The paper's is gpt-4o-2024-05-13: do not compare. "
+                f"Host: 127.0.0.1:{one.port}/v1.") in text
+        records = [json.loads(line) for line in (out / "eval/wise/items.jsonl").read_text().splitlines()]
+        assert all(record["judge"] == {"place": f"127.0.0.1:{one.port}/v1", "asked": "gpt-4o-2024-05-13", "answered": "llava-1.6"} for record in records)
+        assert run("wise", out, *wise_args(tmp_path, one)) and len(one.requests) == 6            # the same judge: nothing is asked
+        assert run("wise", out, *wise_args(tmp_path, two)) and len(two.requests) == 6            # another endpoint
+        assert run("wise", out, *wise_args(tmp_path, two, None, "--judge", "other")) and len(two.requests) == 12
+        assert f"Host: 127.0.0.1:{two.port}/v1. The replies do not name their model." in capsys.readouterr().out
+
+
+def test_rows_of_different_judges_are_marked(tmp_path, capsys):
+    """The endpoint changed its model between two folders, and within a third: no difference is printed, the rows are marked."""
+    base, reca, mixed = (wise_folder(tmp_path, name, 1) for name in ("base", "reca", "mixed"))
+    def said_by(model):
+        return lambda n, p: completion(good(n, p), model=model(p) if callable(model) else model)
+    with Judge(said_by("m-1")) as judge:
+        assert run("wise", base, *wise_args(tmp_path, judge, None, "--judge", "m"))
+    with Judge(said_by("m-2"), judge.port) as judge:
+        assert run("wise", reca, *wise_args(tmp_path, judge, None, "--judge", "m"))
+    with Judge(said_by(lambda p: "m-1" if asked(p) < 600 else "m-2"), judge.port) as judge:
+        assert run("wise", mixed, *wise_args(tmp_path, judge, None, "--judge", "m"))
+        capsys.readouterr()
+        assert run("wise", base, reca, mixed, *wise_args(tmp_path, judge, None, "--judge", "m"))
+        assert len(judge.requests) == 6
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split("|")[1].split("/")[-1].strip(): line for line in lines if line.startswith(f"| {tmp_path}")}
+    assert set(rows) == {"base", "reca (other judge, not comparable)", "mixed (other judge, not comparable)"}
+    assert not any("(+" in row or "(-" in row for row in rows.values())
+    assert "Replies of different judges are not comparable" in "\n".join(lines) and "m-1 and m-2" in "\n".join(lines)
 
 
 # ---- the other benchmarks, from files to table ---------------------------------------------------------
@@ -871,7 +1127,7 @@ def test_dpg_separate_files_and_a_local_judge(tmp_path, tiny, capsys):
     for name in ("a_0", "a_1", "b_0", "zzz_0"):
         save(out / f"{name}.png", len(name))
     common = ["--questions", tmp_path / "dpg.csv", "--judge", tiny / "qwen", "--device", "cpu", "--samples", "2"]
-    assert run("dpg", out, *common)
+    assert not run("dpg", out, *common, ok=False, code=1)
     text = capsys.readouterr().out
     assert "| out" not in text and "–" in text and "0 of 6 scored" in text
     assert "1 x image of no known prompt: zzz_0.png" in text and "prompt without its 2 images: b (1)" in text and "5 x malformed reply" in text
