@@ -46,7 +46,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from tqdm import tqdm
 
 import common
@@ -106,7 +106,8 @@ def read_rows(path, *fields, kind=list):
 def read_text(path, parse=str):
     """A text file; with parse=ast.parse the syntax tree of an official script, which is never run."""
     try:
-        return parse(Path(path).read_text(encoding="utf-8"))
+        # "-sig": spreadsheets put a byte order mark before the first column's name.
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
     except (OSError, SyntaxError, ValueError, csv.Error) as error:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from None
 
@@ -183,16 +184,42 @@ def open_journal(path):
 
 def find_image(stem, *folders):
     """The file stem.* that exists; else the .png that should be there, and will be named as missing."""
-    paths = [folder / f"{stem}{suffix}" for folder in folders for suffix in (".png", *IMAGE_SUFFIXES)]
+    paths = []
+    for folder in folders:
+        paths += [folder / f"{stem}{suffix}" for suffix in (".png", *IMAGE_SUFFIXES)]
     return next((path for path in paths if path.is_file()), paths[0])
+
 
 def images_in(folder, pattern="*"):
     return sorted(path for path in folder.glob(pattern) if path.suffix.lower() in IMAGE_SUFFIXES)
 
+
+def name_others(out, items, problems, args):
+    """Name the pictures of OUT that no item shows: a second file of a name that is scored, or one nobody asks for."""
+    shown = set()
+    for item in items:
+        shown.update(picture.path for picture in item.pictures)
+    taken = {path.with_suffix(""): path for path in shown}
+    for path in images_in(out, "**/*"):
+        if path in shown or path.relative_to(out).parts[0] == "eval":
+            continue
+        first = taken.get(path.with_suffix(""))
+        if first:
+            problems.add("second picture of a name", f"{path.relative_to(out)} beside {first.name}, which counts")
+        elif not args.limit:
+            problems.note("picture that no row asks for", path.relative_to(out))
+
+
 def size_of(path):
-    """(width, height); None where the file cannot be read, which is named later."""
-    with contextlib.suppress(*UNREADABLE):
-        return load_image(path).size
+    """(width, height) as shown, from the file's head; None where it cannot be read, which is named later."""
+    with contextlib.suppress(*UNREADABLE), Image.open(path) as image:
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+        return image.size[::-1] if turned else image.size
+
+
+# What endpoints take, by PIL's names. MPO is a JPEG with more pictures behind the first: photos of phones.
+SENT_AS_THEY_ARE = {"PNG": "png", "JPEG": "jpeg", "MPO": "jpeg", "WEBP": "webp", "GIF": "gif"}
+
 
 @dataclass
 class Picture:
@@ -204,16 +231,24 @@ class Picture:
 
     def load(self):
         image = load_image(self.path)
-        image = image.crop(self.crop) if self.crop else image
-        return image.resize(self.size) if self.size else image                   # bicubic, PIL's default
+        if self.crop:
+            image = image.crop(self.crop)
+        if self.size:
+            image = image.resize(self.size)
+        return image
 
     def data_url(self):
-        """Untouched files go as they are, under their true type (the originals say image/png whatever they send)."""
-        buffer = io.BytesIO(self.path.read_bytes())
-        if self.crop or self.size or self.jpeg:
-            self.load().save(buffer := io.BytesIO(), "jpeg" if self.jpeg else "png")
-        kind = Image.open(buffer).get_format_mimetype() or "image/png"
-        return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+        """Untouched files go as they are, under their true type (the originals say image/png whatever they send); what
+        endpoints do not take (BMP, TIFF) goes as PNG."""
+        data = self.path.read_bytes()
+        kind = SENT_AS_THEY_ARE.get(Image.open(io.BytesIO(data)).format)
+        if self.crop or self.size or self.jpeg or not kind:
+            kind = "jpeg" if self.jpeg else "png"
+            buffer = io.BytesIO()
+            self.load().save(buffer, kind)
+            data = buffer.getvalue()
+        return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
 
 @dataclass
 class Item:
@@ -1105,7 +1140,21 @@ def dpg(out, args, problems):
         return {"Score": summary["score"], **{k: summary[k] for k in ("category_l1", "category_l2")}}
     return items, args.samples * sum(map(len, questions.values())), add_up
 
-WISE_GROUPS = ("Cultural", "Time", "Space", "Biology", "Physics", "Chemistry")
+# The files' own categories -> the paper's columns; the rewritten list calls one of its rows Ecology.
+WISE_CATEGORIES = {
+    "cultural knowledge": "Cultural",
+    "time": "Time",
+    "space": "Space",
+    "biology": "Biology",
+    "ecology": "Biology",
+    "physical knowledge": "Physics",
+    "chemistry": "Chemistry",
+}
+WISE_TIME = ("Longitudinal time", "Horizontal time")
+
+# The columns, with their weights in the authors' overall.
+WISE_WEIGHTS = {"Cultural": 0.4, "Time": 0.167, "Space": 0.133, "Biology": 0.1, "Physics": 0.1, "Chemistry": 0.1}
+
 
 def parse_wise(reply):
     """-> {consistency, realism, aesthetic_quality}, 9.9 where not found (the official marker): one digit after the
@@ -1118,40 +1167,101 @@ def parse_wise(reply):
 
 strict_wise = strict(parse_wise, lambda found: max(found.values()) <= 2)         # officially a 9.9 enters some means
 
+
 def wise_score(consistency, realism, aesthetic_quality):
     return (0.7 * consistency + 0.2 * realism + 0.1 * aesthetic_quality) / 2
 
-def wise_summary(rows):
-    """(prompt id, subcategory, consistency, realism, aesthetic quality) per image -> 0..1. Two overalls are in use: the
-    plain mean of the six (RecA, BAGEL; it fits the paper's table) and the authors' weights."""
-    def group(number, subcategory):                            # ids 1-400, 401-700, then hundreds
-        if 400 < number <= 700:
-            return "Time" if subcategory in ("Longitudinal time", "Horizontal time") else "Space"
-        return "Cultural" if number <= 400 else WISE_GROUPS[3 + min((number - 701) // 100, 2)]
-    parts = means(((group(*row[:2]), wise_score(*row[2:])) for row in rows), WISE_GROUPS)
-    overall, weights = mean(parts.values()), (0.4, 0.167, 0.133, 0.1, 0.1, 0.1)
-    weighted = None if overall is None else sum(w * parts[name] for w, name in zip(weights, WISE_GROUPS))
+
+def wise_official_group(number, subcategory):
+    """The column of a prompt in the release that the paper used: by its id, Time and Space by the subcategory."""
+    if number <= 400:
+        return "Cultural"
+    if number <= 700:
+        return "Time" if subcategory in WISE_TIME else "Space"
+    return ("Biology", "Physics", "Chemistry")[min((number - 701) // 100, 2)]
+
+
+def wise_summary(rows, groups=None, weights=WISE_WEIGHTS):
+    """(prompt id, subcategory, consistency, realism, aesthetic quality) per image -> 0..1.
+
+    groups: {prompt id: column}; without it, those of the paper's release. Two overalls are in use: the plain mean of
+    the six (RecA, BAGEL; it fits the paper's table) and the authors', weighted by each category's number of prompts.
+    """
+    scores = []
+    for number, subcategory, *ratings in rows:
+        group = groups[number] if groups else wise_official_group(number, subcategory)
+        scores.append((group, wise_score(*ratings)))
+
+    parts = means(scores, WISE_WEIGHTS)
+    overall = mean(parts.values())
+    weighted = None
+    if overall is not None:
+        weighted = sum(weight * parts[name] for name, weight in weights.items())
     return {"categories": parts, "overall": overall, "overall_weighted": weighted}
+
+
+def wise_prompts(source):
+    """The JSON lists in a folder, or one -> ({prompt id: row}, {prompt id: column}), in the order of the ids.
+
+    A release may hold its rows twice (merge.json). InputError where files, or a row's own fields, contradict each other:
+    two releases in one folder have other prompts, and other ranges of ids, under the same names.
+    """
+    files = [source]
+    if source.is_dir():
+        files = sorted(file for file in source.glob("*.json") if not file.stem.endswith("_rewrite"))
+    rows = {}
+    groups = {}
+    for file in files:
+        for row in read_rows(file, "Prompt", "Explanation", "Category", "Subcategory", "prompt_id"):
+            number = row["prompt_id"]
+            require(type(number) is int, f"{file}: prompt_id {number!r} is not a number")
+
+            group = WISE_CATEGORIES.get(row["Category"].strip().lower())
+            require(group, f"{file}: unknown Category {row['Category']!r} (prompt_id {number})")
+            require((group == "Time") == (row["Subcategory"] in WISE_TIME),
+                    f"{file}: prompt_id {number}: Category {row['Category']!r} contradicts Subcategory "
+                    f"{row['Subcategory']!r}")
+
+            known = rows.setdefault(number, row)
+            require((known["Prompt"], groups.get(number, group)) == (row["Prompt"], group),
+                    f"{file}: prompt_id {number} is another prompt than in the files before it: --prompts must hold one "
+                    "release (the paper's: WISE_legacy/data)")
+            groups[number] = group
+    return dict(sorted(rows.items())), groups
+
 
 def wise(out, args, problems):
     """WISE (Niu et al. 2025, github.com/PKU-YuanGroup/WISE): 1000 prompts that need knowledge, OUT/<prompt_id>.png.
-    --prompts: the folder with the three JSON lists, or one. --judge-prompt: the official gpt_eval.py, or a text with
-    {prompt} and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens."""
-    source = Path(args.prompts)
-    files = [f for f in source.glob("*.json") if not f.stem.endswith("_rewrite")] if source.is_dir() else [source]
-    rows = [row for f in files for row in read_rows(f, "Prompt", "Explanation", "Subcategory", "prompt_id")]
-    rows = {str(row["prompt_id"]): row for row in sorted(rows, key=lambda row: row["prompt_id"])[:args.limit]}
+    --prompts: the folder with the three JSON lists, or one; the paper's release is WISE_legacy/data. --judge-prompt:
+    WISE_legacy/gpt_eval.py, or a text with {prompt} and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0,
+    up to 2000 tokens."""
+    rows, groups = wise_prompts(Path(args.prompts))
+    weights = WISE_WEIGHTS
+    for number, row in rows.items():
+        if wise_official_group(number, row["Subcategory"]) != groups[number]:
+            problems.note("prompt of another release than the paper's (WISE_legacy/data): do not compare", number)
+            # The authors' weights are the categories' shares of the prompts, in each release its own.
+            sizes = Counter(groups.values())
+            weights = {name: sizes[name] / len(rows) for name in WISE_WEIGHTS}
+    rows = dict(list(rows.items())[:args.limit])
+
     text, system = judge_prompt(args.judge_prompt, "explanation", "prompt")
     items = []
-    for key, row in rows.items():
+    for number, row in rows.items():
         question = text.replace("{prompt}", row["Prompt"]).replace("{explanation}", row["Explanation"])
-        items.append(Item(key, [Picture(find_image(key, out))], question, strict_wise, system, 2000,
-                          prompt=row["Prompt"], mark=lambda found: wise_score(**found)))
+        pictures = [Picture(find_image(number, out))]
+        items.append(Item(str(number), pictures, question, strict_wise, system, max_tokens=2000, prompt=row["Prompt"],
+                          mark=lambda found: wise_score(**found)))
 
     def add_up(values):
-        summary = wise_summary([(rows[k]["prompt_id"], rows[k]["Subcategory"], *v.values()) for k, v in values.items()])
+        found = []
+        for key, ratings in values.items():
+            number = int(key)
+            found.append((number, rows[number]["Subcategory"], *ratings.values()))
+        summary = wise_summary(found, groups, weights)
         return {**summary["categories"], "Overall": summary["overall"], "weighted": summary["overall_weighted"]}
     return items, len(rows), add_up
+
 
 COMPBENCH = {"color": "Color", "shape": "Shape", "texture": "Texture", "spatial": "Spatial",
              "non_spatial": "Non-Spatial", "numeracy": "Numeracy", "3d_spatial": "3D Spatial"}
@@ -1333,24 +1443,57 @@ def pope_metrics(labels, predictions):
     return {"accuracy": (tp + tn) / n, "precision": tp / max(1, tp + fp), "recall": tp / max(1, tp + fn),
             "yes_ratio": (tp + fp) / n, "f1": 2 * tp / max(1, 2 * tp + fp + fn)}
 
+
+def normal_question(text):
+    """A question's words: LLaVA's file says on a second line how to answer, early label files misspell "image"."""
+    question = re.split(r"[?\n]", text.lower())[0].replace("imange", "image")
+    return " ".join(re.findall(r"\w+", question))
+
+
+def pope_labels(path, questions):
+    """Give each of the category's questions the label of the same image and question. InputError unless all fit."""
+    labels = {}
+    for row in common.read_json(path, lines=True):
+        image, text, label = need(row, ("image", "text", "label"), path)
+        key = Path(image).name, normal_question(text)
+        labels.setdefault(key, []).append(label)
+
+    without = []
+    for row in questions:
+        given = labels.get((Path(row["image"]).name, normal_question(row["text"])))
+        if given:
+            row["label"] = given.pop()
+            require(not given or set(given) == {row["label"]}, f"{path}: two labels for {row['image']}, {row['text']!r}")
+        else:
+            without.append(row["question_id"])
+    left = sum(len(given) for given in labels.values())
+    require(not without and not left,
+            f"{path}: {len(without)} questions of this category have no label there, {left} labels have no question. "
+            "LLaVA's questions (2910, 3000, 3000) fit the labels of github.com/RUCAIBox/POPE at commit e3e3926; later "
+            "ones have 3000 random rows")
+
+
 def pope(args):
     """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): accuracy and F1 are means over the three categories.
-    --questions: llava_pope_test.jsonl; --labels: folder of coco_pope_<category>.json, paired with it by position."""
+    --questions: llava_pope_test.jsonl; --labels: folder of coco_pope_<category>.json of commit e3e3926, joined with it
+    by image and question."""
     rows = read_rows(args.questions, "question_id", "image", "text", "category")
     require(args.prepare or args.labels, "pope needs --labels DIR with coco_pope_random.json, _popular, _adversarial")
-    for category, mine in grouped((row["category"], row) for row in rows).items() if args.labels else ():
-        labels = common.read_json(path := Path(args.labels) / f"coco_pope_{category}.json", lines=True)
-        fits = len(mine) == len(labels) and all(a["image"] == b.get("image", a["image"]) for a, b in zip(mine, labels))
-        require(fits, f"{path}: its rows are not those of {args.questions} (number or images differ)")
-        for row, label in zip(mine, labels):
-            row["label"], = need(label, ("label",), path)
+    if args.labels:
+        for category, questions in grouped((row["category"], row) for row in rows).items():
+            pope_labels(Path(args.labels) / f"coco_pope_{category}.json", questions)
 
     def add_up(pairs):
         groups = grouped((row["category"], (row["label"], pope_prediction(reply))) for row, reply in pairs)
-        parts = {category: pope_metrics(*zip(*group)) for category, group in groups.items()}
-        accuracy, f1 = (percent(mean(part[key] for part in parts.values())) for key in ("accuracy", "f1"))
+        parts = {}
+        for category, group in groups.items():
+            labels, predictions = zip(*group)
+            parts[category] = pope_metrics(labels, predictions)
+        accuracy = percent(mean(part["accuracy"] for part in parts.values()))
+        f1 = percent(mean(part["f1"] for part in parts.values()))
         return {"POPE (Acc)": accuracy, "POPE (F1)": f1, **parts}
     return rows, add_up
+
 
 MME_GROUPS = {"perception": ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark",
                              "artwork", "OCR"),
@@ -1368,26 +1511,44 @@ def mme_task(rows):
     right = [label.lower() == prediction for label, prediction in rows]
     return 100 * mean(right) + 100 * mean(a and b for a, b in zip(right[::2], right[1::2])) if rows else None
 
+
 def mme(args):
     """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max 2000). --questions:
     folder of 14 <task>.txt: image, question, Yes/No, by tabs. --images: where the images' folders are."""
     rows = []
     for task in MME_TASKS:
-        for number, line in enumerate(read_text(file := Path(args.questions) / f"{task}.txt").splitlines()):
+        file = Path(args.questions) / f"{task}.txt"
+        for number, line in enumerate(read_text(file).splitlines()):
             image, question, label = (*line.strip().split("\t"), None, None)[:3]
             require(label in ("Yes", "No"), f"{file}: line {number + 1} is not image, question, Yes/No")
             inner = (Path(args.images or "") / task / "images" / image).exists()
-            rows.append({"question_id": f"{task}/{number}", "image": f"{task}/{'images/' if inner else ''}{image}",
-                         "text": f"{question} {SHORT}", "pair": (task, number // 2), "label": label})
+            rows.append({
+                "question_id": f"{task}/{number}",
+                "image": f"{task}/{'images/' if inner else ''}{image}",
+                "text": f"{question} {SHORT}",
+                "pair": (task, image),
+                "label": label,
+            })
+
+    # By name, not by their places in the file, which may have been sorted.
+    for (task, image), n in Counter(row["pair"] for row in rows).items():
+        require(n == 2, f"{Path(args.questions) / task}.txt: {image} has {n} questions, not two")
 
     def add_up(pairs):
         images = grouped((row["pair"], (row["label"], mme_prediction(reply))) for row, reply in pairs)
-        answers = grouped((task, answer) for (task, _), both in images.items() if len(both) == 2 for answer in both)
+        answers = defaultdict(list)
+        for (task, _), both in images.items():
+            if len(both) == 2:
+                answers[task] += both
         tasks = {task: mme_task(answers[task]) for task in MME_TASKS}
-        sums = {name: None if None in (values := [tasks[t] for t in group]) else sum(values)
-                for name, group in MME_GROUPS.items()}
+
+        sums = {}
+        for name, group in MME_GROUPS.items():
+            values = [tasks[task] for task in group]
+            sums[name] = None if None in values else sum(values)
         return {"MME": sums["perception"], **sums, "tasks": tasks}
     return rows, add_up
+
 
 def gqa_correct(reply, gold):
     """Equal after lower-casing and stripping; "white." is wrong. gold: a string or several."""
@@ -1450,20 +1611,45 @@ def mmmu_open(reply, gold):
 def with_options(question, options):
     return question.strip() + "".join(f"\n{k}. {o}" for k, o in options.items()) + f"\n{LETTER if options else SHORT}"
 
+
+def listed(value):
+    """A list that a released file may hold as text: "['red', 'blue']". None where the text is no list."""
+    if not isinstance(value, str):
+        return value
+    try:
+        value = ast.literal_eval(value)
+    except (ValueError, SyntaxError, RecursionError, MemoryError):
+        return None
+    return value if isinstance(value, list) else None
+
+
 def mmmu(args):
     """MMMU validation (Yue et al. 2024): accuracy over questions, by MMMU's own parser; `short` by BAGEL's.
-    --questions: the rows: id, question, options (a list, or its text as released), answer, image or image_1."""
+    --questions: the rows: id, question, options (a list, or its text as released), answer, image or image_1. An open
+    question may have several answers, any of which is right: a list, or its text."""
     rows = read_rows(args.questions, "id", "question", "options", "answer")
     for row in rows:
-        options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else row["options"]
+        options = listed(row["options"])
+        require(isinstance(options, list), f"{args.questions}: {row['id']}: options {row['options']!r} is no list")
         row["options"] = {chr(65 + i): str(option).strip() for i, option in enumerate(options)}
-        row |= {"question_id": row["id"], "image": row.get("image") or row.get("image_1"),
-                "text": with_options(row["question"], row["options"])}
+        if not options:
+            row["answer"] = listed(row["answer"]) or row["answer"]
+        row["question_id"] = row["id"]
+        row["image"] = row.get("image") or row.get("image_1")
+        row["text"] = with_options(row["question"], row["options"])
 
     def right(row, reply, choose):
-        return choose(reply, row["options"]) == row["answer"] if row["options"] else mmmu_open(reply, row["answer"])
-    return rows, lambda pairs: {name: percent(mean(right(*pair, choose) for pair in pairs))
-                                for name, choose in (("MMMU", mmmu_choice), ("short", mmmu_short))}
+        if row["options"]:
+            return choose(reply, row["options"]) == row["answer"]
+        return mmmu_open(reply, row["answer"])
+
+    def add_up(pairs):
+        return {
+            "MMMU": percent(mean(right(row, reply, mmmu_choice) for row, reply in pairs)),
+            "short": percent(mean(right(row, reply, mmmu_short) for row, reply in pairs)),
+        }
+    return rows, add_up
+
 
 def seed(args):
     """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no letter is wrong.
@@ -1481,28 +1667,45 @@ def seed(args):
         return percent({"SEED": mean(value for _, value in right), **means(sorted(right))})
     return rows, add_up
 
+
 def understanding(out, args, problems):
     """--prepare writes the questions for --describe; otherwise the answer file `out` is compared with the answers."""
-    (listed, add_up), replies = BENCHMARKS[args.benchmark].work(args), {}
-    listed = listed[:args.limit]
-    rows = {str(need(row, ("question_id", "image", "text"), args.questions)[0]): row for row in listed}
+    questions, add_up = BENCHMARKS[args.benchmark].work(args)
+    questions = questions[:args.limit]
+    rows = {}
+    for row in questions:
+        key = str(need(row, ("question_id", "image", "text"), args.questions)[0])
+        require(key not in rows, f"{args.questions}: question_id {key} stands there twice; an answer could be to either")
+        rows[key] = row
+
     if args.prepare:
-        asked = [{"question_id": k, "image": row["image"], "text": row["text"]} for k, row in rows.items()]
+        asked = [{"question_id": key, "image": row["image"], "text": row["text"]} for key, row in rows.items()]
         common.write(args.prepare, asked)
         return print(f"{len(rows)} questions in {args.prepare}, for a script's --describe")
-    require(len(rows) == len(listed) and all("answer" in row or "label" in row for row in listed),
-            f"{args.questions}: question ids that repeat, or questions without their answer")
+    require(all("answer" in row or "label" in row for row in questions),
+            f"{args.questions}: questions without their answer")
+
+    replies = {}
     for number, row in enumerate(common.read_json(out, lines=True), 1):
         require(isinstance(row, dict) and isinstance(row.get("answer"), str), f"{out}: line {number} has no \"answer\"")
         key = str(row.get("question_id", row.get("id")))
-        if key not in rows or key in replies:
-            problems.add("question answered twice" if key in replies else "answer to no known question", key)
-        replies.setdefault(key, row["answer"])                 # the first counts
-    for key in rows:
+        if key not in rows:
+            problems.add("answer to no known question", key)
+        elif key in replies:
+            problems.add("question answered twice", key)
+        # The first counts. A model that thinks aloud has answered where its draft ends.
+        replies.setdefault(key, without_thinking(row["answer"]))
+
+    pairs = []
+    for key, row in rows.items():
         if key not in replies:
             problems.add("question without an answer", key)
-    pairs = [(row, replies[key]) for key, row in rows.items() if key in replies]
+        elif replies[key] is None:
+            problems.add("answer that ends in its draft, unclosed <think>", key)
+        else:
+            pairs.append((row, replies[key]))
     return add_up(pairs), len(pairs), len(rows)
+
 
 # ==== 8. Reconstruction, the toy world ================================================================
 
@@ -1613,7 +1816,7 @@ Benchmark = namedtuple("Benchmark", "work columns decimals judge", defaults=(1, 
 BENCHMARKS = {
     "geneval": Benchmark(geneval, (*GENEVAL_TASKS.values(), "Overall")),
     "dpg": Benchmark(dpg, ("Score",), 2, "mPLUG-large VQA"),
-    "wise": Benchmark(wise, (*WISE_GROUPS, "Overall"), 2, "gpt-4o-2024-05-13"),
+    "wise": Benchmark(wise, (*WISE_WEIGHTS, "Overall"), 2, "gpt-4o-2024-05-13"),
     "compbench": Benchmark(compbench, (*COMPBENCH.values(), "Complex", "Overall"), 2, "Qwen/Qwen2.5-VL-32B-Instruct"),
     "imgedit": Benchmark(imgedit, (*IMGEDIT.values(), "Ovr."), 2, "gpt-4.1-2025-04-14"),
     "gedit": Benchmark(gedit, ("SC", "PQ", "Overall"), 2, "gpt-4.1-2025-04-14"),
@@ -1721,6 +1924,9 @@ def score(path, label, args, judge):
         values, n, expected = understanding(path, args, problems)
     else:
         items, expected, add_up = BENCHMARKS[args.benchmark].work(path, args, problems)
+        # GenEval and DPG-Bench name theirs by their own rules.
+        if args.benchmark not in ("geneval", "dpg"):
+            name_others(path, items, problems, args)
         judged, judges = judge_all(path, items, problems, args, judge)
         values, n = add_up(judged), len(judged)
     problems.stop(args.strict)

@@ -477,6 +477,7 @@ def no_key(monkeypatch):
 
 
 SUBCATEGORIES = {1: "Festival", 401: "Longitudinal time", 501: "Layout", 701: "State", 801: "Optics", 901: "Salt"}
+CATEGORIES = {1: "Cultural knowledge", 401: "time", 501: "Space", 701: "Biology", 801: "Physical Knowledge", 901: "Chemistry"}
 WISE_SOURCE = '''
 def messages(prompt_data, image):
     return [{"role": "system", "content": [{"type": "text", "text": "Judge hard."}]},
@@ -487,7 +488,7 @@ raise SystemExit("this file must never be run")
 
 
 def wise_folder(root, name="out", per_group=2):
-    rows = [{"Prompt": f"prompt {i + k}", "Explanation": f"why {i + k}", "Category": "c", "Subcategory": s, "prompt_id": i + k}
+    rows = [{"Prompt": f"prompt {i + k}", "Explanation": f"why {i + k}", "Category": CATEGORIES[i], "Subcategory": s, "prompt_id": i + k}
             for i, s in SUBCATEGORIES.items() for k in range(per_group)]
     (root / "data").mkdir(parents=True, exist_ok=True)
     for low, high, stem in ((0, 400, "cultural_common_sense"), (400, 700, "spatio-temporal_reasoning"), (700, 2000, "natural_science")):
@@ -1216,7 +1217,7 @@ def test_pope(tmp_path, capsys):
     (tmp_path / "llava_pope_test.jsonl").write_text("\n".join(map(json.dumps, questions)))
     for c in ("random", "popular", "adversarial"):
         mine = [q for q in questions if q["category"] == c]
-        (tmp_path / f"coco_pope_{c}.json").write_text("\n".join(json.dumps({"image": q["image"], "label": ["yes", "no"][k % 2]}) for k, q in enumerate(mine)))
+        (tmp_path / f"coco_pope_{c}.json").write_text("\n".join(json.dumps({"image": q["image"], "text": q["text"], "label": ["yes", "no"][k % 2]}) for k, q in enumerate(mine)))
     right = {q["question_id"]: ["Yes", "No"][q["question_id"] // 3 % 2] for q in questions}
     answers = [{"question_id": i, "answer": a} for i, a in reversed(right.items())]            # in any order
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
@@ -1228,6 +1229,200 @@ def test_pope(tmp_path, capsys):
     assert "(partial)" in text and "11 of 12" in text and "no known question: 77" in text and "without an answer: 11" in text and "answered twice" in text
     assert not run(*common, "--strict", ok=False)
     assert not run(*common[:4], ok=False) and "--labels" in capsys.readouterr().err
+
+
+def pope_folder(root):
+    """Two images with three questions each, in two categories; the labels' file is that of the questions' order."""
+    words = ("snowboard", "car", "orange")
+    questions = [{"question_id": k, "image": f"COCO_{k % 6 // 3}.jpg", "text": f"Is there a {words[k % 3]} in the image?\n{ev.SHORT}",
+                  "category": ("random", "popular")[k // 6]} for k in range(12)]
+    for category in ("random", "popular"):
+        rows = [{"image": q["image"], "text": q["text"].split("\n")[0], "label": "yes" if q["question_id"] % 3 == 0 else "no"}
+                for q in questions if q["category"] == category]
+        (root / f"coco_pope_{category}.json").write_text("\n".join(map(json.dumps, rows)))
+    answers = [{"question_id": q["question_id"], "answer": "Yes" if q["question_id"] % 3 == 0 else "No"} for q in questions]
+    (root / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    return questions
+
+
+def test_pope_labels_are_joined_by_image_and_question(tmp_path, capsys):
+    """Sorted questions, other capitals, a path before the image's name, "imange": the perfect answers stay perfect."""
+    questions = pope_folder(tmp_path)
+    arguments = ["pope", tmp_path / "answers.jsonl", "--questions", tmp_path / "q.jsonl", "--labels", tmp_path]
+    for order in (questions, sorted(questions, key=lambda q: q["text"]), questions[::-1]):
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, order)))
+        assert run(*arguments) and "| 100.0 | 100.0 |" in capsys.readouterr().out
+    odd = [{**q, "image": f"val2014/{q['image']}", "text": q["text"].replace("image", "imange").upper()} for q in questions]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    assert run(*arguments) and "| 100.0 | 100.0 |" in capsys.readouterr().out
+
+
+def test_pope_labels_that_do_not_fit_are_refused(tmp_path, capsys):
+    """A later release (more rows), another release (other questions), two labels for one question: refused, with the commit that fits."""
+    questions = pope_folder(tmp_path)
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    path = tmp_path / "coco_pope_random.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    arguments = ["pope", tmp_path / "answers.jsonl", "--questions", tmp_path / "q.jsonl", "--labels", tmp_path]
+    more = rows + [{"image": "COCO_9.jpg", "text": "Is there a cat in the image?", "label": "no"}]
+    other = [{**rows[0], "text": "Is there a dog in the image?"}, *rows[1:]]
+    fits = "github.com/RUCAIBox/POPE at commit e3e3926"
+    for changed, words in ((more, ("0 questions of this category have no label there, 1 labels", fits)), (other, ("1 questions", fits)),
+                           (rows + [{**rows[0], "label": "no"}], ("two labels for COCO_0.jpg",)), ([{"image": "a", "label": "no"}], ('no field "text"',))):
+        path.write_text("\n".join(map(json.dumps, changed)))
+        assert not run(*arguments, ok=False)
+        error = capsys.readouterr().err
+        assert all(word in error for word in words)
+
+
+def test_mme_pairs_by_image_not_by_place(tmp_path, capsys):
+    """The sibling: sorted task files, in which the two questions of an image do not stand together; perfect answers keep 2000 points."""
+    (tmp_path / "q").mkdir()
+    lines = ["2.jpg\tIs B?\tNo", "1.jpg\tIs A?\tYes", "2.jpg\tIs A?\tYes", "1.jpg\tIs B?\tNo"]
+    for task in ev.MME_TASKS:
+        (tmp_path / "q" / f"{task}.txt").write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")            # with a byte order mark
+    # Of each image one question is answered rightly, of which none gets the points for both.
+    answers = [{"question_id": f"{task}/{k}", "answer": "no"} for task in ev.MME_TASKS for k in range(4)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q") and "| 500 |" in capsys.readouterr().out
+    answers = [{"question_id": f"{task}/{k}", "answer": "yes" if k in (1, 2) else "no"} for task in ev.MME_TASKS for k in range(4)]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q") and "| 2000 |" in capsys.readouterr().out
+    answers = [{"question_id": f"{task}/{k}", "answer": "no" if k == 0 else "yes"} for task in ev.MME_TASKS for k in range(4)]     # 3 of 4, image 2 whole
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q") and "| 1250 |" in capsys.readouterr().out
+    (tmp_path / "q" / "OCR.txt").write_text("\n".join(lines[:3]))
+    assert not run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q", ok=False)
+    assert "OCR.txt: 1.jpg has 1 questions, not two" in capsys.readouterr().err
+
+
+def test_mmmu_answers_that_are_lists_stored_as_text(tmp_path, capsys):
+    """Any answer of such a list is right; a text that only begins like a list is an answer itself."""
+    golds = {"a": ("['24/7', '3.429']", "The ratio is 3.429"), "b": ("['24/7', '3.429']", "It is 24/7"), "c": (["6", "8"], "The answer is 8"),
+             "d": ("[0, 1)", "The interval is [0, 1)")}
+    rows = [{"id": k, "question": "How many?", "options": "[]", "answer": gold, "image_1": "a.png"} for k, (gold, _) in golds.items()]
+    (tmp_path / "mmmu.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "answers.jsonl").write_text("\n".join(json.dumps({"id": k, "answer": said}) for k, (_, said) in golds.items()))
+    assert run("mmmu", tmp_path / "answers.jsonl", "--questions", tmp_path / "mmmu.jsonl") and "| 100.0 |" in capsys.readouterr().out
+
+
+def test_answers_of_a_model_that_thinks_aloud(tmp_path, capsys):
+    """The draft of an answer file is cut as a judge's is; an answer that ends in its draft is named, not scored."""
+    (tmp_path / "gqa.json").write_text(json.dumps({k: {"question": "What?", "imageId": "n1", "answer": "man"} for k in "12"}))
+    (tmp_path / "a.jsonl").write_text('{"question_id": "1", "answer": "<think>A dog?</think> Man"}\n{"question_id": "2", "answer": "<think>man"}\n')
+    assert run("gqa", tmp_path / "a.jsonl", "--questions", tmp_path / "gqa.json") and "| 100.0 |" in capsys.readouterr().out
+    assert problems(tmp_path / "eval/gqa") == {"answer that ends in its draft, unclosed <think>": ["2"]}
+
+
+def verified(root):
+    """The form of WISE's data_verified: other ranges of ids in three lists, and all of them again in merge.json."""
+    kinds = {1: ("Cultural knowledge", "Festival"), 401: ("time", "Horizontal time"), 521: ("Space", "Relative Position"), 641: ("Biology", "State"),
+             761: ("Physical Knowledge", "Optics"), 881: ("Chemistry", "Combustion")}
+    rows = [{"Prompt": f"prompt {i + k}", "Explanation": f"why {i + k}", "Category": c, "Subcategory": s, "prompt_id": i + k}
+            for i, (c, s) in kinds.items() for k in range(2)]
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    for low, high, stem in ((0, 400, "cultural_common_sense"), (400, 640, "spatio-temporal_reasoning"), (640, 2000, "natural_science")):
+        (root / "data" / f"{stem}_verified.json").write_text(json.dumps([r for r in rows if low < r["prompt_id"] <= high]))
+    (root / "data" / "merge.json").write_text(json.dumps(rows[::-1]))
+    (root / "gpt_eval.py").write_text(WISE_SOURCE)
+    for row in rows:
+        save(root / "out" / f"{row['prompt_id']}.png", row["prompt_id"])
+    return root / "out"
+
+
+def test_wise_groups_by_the_files_own_categories(tmp_path, capsys):
+    """Another release: Biology's ids from 641, which were Space's. Its columns get their own scores; that it is another release is said."""
+    out = verified(tmp_path)
+    level = {"Cultural": 0, "Time": 0, "Space": 0, "Biology": 2, "Physics": 2, "Chemistry": 0}
+    with Judge(lambda n, p: "Consistency: {0}\nRealism: {0}\nAesthetic Quality: {0}".format(2 if 641 <= asked(p) < 881 else 0)) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(judge.requests) == 12       # merge.json's rows are no others
+    row = scores(out / "eval/wise")["rows"][0]
+    assert row["mean"] == pytest.approx({**{name: value / 2 for name, value in level.items()}, "Overall": 1 / 3})
+    assert row["seeds"][0]["values"]["weighted"] == pytest.approx(1 / 3)                         # a sixth of the prompts each
+    text = capsys.readouterr().out
+    assert "another release than the paper's (WISE_legacy/data): do not compare: 641, 642, 761, 762" in text and "partial" not in text
+
+
+def test_wise_limit_counts_prompts_and_releases_do_not_mix(tmp_path, capsys):
+    out = verified(tmp_path)
+    with Judge(good) as judge:
+        assert run("wise", out, "--limit", 4, *wise_args(tmp_path, judge))
+        assert sorted(map(asked, judge.requests)) == [1, 2, 401, 402]                           # not two, each read twice
+    assert "4 of 4 scored (--limit 4)" in capsys.readouterr().out
+    extra = [{"Prompt": "prompt 641", "Explanation": "e", "Category": "Space", "Subcategory": "Layout", "prompt_id": 641}]
+    (tmp_path / "data" / "spatio-temporal_reasoning.json").write_text(json.dumps(extra))
+    with Judge(good) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge), ok=False) and not judge.requests
+    assert "prompt_id 641 is another prompt than in the files before it" in capsys.readouterr().err
+
+
+# ---- pictures: their types, others beside them, reading them once -----------------------------------------
+
+
+def test_pictures_are_sent_as_types_that_endpoints_take(tmp_path):
+    """A phone's MPO goes as the JPEG that it is, byte for byte; a BMP (and a TIFF under a .jpg's name) as PNG."""
+    picture(1).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture(2)])
+    picture(1).save(tmp_path / "b.bmp")
+    picture(1).save(tmp_path / "c.jpg", "TIFF")
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    kinds = {}
+    for name in ("a.jpg", "b.bmp", "c.jpg"):
+        kind, _, data = ev.Picture(tmp_path / name).data_url().removeprefix("data:").partition(";base64,")
+        kinds[name] = kind
+        sent = base64.b64decode(data)
+        assert (sent == (tmp_path / name).read_bytes()) == (name == "a.jpg")
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sent)).convert("RGB")), np.asarray(Image.open(tmp_path / name).convert("RGB")))
+    assert kinds == {"a.jpg": "image/jpeg", "b.bmp": "image/png", "c.jpg": "image/png"}
+
+
+def test_dpg_csv_with_a_byte_order_mark(tmp_path):
+    out = dpg_folder(tmp_path)
+    (tmp_path / "dpg.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "dpg.csv").read_bytes())
+    for name in "ab":
+        save(out / f"{name}.png")
+    with Judge(lambda n, p: "yes") as judge:
+        assert run("dpg", out, "--questions", tmp_path / "dpg.csv", "--judge-url", judge.url, "--judge", "x", "--samples", 1, "--strict")
+
+
+def test_other_pictures_are_mentioned(tmp_path, capsys):
+    """A second file of a scored name is a problem; a picture that no row asks for is told, and leaves the row whole."""
+    out = wise_folder(tmp_path, per_group=1)
+    save(out / "77.png")
+    save(out / "sub" / "1.jpg")
+    with Judge(good) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge), "--strict")
+        text = capsys.readouterr().out
+        assert "2 x picture that no row asks for: 77.png, sub/1.jpg" in text and "partial" not in text
+        save(out / "401.jpg")
+        assert run("wise", out, *wise_args(tmp_path, judge))
+        assert "1 x second picture of a name: 401.jpg beside 401.png, which counts" in capsys.readouterr().out
+        assert not run("wise", out, *wise_args(tmp_path, judge), "--strict", ok=False)
+        assert len(judge.requests) == 6
+
+
+def test_a_rerun_decodes_no_picture_again(tmp_path, monkeypatch):
+    """Except one that has changed, also if its size has not."""
+    out, decoded = wise_folder(tmp_path, per_group=1), []
+    load = ev.load_image
+    monkeypatch.setattr(ev, "load_image", lambda source: decoded.append(source) or load(source))
+    with Judge(good) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(decoded) == 6
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(decoded) == 6
+        data = (out / "1.png").read_bytes()
+        (out / "1.png").write_bytes(data)                                                     # touched: looked at, the same, not judged again
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(decoded) == 7 and len(judge.requests) == 6
+        (out / "1.png").write_bytes(data[:-30] + b"x" * 30)                                      # damaged, of the same size
+        assert run("wise", out, *wise_args(tmp_path, judge)) and problems(out / "eval/wise") == {"unreadable image": [str(out / "1.png")]}
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_size_is_as_shown(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x112] = turn
+    picture(0, (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert ev.size_of(tmp_path / "a.jpg") == ev.load_image(tmp_path / "a.jpg").size == ((40, 30) if turn == 1 else (30, 40))
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    assert ev.size_of(tmp_path / "b.jpg") is None and ev.size_of(tmp_path / "c.jpg") is None
 
 
 def test_mme_prepared_answered_and_scored(tmp_path, capsys):
@@ -1388,6 +1583,12 @@ def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, cap
     (["wise", "folder", "--prompts", "other.json", "--judge-prompt", "q.json", "--judge-url", "ftp://x"], "is this the benchmark's own file"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--judge-url", "http://127.0.0.1:9/v1"], "no judge text"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "ftp://x"], "must look like"),
+    (["wise", "folder", "--prompts", "nocategory.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], 'no field "Category"'),
+    (["wise", "folder", "--prompts", "othercategory.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], "unknown Category 'Music' (prompt_id 1)"),
+    (["wise", "folder", "--prompts", "contradiction.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], "contradicts Subcategory 'Horizontal time'"),
+    (["mmmu", "answers.jsonl", "--questions", "mmmu.jsonl"], "options '[red, blue' is no list"),
+    (["seed", "answers.jsonl", "--questions", "seed.json"], "question_id 1 stands there twice"),
+    (["seed", "--prepare", "ask.jsonl", "--questions", "seed.json"], "question_id 1 stands there twice"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "cannot read broken.py"),
     (["geneval", "folder", "--prompts", "q.json", "--limit", "0"], "--limit 0 is not above 0"),
     (["geneval", "folder"], "--prompts"),
@@ -1406,7 +1607,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
                        ("q.json", '{"1": {"question": "q", "imageId": "i", "answer": "x"}}'), ("judge.txt", "{prompt} {explanation}"), ("llava.jsonl", '{"question_id": 1, "image": "i", "text": "t"}'), ("other.json", '[{"a": 1}]'),
                        ("broken.py", "def ("),
                        ("geneval.jsonl", '{"tag": "t", "include": [{"class": "dog", "count": 1}], "prompt": "p"}'),
-                       ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]')):
+                       ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Category": "Space", "Subcategory": "s", "prompt_id": 1}]'),
+                       ("nocategory.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]'),
+                       ("othercategory.json", '[{"Prompt": "p", "Explanation": "e", "Category": "Music", "Subcategory": "s", "prompt_id": 1}]'),
+                       ("contradiction.json", '[{"Prompt": "p", "Explanation": "e", "Category": "Space", "Subcategory": "Horizontal time", "prompt_id": 1}]'),
+                       ("mmmu.jsonl", '{"id": "1", "question": "q", "options": "[red, blue", "answer": "A", "image_1": "a.png"}'),
+                       ("seed.json", json.dumps({"questions": [{"question_id": 1, "data_id": "a.jpg", "question": "q", "answer": "A", "choice_a": "1",
+                                                                "choice_b": "2", "choice_c": "3", "choice_d": "4"}] * 2}))):
         (tmp_path / name).write_text(text)
     save(tmp_path / "folder" / "1.png") if arguments[0] == "wise" else None
     assert not run(*arguments, ok=False)
