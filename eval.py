@@ -1,18 +1,25 @@
 """eval.py: the paper's benchmarks, scored from files: pictures or answers in, a table out.
 
-    python eval.py geneval   OUT --prompts evaluation_metadata.jsonl         Mask2Former and CLIP, here
-    python eval.py dpg       OUT --questions dpg_bench.csv --grid 512        judge
-    python eval.py wise      OUT --prompts WISE_legacy/data --judge-prompt gpt_eval.py          judge
-    python eval.py compbench OUT --prompts val_comp.json --judge-prompt qwen_eval.py            judge
-    python eval.py imgedit   OUT --prompts singleturn.json --judge-prompt judge_prompt.json --sources DIR
-                                                                             judge
+    Mask2Former and CLIP, here
+    python eval.py geneval   OUT --prompts evaluation_metadata.jsonl
+
+    a judge looks at each picture
+    python eval.py dpg       OUT --questions dpg_bench.csv --grid 512
+    python eval.py wise      OUT --prompts WISE_legacy/data --judge-prompt gpt_eval.py
+    python eval.py compbench OUT --prompts val_comp.json --judge-prompt qwen_eval.py
+    python eval.py imgedit   OUT --prompts singleturn.json --judge-prompt judge_prompt.json ...
     python eval.py gedit     OUT --prompts edits.jsonl --judge-prompt vie_prompts.py
-                                                                             judge, two calls per edit
-    python eval.py pope|mme|gqa|mmmu|seed ANSWERS.jsonl --questions FILE|DIR strings only, no model
-    python eval.py recon     OUT --sources DIR                               PSNR, SSIM, CLIP similarity
-    python eval.py shapes    OUT --prompts captions.txt | --sources DIR      the toy world, read back
-    python eval.py shapes    before=RUN RecA=RUN                             runs of --model tiny
-    python eval.py contact-sheet OUT                                         one picture to look at
+
+    strings only, no model
+    python eval.py pope|mme|gqa|mmmu|seed ANSWERS.jsonl --questions FILE|DIR
+
+    PSNR, SSIM, CLIP similarity; the toy world, read back exactly; its runs, compared
+    python eval.py recon     OUT --sources DIR
+    python eval.py shapes    OUT --prompts captions.txt | --sources DIR
+    python eval.py shapes    before=RUN RecA=RUN
+
+    one picture to look at
+    python eval.py contact-sheet OUT
 
 OUT is a folder of pictures in the benchmark's layout, as the scripts' --generate writes it. Several
 OUTs: a table with differences to the first. LABEL=DIR names a row; DIR,DIR (or a folder with seed0,
@@ -20,8 +27,8 @@ seed1 ... in it) are seeds of one row. A judge is a vision-language model run he
 OpenAI-compatible endpoint (--judge-url, OPENAI_API_KEY). `--prepare FILE` turns a benchmark's
 questions into lines for --describe, which writes {"question_id", "answer"} lines.
 
-Every judged item is a line of OUT/eval/BENCHMARK/items.jsonl, written at once with the raw reply: an
-interrupted run goes on. scores.json and scores.md go beside it, or into --out. What is missing,
+Every judged item is a line of OUT/eval/BENCHMARK/items.jsonl, written at once with the raw reply:
+an interrupted run goes on. scores.json and scores.md go beside it, or into --out. What is missing,
 unreadable or malformed is named and counted, never scored; --strict makes it an error. Rules follow
 the official scorers (values in tests/fixtures/eval). Exit code 2: bad input, or a judge that is of
 no use; 1: nothing was scored.
@@ -118,7 +125,8 @@ def read_rows(path, *fields, kind=list):
 
 
 def read_text(path, parse=str):
-    """A text file; with parse=ast.parse the syntax tree of an official script, which is never run."""
+    """A text file; with parse=ast.parse the syntax tree of an official script, which is never
+    run."""
     try:
         # "-sig": spreadsheets put a byte order mark before the first column's name.
         return parse(Path(path).read_text(encoding="utf-8-sig"))
@@ -152,8 +160,9 @@ def journal_records(data):
 def open_journal(path):
     """items.jsonl, a line per judged item -> ({id: record}, add(record), which appends at once).
 
-    A line that a kill or a full disk left half-written at the end is cut off; one in the middle that
-    cannot be read is named, and its item judged again. A second run on the same file is refused.
+    A line that a kill or a full disk left half-written at the end is cut off; one in the middle
+    that cannot be read is named, and its item judged again. A second run on the same file is
+    refused.
     """
     def add(record):
         line = json.dumps(record).encode() + b"\n"
@@ -195,7 +204,8 @@ def open_journal(path):
 
 
 def find_image(stem, *folders):
-    """The file stem.* that exists; else the .png that should be there, and will be named as missing."""
+    """The file stem.* that exists; else the .png that should be there, and will be named as
+    missing."""
     paths = []
     for folder in folders:
         paths += [folder / f"{stem}{suffix}" for suffix in (".png", *IMAGE_SUFFIXES)]
@@ -208,8 +218,8 @@ def images_in(folder, pattern="*"):
 
 
 def name_others(out, items, problems, args):
-    """Name the pictures of OUT that no item shows: a second file of a name that is scored, or one that
-    nobody asks for."""
+    """Name the pictures of OUT that no item shows: a second file of a name that is scored, or one
+    that nobody asks for."""
     shown = set()
     for item in items:
         shown.update(picture.path for picture in item.pictures)
@@ -256,8 +266,8 @@ class Picture:
         return image
 
     def data_url(self):
-        """Untouched files go as they are, under their true type (the originals say image/png whatever
-        they send); what endpoints do not take (BMP, TIFF) goes as PNG."""
+        """Untouched files go as they are, under their true type (the originals say image/png
+        whatever they send); what endpoints do not take (BMP, TIFF) goes as PNG."""
         data = self.path.read_bytes()
         kind = SENT_AS_THEY_ARE.get(Image.open(io.BytesIO(data)).format)
         if self.crop or self.size or self.jpeg or not kind:
@@ -300,8 +310,8 @@ class Item:
 
 
 def strict(parse, valid):
-    """An official parser made strict: None, so that the judge is asked again, for what must not enter
-    a mean."""
+    """An official parser made strict: None, so that the judge is asked again, for what must not
+    enter a mean."""
     def strictly(reply):
         # Official parsers stop at some replies: brackets nested too deep, numbers of 5000 digits.
         try:
@@ -397,18 +407,18 @@ TOO_LARGE = re.compile(
 
 
 class Endpoint:
-    """Any OpenAI-compatible endpoint, through the standard library. The key comes from OPENAI_API_KEY
-    only.
+    """Any OpenAI-compatible endpoint, through the standard library. The key comes from
+    OPENAI_API_KEY only.
 
-    Time-outs, broken connections, 408, 409, 425, 429, 5xx and odd bodies are asked again with growing
-    pauses. Another 4xx, and a 403 that speaks of moderation, fails its item. A wrong key or address,
-    an empty account or a redirect stops the run.
+    Time-outs, broken connections, 408, 409, 425, 429, 5xx and odd bodies are asked again with
+    growing pauses. Another 4xx, and a 403 that speaks of moderation, fails its item. A wrong key or
+    address, an empty account or a redirect stops the run.
 
     Not through huggingface_hub.InferenceClient, which comes with transformers. It lacks these
-    guarantees (tried with 2.4.0): its time limit counts from byte to byte, so that a server that drips
-    held a request of 0.5 s for 3 s, and nothing bounds a body's size; it follows redirects, and so
-    carries the pictures to another host; without a key it sends the token that is stored for the Hub
-    to whatever host --judge-url names; it does not ask again after 429 or 503, nor hand out
+    guarantees (tried with 2.4.0): its time limit counts from byte to byte, so that a server that
+    drips held a request of 0.5 s for 3 s, and nothing bounds a body's size; it follows redirects,
+    and so carries the pictures to another host; without a key it sends the token that is stored for
+    the Hub to whatever host --judge-url names; it does not ask again after 429 or 503, nor hand out
     Retry-After. What would be left of it is one call.
     """
 
@@ -437,8 +447,8 @@ class Endpoint:
         self.opener.add_handler(urllib.request.HTTPSHandler())
 
     def clean(self, text):
-        """A server may quote the key back ("incorrect key sk-..."): it never reaches the screen or a
-        file."""
+        """A server may quote the key back ("incorrect key sk-..."): it never reaches the screen or
+        a file."""
         return text.replace(self.key, "[key]") if len(self.key) > 3 else text
 
     def payload(self, item):
@@ -539,8 +549,8 @@ class Endpoint:
             model = data.get("model")
         except (LookupError, TypeError, AttributeError):
             start = self.clean(" ".join(text.split()))[:100]
-            return None, (f"{self.host}: the body is not a chat completion; does the URL end in /v1? "
-                          f"{start}"), 500
+            reason = "the body is not a chat completion; does the URL end in /v1?"
+            return None, f"{self.host}: {reason} {start}", 500
 
         if finish == "content_filter" and not refusal:
             refusal = finish
@@ -551,8 +561,8 @@ class Endpoint:
         return Reply(said, finish=finish, model=model), None, status
 
     def ask_once(self, item):
-        """-> a Reply; after the last attempt one with an error. InputError where asking again cannot
-        help."""
+        """-> a Reply; after the last attempt one with an error. InputError where asking again
+        cannot help."""
         payload = self.payload(item)
         attempt = 0
         while True:
@@ -583,10 +593,11 @@ class Endpoint:
             time.sleep(wait)
 
     def is_final(self, status, text, reason):
-        """Would the same request be refused again? InputError where every other one would be too."""
+        """Would the same request be refused again? InputError where every other one would be
+        too."""
         moderated = status in (400, 403) and MODERATED.search(text)
-        for_all = status < 400 or status in (401, 402, 403, 404, 405) or "insufficient_quota" in text
-        if for_all and not moderated:
+        of_account = status in (401, 402, 403, 404, 405) or "insufficient_quota" in text
+        if (status < 400 or of_account) and not moderated:
             # No other worker asks any more.
             self.stopped = True
             raise InputError(reason)
@@ -625,8 +636,8 @@ def when_needed(make):
 
 
 def local(replies, batch):
-    """A judge in this process: replies(items of one batch) -> Replies. Asked twice it says the same:
-    no second try."""
+    """A judge in this process: replies(items of one batch) -> Replies. Asked twice it says the
+    same: no second try."""
     def judge(items):
         for start in range(0, len(items), batch):
             part = items[start:start + batch]
@@ -645,8 +656,8 @@ def loading(name):
         yield transformers
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(f"cannot load {name}: {lines[0][:150]} (check the name and the network, or "
-                         "give a folder)") from None
+        raise InputError(f"cannot load {name}: {lines[0][:150]} (check the name and the network, "
+                         "or give a folder)") from None
 
 
 def load_model(cls, name, device, **options):
@@ -772,8 +783,8 @@ def f_string_text(node, fields):
 
 
 def judge_prompt(path, *fields):
-    """The benchmark's judge text, as downloaded -> (text with {field} marks, system text or None): a
-    text file, or of an official script the longest f-string with all `fields` (looked for in that
+    """The benchmark's judge text, as downloaded -> (text with {field} marks, system text or None):
+    a text file, or of an official script the longest f-string with all `fields` (looked for in that
     order in an expression)."""
     texts = []
     system = None
@@ -789,7 +800,8 @@ def judge_prompt(path, *fields):
         texts.append(read_text(path))
 
     marks = ["{" + name + "}" for name in fields]
-    texts = [text for text in texts if all(mark in text for mark in marks)]
+    for mark in marks:
+        texts = [text for text in texts if mark in text]
     require(texts, f"{path}: no judge text with {' and '.join(marks)} in it")
     return max(texts, key=len), system
 
@@ -798,7 +810,8 @@ def judge_prompt(path, *fields):
 
 
 def mean(values):
-    """None without values, and where one is None: an overall of fewer categories is another number."""
+    """None without values, and where one is None: an overall of fewer categories is another
+    number."""
     values = list(values)
     if not values or None in values:
         return None
@@ -825,11 +838,11 @@ def percent(value):
 
 
 class Streak:
-    """Stops a run in which ten items in a row have no usable reply: a judge that is down, that refuses
-    everything or whose format never fits would cost as much as one that works.
+    """Stops a run in which ten items in a row have no usable reply: a judge that is down, that
+    refuses everything or whose format never fits would cost as much as one that works.
 
-    Items that failed in an earlier run do not count while others are scored: they are few, and asked
-    together.
+    Items that failed in an earlier run do not count while others are scored: they are few, and
+    asked together.
     """
 
     def __init__(self, args, values, failed):
@@ -858,8 +871,8 @@ class Streak:
 
 
 class Files:
-    """The pictures' digests. A picture that could be decoded in an earlier run, and has the size and
-    the time that the journal remembers, is not decoded again: a thousand of them take 20 s."""
+    """The pictures' digests. A picture that could be decoded in an earlier run, and has the size
+    and the time that the journal remembers, is not decoded again: a thousand of them take 20 s."""
 
     def __init__(self, out, journal, problems):
         self.out = out
@@ -873,8 +886,8 @@ class Files:
                     self.known[name] = stamp
 
     def stamp(self, path):
-        """-> [name, bytes, time, digest]; None, and a problem, where the picture is missing or cannot
-        be read."""
+        """-> [name, bytes, time, digest]; None, and a problem, where the picture is missing or
+        cannot be read."""
         if path not in self.stamps:
             self.stamps[path] = self.look_at(path)
         return self.stamps[path]
@@ -949,12 +962,12 @@ class Judged:
 
 
 def judge_all(out, items, problems, args, judge):
-    """Ask about every item that has no valid line in OUT's journal -> {item id: value}, [names of the
-    judges].
+    """Ask about every item that has no valid line in OUT's journal -> {item id: value}, [names of
+    the judges].
 
-    Bad files are named first. A line counts while pictures, text and judge are the same and its reply
-    still parses: changed pictures are judged anew, a better parser needs no new replies. Failures are
-    written down too, and tried again in the next run.
+    Bad files are named first. A line counts while pictures, text and judge are the same and its
+    reply still parses: changed pictures are judged anew, a better parser needs no new replies.
+    Failures are written down too, and tried again in the next run.
     """
     for item_id, n in Counter(item.id for item in items).items():
         require(n == 1, f"the prompt file has {item_id} twice")
@@ -1021,8 +1034,8 @@ def judge_all(out, items, problems, args, judge):
 
 
 # A judged benchmark is a function (out, args, problems) -> its items, how many things should be
-# scored, and add_up({item id: value}) -> {column: value in the table's unit, or None}, with whatever
-# else scores.json shall hold.
+# scored, and add_up({item id: value}) -> {column: value in the table's unit, or None}, with
+# whatever else scores.json shall hold.
 
 # ==== 4. GenEval ==================================================================================
 
@@ -1061,8 +1074,9 @@ def box_overlap(a, b):
 
 
 def keep_detections(detections, tag, max_overlap=1.0):
-    """Indices of the detections (of one class; dicts with box, score) that count, best first: strictly
-    above the threshold, then the 16 best, then suppression by overlap, which is off by default."""
+    """Indices of the detections (of one class; dicts with box, score) that count, best first:
+    strictly above the threshold, then the 16 best, then suppression by overlap, which is off by
+    default."""
     threshold = 0.9 if tag == "counting" else 0.3
     scores = np.array([detection["score"] for detection in detections])
     order = np.argsort(scores, kind="stable")[::-1]
@@ -1078,9 +1092,9 @@ def keep_detections(detections, tag, max_overlap=1.0):
 
 
 def relations(a, b):
-    """How box a lies to box b, a subset of {left of, right of, above, below}. Per axis: the distance of
-    the centres, less a tenth of the summed sizes, over the length of the *unshrunk* distance; beyond
-    0.5 it is a relation."""
+    """How box a lies to box b, a subset of {left of, right of, above, below}. Per axis: the
+    distance of the centres, less a tenth of the summed sizes, over the length of the *unshrunk*
+    distance; beyond 0.5 it is a relation."""
     # Rows: the two corners; columns: x, y.
     a = np.asarray(a, float)[:4].reshape(2, 2)
     b = np.asarray(b, float)[:4].reshape(2, 2)
@@ -1128,9 +1142,9 @@ def position_failure(clause, found, groups):
 
 
 def geneval_decide(metadata, objects, colors_of):
-    """objects {class: kept detections, best first}, colors_of(detections, class) -> a color each. ->
-    correct, reasons. Only the best `count` of a class are looked at. A failed clause is "no target"
-    for positions that refer to it."""
+    """objects {class: kept detections, best first}, colors_of(detections, class) -> a color each.
+    -> correct, reasons. Only the best `count` of a class are looked at. A failed clause is "no
+    target" for positions that refer to it."""
     reasons = []
     groups = []
     for clause in metadata.get("include", []):
@@ -1176,8 +1190,8 @@ def color_logits(texts, images):
 
 
 def geneval_summary(results):
-    """(tag, prompt, correct) per image. Task: the share of correct images; Overall: the plain mean of
-    the six tasks."""
+    """(tag, prompt, correct) per image. Task: the share of correct images; Overall: the plain mean
+    of the six tasks."""
     tasks = means((tag, correct) for tag, _, correct in results)
     prompts = means(((tag, prompt), correct) for tag, prompt, correct in results)
     return {
@@ -1191,8 +1205,9 @@ def geneval_summary(results):
 
 
 class Detector:
-    """Mask2Former with mmdet's instance post-processing, for which GenEval's thresholds were chosen:
-    the library's own resizes all masks to 384 x 384 first, returns no boxes and starts at 0.5."""
+    """Mask2Former with mmdet's instance post-processing, for which GenEval's thresholds were
+    chosen: the library's own resizes all masks to 384 x 384 first, returns no boxes and starts at
+    0.5."""
 
     def __init__(self, name, device):
         with loading(name):
@@ -1236,9 +1251,9 @@ class Detector:
         return found
 
     def instances(self, chances, masks, padded, inner, original, threshold):
-        """The 100 best (query, class) pairs over all; score = class probability x mean sigmoid inside
-        the mask; masks may overlap. chances [Q, 80], masks [Q, h, w] -> {class: [{box, score, mask}]}
-        """
+        """The 100 best (query, class) pairs over all; score = class probability x mean sigmoid
+        inside the mask; masks may overlap. chances [Q, 80], masks [Q, h, w] -> {class: [{box,
+        score, mask}]}"""
         best, index = chances.flatten().topk(min(100, chances.numel()))
         # The factor is below 1: no other can pass.
         passing = best > threshold
@@ -1265,7 +1280,8 @@ class Detector:
 
 
 class Clip:
-    """CLIP ViT-L/14: names the color of an object (GenEval), and how alike two pictures are (recon)."""
+    """CLIP ViT-L/14: names the color of an object (GenEval), and how alike two pictures are
+    (recon)."""
 
     def __init__(self, name, device):
         with loading(name) as transformers:
@@ -1301,8 +1317,8 @@ class Clip:
 
 
 def geneval_replies(items, detector, clip):
-    """Detector and CLIP in the role of a judge: the "reply" about an image is what was found in it, as
-    JSON."""
+    """Detector and CLIP in the role of a judge: the "reply" about an image is what was found in it,
+    as JSON."""
     images = [item.pictures[0].load() for item in items]
 
     # Pictures of one size go through the detector together.
@@ -1385,8 +1401,8 @@ def geneval(out, args, problems):
 
 
 def dpg_questions(rows):
-    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}}. All of them: the
-    official reader loses the first, and with it a prompt that depends on it."""
+    """Rows of dpg_bench.csv -> {item: {question id: (parents, category, question)}}. All of them:
+    the official reader loses the first, and with it a prompt that depends on it."""
     items = {}
     for row in rows:
         parents = [int(part) for part in str(row["dependency"]).split(",")]
@@ -1399,8 +1415,8 @@ def dpg_questions(rows):
 
 
 def dpg_pass(questions, replies):
-    """One pass over the questions of a file -> its score, [(category, value before zeroing)]. KeyError
-    for a dependency that does not exist.
+    """One pass over the questions of a file -> its score, [(category, value before zeroing)].
+    KeyError for a dependency that does not exist.
 
     A question whose parent failed fails too. The walk is in file order: a zero passes down a chain,
     but a parent that stands after its child is not zeroed yet.
@@ -1482,9 +1498,9 @@ def dpg_samples(out, questions, args, problems):
 
 def dpg(out, args, problems):
     """DPG-Bench (Hu et al. 2024, github.com/TencentQQGYLab/ELLA): 1065 long prompts, 4 images each,
-    yes/no questions. OUT/<name>.png, a 2 x 2 grid of samples of side --grid (what --generate writes),
-    or OUT/<name>_<k>.png (RecA's; its scorer asks four times the same). Official judge: mPLUG-large
-    VQA (ModelScope); a stand-in is stricter."""
+    yes/no questions. OUT/<name>.png, a 2 x 2 grid of samples of side --grid (what --generate
+    writes), or OUT/<name>_<k>.png (RecA's; its scorer asks four times the same). Official judge:
+    mPLUG-large VQA (ModelScope); a stand-in is stricter."""
     def read(text):
         rows = list(csv.DictReader(io.StringIO(text)))
         names = ("item_id", "proposition_id", "dependency", "tuple", "question_natural_language")
@@ -1526,7 +1542,7 @@ def dpg(out, args, problems):
     return items, args.samples * sum(map(len, questions.values())), add_up
 
 
-# The files' own categories -> the paper's columns; the rewritten list calls one of its rows Ecology.
+# The files' own categories -> the paper's columns; the rewritten list calls a row of it Ecology.
 WISE_CATEGORIES = {
     "cultural knowledge": "Cultural",
     "time": "Time",
@@ -1551,8 +1567,8 @@ WISE_WEIGHTS = {
 
 def parse_wise(reply):
     """-> {consistency, realism, aesthetic_quality}, 9.9 where not found (the official marker): one
-    digit after the name, up to two asterisks on either side of it; of two the last. `**Realism:** 2`
-    is not found."""
+    digit after the name, up to two asterisks on either side of it; of two the last. `**Realism:**
+    2` is not found."""
     found = {"consistency": 9.9, "realism": 9.9, "aesthetic_quality": 9.9}
     pattern = r"\*{0,2}(consistency|realism|aesthetic quality)\*{0,2}\s*[:：]?\s*(\d)"
     for name, digit in re.findall(pattern, reply, re.IGNORECASE):
@@ -1581,9 +1597,9 @@ def wise_official_group(number, subcategory):
 def wise_summary(rows, groups=None, weights=WISE_WEIGHTS):
     """(prompt id, subcategory, consistency, realism, aesthetic quality) per image -> 0..1.
 
-    groups: {prompt id: column}; without it, those of the paper's release. Two overalls are in use: the
-    plain mean of the six (RecA, BAGEL; it fits the paper's table) and the authors', weighted by each
-    category's number of prompts.
+    groups: {prompt id: column}; without it, those of the paper's release. Two overalls are in use:
+    the plain mean of the six (RecA, BAGEL; it fits the paper's table) and the authors', weighted by
+    each category's number of prompts.
     """
     scores = []
     for number, subcategory, *ratings in rows:
@@ -1599,8 +1615,8 @@ def wise_summary(rows, groups=None, weights=WISE_WEIGHTS):
 
 
 def wise_prompts(source):
-    """The JSON lists in a folder, or one -> ({prompt id: row}, {prompt id: column}), in the order of
-    the ids.
+    """The JSON lists in a folder, or one -> ({prompt id: row}, {prompt id: column}), in the order
+    of the ids.
 
     A release may hold its rows twice (merge.json). InputError where files, or a row's own fields,
     contradict each other: two releases in one folder have other prompts, and other ranges of ids,
@@ -1623,28 +1639,29 @@ def wise_prompts(source):
             group = WISE_CATEGORIES.get(kind.strip().lower())
             require(group, f"{file}: unknown Category {kind!r} (prompt_id {number})")
             require((group == "Time") == (part in WISE_TIME),
-                    f"{file}: prompt_id {number}: Category {kind!r} contradicts Subcategory {part!r}")
+                    f"{file}: prompt_id {number}: Category {kind!r} contradicts Subcategory "
+                    f"{part!r}")
 
             known = rows.setdefault(number, row)
             same = known["Prompt"] == row["Prompt"] and groups.get(number, group) == group
-            require(same, f"{file}: prompt_id {number} is another prompt than in the files before it: "
-                          "--prompts must hold one release (the paper's: WISE_legacy/data)")
+            require(same, f"{file}: prompt_id {number} is another prompt than in the files before "
+                          "it: --prompts must hold one release (the paper's: WISE_legacy/data)")
             groups[number] = group
     return dict(sorted(rows.items())), groups
 
 
 def wise(out, args, problems):
     """WISE (Niu et al. 2025, github.com/PKU-YuanGroup/WISE): 1000 prompts that need knowledge,
-    OUT/<prompt_id>.png. --prompts: the folder with the three JSON lists, or one; the paper's release is
-    WISE_legacy/data. --judge-prompt: WISE_legacy/gpt_eval.py, or a text with {prompt} and
-    {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens."""
+    OUT/<prompt_id>.png. --prompts: the folder with the three JSON lists, or one; the paper's
+    release is WISE_legacy/data. --judge-prompt: WISE_legacy/gpt_eval.py, or a text with {prompt}
+    and {explanation}. Official judge: gpt-4o-2024-05-13, temperature 0, up to 2000 tokens."""
     rows, groups = wise_prompts(Path(args.prompts))
     weights = WISE_WEIGHTS
     other = "prompt of another release than the paper's (WISE_legacy/data): do not compare"
     for number, row in rows.items():
         if wise_official_group(number, row["Subcategory"]) != groups[number]:
             problems.note(other, number)
-            # The authors' weights are the categories' shares of the prompts, in each release its own.
+            # The authors' weights are the categories' shares of a release's prompts.
             sizes = Counter(groups.values())
             weights = {name: sizes[name] / len(rows) for name in WISE_WEIGHTS}
     rows = first_rows(rows, args.limit)
@@ -1686,8 +1703,8 @@ COMPLEX = ("complex", "complex_action", "complex_spatial")
 
 
 def parse_compbench(reply):
-    """-> the integer after "score": in a JSON object, else the first such digits anywhere (12.5 -> 12),
-    else -1."""
+    """-> the integer after "score": in a JSON object, else the first such digits anywhere (12.5 ->
+    12), else -1."""
     text = reply.strip().replace("```json", "").replace("```", "").strip()
     block = re.search(r'\{.*"score":\s*\d.*?\}', text, re.DOTALL)
     if block:
@@ -1704,10 +1721,11 @@ strict_compbench = strict(parse_compbench, lambda value: 0 <= value <= 100)
 
 
 def compbench(out, args, problems):
-    """T2I-CompBench as the paper scores it (appendix F.4, after SRUM, github.com/WayneJin0918/SRUM):
-    2670 prompts. OUT/<category>/<Question_id>.png, or in <category>/samples/. The judge rates 0-100
-    how well the image fits; paper: Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Complex: the mean of
-    three; Overall: of all ten (fits Table 12)."""
+    """T2I-CompBench as the paper scores it (appendix F.4, after SRUM,
+    github.com/WayneJin0918/SRUM): 2670 prompts. OUT/<category>/<Question_id>.png, or in
+    <category>/samples/. The judge rates 0-100 how well the image fits; paper:
+    Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Complex: the mean of three; Overall: of all ten
+    (fits Table 12)."""
     text, _ = judge_prompt(args.judge_prompt, "prompt")
     rows = read_rows(args.prompts, "Question", "Category", "Question_id")[:args.limit]
     items = []
@@ -1786,8 +1804,8 @@ def imgedit_summary(types, ratings):
 def imgedit(out, args, problems):
     """ImgEdit, single turn (Ye et al. 2025, github.com/PKU-YuanGroup/ImgEdit): 737 edits,
     OUT/<key>.png. The judge sees the text for the edit's type, source and result, and gives three
-    ratings 1..5. Official judge: gpt-4.1-2025-04-14, default temperature. The paper's rows fit neither
-    overall, by key or by type, exactly."""
+    ratings 1..5. Official judge: gpt-4.1-2025-04-14, default temperature. The paper's rows fit
+    neither overall, by key or by type, exactly."""
     edits = read_rows(args.prompts, "id", "prompt", "edit_type", kind=dict)
     edits = first_rows(edits, args.limit)
     types = {key: edit["edit_type"] for key, edit in edits.items()}
@@ -1856,9 +1874,9 @@ def gedit_json(reply):
 
 
 def parse_gedit(reply):
-    """-> score list, its minimum, error: VIEScore's rules for a first try. Values are not checked: 11
-    and 6.5 pass. (On its second try the official code replaces a reply without braces by a random
-    number; we never guess.)"""
+    """-> score list, its minimum, error: VIEScore's rules for a first try. Values are not checked:
+    11 and 6.5 pass. (On its second try the official code replaces a reply without braces by a
+    random number; we never guess.)"""
     if reply == "rate_limit_exceeded":
         return None, None, reply
 
@@ -1890,8 +1908,8 @@ strict_gedit = strict(parse_gedit, two_scores)
 
 
 def gedit_summary(rows, language="en"):
-    """rows: (group, language, intersection, SC, PQ). O = sqrt(SC x PQ) per edit; table = mean of the 11
-    groups."""
+    """rows: (group, language, intersection, SC, PQ). O = sqrt(SC x PQ) per edit; table = mean of
+    the 11 groups."""
     tables = {}
     for suffix in ("", "_intersection"):
         semantics = []
@@ -1926,9 +1944,9 @@ def gedit_texts(path):
 def gedit(out, args, problems):
     """GEdit-Bench-EN (Liu et al. 2025, data set stepfun-ai/GEdit-Bench): 11 groups of edits, the
     English rows. OUT[/gen_image]/fullset/<task_type>/en/<key>.png, the source as <key>_SRCIMG.png.
-    --prompts: the data set as JSON lines. VIEScore, the lower of two ratings 0..10: SC sees source and
-    result (resized to the source), PQ the result alone; as JPEG. Official judge: gpt-4.1-2025-04-14,
-    1400 tokens."""
+    --prompts: the data set as JSON lines. VIEScore, the lower of two ratings 0..10: SC sees source
+    and result (resized to the source), PQ the result alone; as JPEG. Official judge:
+    gpt-4.1-2025-04-14, 1400 tokens."""
     rows = read_rows(args.prompts, "key", "task_type", "instruction", "instruction_language")
     rows = [row for row in rows if row["instruction_language"] == "en"][:args.limit]
     sc_text, pq_text = gedit_texts(args.judge_prompt)
@@ -1991,7 +2009,8 @@ def pope_prediction(reply):
 
 
 def pope_metrics(labels, predictions):
-    """Positive is yes. Where a quotient has no denominator the official script stops; here it is 0."""
+    """Positive is yes. Where a quotient has no denominator the official script stops; here it is
+    0."""
     pairs = Counter(zip(predictions, labels))
     n = max(1, len(labels))
     tp = pairs["yes", "yes"]
@@ -2008,8 +2027,8 @@ def pope_metrics(labels, predictions):
 
 
 def normal_question(text):
-    """A question's words: LLaVA's file says on a second line how to answer, early label files misspell
-    "image"."""
+    """A question's words: LLaVA's file says on a second line how to answer, early label files
+    misspell "image"."""
     question = re.split(r"[?\n]", text.lower())[0].replace("imange", "image")
     return " ".join(re.findall(r"\w+", question))
 
@@ -2087,8 +2106,8 @@ def mme_prediction(reply):
 
 
 def mme_task(rows):
-    """(label, prediction), two per image in turn -> 100 x accuracy + 100 x share of images with both
-    right."""
+    """(label, prediction), two per image in turn -> 100 x accuracy + 100 x share of images with
+    both right."""
     if not rows:
         return None
     right = [label.lower() == prediction for label, prediction in rows]
@@ -2098,8 +2117,8 @@ def mme_task(rows):
 
 def mme(args):
     """MME (Fu et al. 2023): two questions an image. The paper's column is the perception sum (max
-    2000). --questions: folder of 14 <task>.txt: image, question, Yes/No, by tabs. --images: where the
-    images' folders are."""
+    2000). --questions: folder of 14 <task>.txt: image, question, Yes/No, by tabs. --images: where
+    the images' folders are."""
     rows = []
     for task in MME_TASKS:
         file = Path(args.questions) / f"{task}.txt"
@@ -2165,9 +2184,9 @@ def gqa(args):
 
 
 def mmmu_choice(reply, options):
-    """MMMU's own rule: letters in brackets, else between blanks, else an option's text where the reply
-    has more than five words; of several the last. None where the official code draws at random: we
-    count that as wrong."""
+    """MMMU's own rule: letters in brackets, else between blanks, else an option's text where the
+    reply has more than five words; of several the last. None where the official code draws at
+    random: we count that as wrong."""
     for mark in ",.!?;:'":
         reply = reply.strip(mark)
     reply = f" {reply} "
@@ -2185,7 +2204,8 @@ def mmmu_choice(reply, options):
 
 
 def mmmu_short(reply, options):
-    """BAGEL's rule: one character as it is; nothing is C; a leading option letter; an option's text."""
+    """BAGEL's rule: one character as it is; nothing is C; a leading option letter; an option's
+    text."""
     reply = reply.strip()
     if not reply:
         return "C"
@@ -2195,8 +2215,8 @@ def mmmu_short(reply, options):
 
 
 def normal_answers(text):
-    """A number with two decimals; a character with a blank on either side, so that it does not match
-    inside a word."""
+    """A number with two decimals; a character with a blank on either side, so that it does not
+    match inside a word."""
     text = str(text).strip()
     with contextlib.suppress(ValueError):
         return [round(float(text.replace(",", "")), 2)]
@@ -2221,8 +2241,8 @@ MMMU_NUMBERS = (
 
 
 def mmmu_tails(reply):
-    """What stands behind the cue words of each sentence, the shortest such part; all of the reply where
-    there is none. The last sentence may also have an equals sign."""
+    """What stands behind the cue words of each sentence, the shortest such part; all of the reply
+    where there is none. The last sentence may also have an equals sign."""
     reply = reply.strip().strip(".").lower()
     sentences = re.split(r"\.\s(?=[A-Z])|\n", reply)
     tails = []
@@ -2241,8 +2261,8 @@ def mmmu_tails(reply):
 
 
 def mmmu_open(reply, gold):
-    """Open questions: what stands behind the last cue word, and every number in it; a gold string must
-    be contained, a gold number equal."""
+    """Open questions: what stands behind the last cue word, and every number in it; a gold string
+    must be contained, a gold number equal."""
     tails = mmmu_tails(reply)
     numbers = []
     for tail in tails:
@@ -2268,7 +2288,8 @@ def with_options(question, options):
 
 
 def as_list(value):
-    """A list that a released file may hold as text: "['red', 'blue']". None where the text is none."""
+    """A list that a released file may hold as text: "['red', 'blue']". None where the text is
+    none."""
     if not isinstance(value, str):
         return value
     try:
@@ -2281,8 +2302,8 @@ def as_list(value):
 def mmmu(args):
     """MMMU validation (Yue et al. 2024): accuracy over questions, by MMMU's own parser; `short` by
     BAGEL's. --questions: the rows: id, question, options (a list, or its text as released), answer,
-    image or image_1. An open question may have several answers, any of which is right: a list, or its
-    text."""
+    image or image_1. An open question may have several answers, any of which is right: a list, or
+    its text."""
     rows = read_rows(args.questions, "id", "question", "options", "answer")
     for row in rows:
         options = as_list(row["options"])
@@ -2309,8 +2330,8 @@ def mmmu(args):
 
 
 def seed(args):
-    """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no letter is
-    wrong. --questions: SEED-Bench.json, of which the image part counts."""
+    """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no
+    letter is wrong. --questions: SEED-Bench.json, of which the image part counts."""
     rows, = need(read_rows(args.questions, kind=dict), ("questions",), args.questions)
     rows = [row for row in rows if row.get("data_type", "image") == "image"]
     for row in rows:
@@ -2330,15 +2351,15 @@ def seed(args):
 
 
 def understanding(out, args, problems):
-    """--prepare writes the questions for --describe; otherwise the answer file `out` is compared with
-    the answers -> {column: value}, number scored, number of questions."""
+    """--prepare writes the questions for --describe; otherwise the answer file `out` is compared
+    with the answers -> {column: value}, number scored, number of questions."""
     questions, add_up = BENCHMARKS[args.benchmark].work(args)
     questions = questions[:args.limit]
     rows = {}
     for row in questions:
         key = str(need(row, ("question_id", "image", "text"), args.questions)[0])
-        require(key not in rows, f"{args.questions}: question_id {key} stands there twice; an answer "
-                                 "could be to either")
+        require(key not in rows, f"{args.questions}: question_id {key} stands there twice; an "
+                                 "answer could be to either")
         rows[key] = row
 
     if args.prepare:
@@ -2385,8 +2406,8 @@ def psnr(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004), uint8 [H, W, 3] twice: 11 x 11 Gaussian of width 1.5,
-    no border."""
+    """Structural similarity (Wang et al. 2004), uint8 [H, W, 3] twice: 11 x 11 Gaussian of width
+    1.5, no border."""
     kernel = np.exp(-np.arange(-5, 6) ** 2 / (2 * 1.5 ** 2))
     kernel = kernel / kernel.sum()
 
@@ -2412,8 +2433,8 @@ def ssim(a, b):
 
 
 def likeness(source, result, clip):
-    """The source's centre is cut to the result's aspect ratio and resized to its size, then the two are
-    compared. None for a picture smaller than SSIM's window."""
+    """The source's centre is cut to the result's aspect ratio and resized to its size, then the two
+    are compared. None for a picture smaller than SSIM's window."""
     if min(result.size) < 11:
         return None
     source = ImageOps.fit(source, result.size, Image.BICUBIC)
@@ -2448,9 +2469,9 @@ def with_sources(out, args, prefix="", **options):
 
 
 def recon(out, args, problems):
-    """Reconstructions OUT/<name>.png against --sources/<name>.*: PSNR, SSIM, CLIP similarity (unless
-    --clip none). The paper shows pictures only (figures 16, 17). Pixel measures are *expected* to be
-    low: RecA reconstructs what the understanding encoder says, not pixels."""
+    """Reconstructions OUT/<name>.png against --sources/<name>.*: PSNR, SSIM, CLIP similarity
+    (unless --clip none). The paper shows pictures only (figures 16, 17). Pixel measures are
+    *expected* to be low: RecA reconstructs what the understanding encoder says, not pixels."""
     items = with_sources(out, args, failure="picture smaller than SSIM's window")
 
     def add_up(values):
@@ -2507,12 +2528,12 @@ def shape_replies(items):
 
 
 def shapes(out, args, problems):
-    """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector and
-    no error. --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All: everything
-    said is there; GenEval-like columns need captions of one and of two objects that say everything.
-    --sources: all must come back as it was. Neither: OUT is a finished run of --model tiny, whose own
-    scores.json is read: what training led to or, in a row that is labelled `before` (or `GROUP:
-    before`, see in_groups), what it began with."""
+    """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector
+    and no error. --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All:
+    everything said is there; GenEval-like columns need captions of one and of two objects that say
+    everything. --sources: all must come back as it was. Neither: OUT is a finished run of --model
+    tiny, whose own scores.json is read: what training led to or, in a row that is labelled `before`
+    (or `GROUP: before`, see in_groups), what it began with."""
     require(args.prompts or args.sources,
             "shapes needs --prompts captions.txt, --sources DIR, or runs of --model tiny")
     lines = []
@@ -2584,7 +2605,8 @@ BENCHMARKS = {
 
 
 def summarize(label, seeds, columns):
-    """Seeds of one row -> mean and sample standard deviation of each column; None if a seed lacks it."""
+    """Seeds of one row -> mean and sample standard deviation of each column; None if a seed lacks
+    it."""
     values = {}
     for column in columns:
         values[column] = [one["values"].get(column) for one in seeds]
@@ -2616,14 +2638,14 @@ def other_judge(row, first):
 
 
 def in_groups(rows):
-    """{"Harmon": [rows labelled "Harmon: before", "Harmon: RecA", ...]}; the group of a label without
-    ": " is ""."""
+    """{"Harmon": [rows labelled "Harmon: before", "Harmon: RecA", ...]}; the group of a label
+    without ": " is ""."""
     return grouped((row["label"].rpartition(": ")[0], row) for row in rows)
 
 
 def table_cell(row, first, column, decimals):
-    """A mean, its deviation over seeds, and in brackets the difference of the printed numbers to the
-    group's first row."""
+    """A mean, its deviation over seeds, and in brackets the difference of the printed numbers to
+    the group's first row."""
     value = row["mean"][column]
     base = first["mean"][column]
     if value is None:
@@ -2657,12 +2679,13 @@ def markdown(rows, columns, decimals):
     return "\n".join(lines)
 
 
-BAR_COLORS = ("#9e9e9e", "#1565c0", "#ef6c00", "#2e7d32", "#6a1b9a", "#c62828", "#00838f", "#5d4037")
+BAR_COLORS = ("#9e9e9e", "#1565c0", "#ef6c00", "#2e7d32", "#6a1b9a", "#c62828", "#00838f",
+              "#5d4037")
 
 
 def chart(rows, columns, height=200, bar=12):
-    """Rows as a picture: a cluster of bars per column, a bar per row, on it a line of one deviation up
-    and down."""
+    """Rows as a picture: a cluster of bars per column, a bar per row, on it a line of one deviation
+    up and down."""
     def value(row, column):
         return row["mean"][column] or 0
 
@@ -2844,7 +2867,10 @@ def run(args):
     # Runs, captions and sources of the toy world have different columns.
     shown = columns
     if args.benchmark == "shapes":
-        shown = [c for c in columns if any(row["mean"][c] is not None for row in rows)]
+        filled = set()
+        for row in rows:
+            filled.update(c for c in columns if row["mean"][c] is not None)
+        shown = [c for c in columns if c in filled]
     name = None if strings else judge_name(args)
     text = report(args, rows, shown, name)
     print(text)
