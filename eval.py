@@ -330,7 +330,7 @@ class Reply:
     """What a judge said, or why it said nothing."""
     text: str = None
     error: str = None
-    # The endpoint's finish_reason; "length" means that the token limit cut the reply off.
+    # The endpoint's finish_reason.
     finish: str = None
     # The model that the response names.
     model: str = None
@@ -359,8 +359,9 @@ def read_reply(item, reply):
     """-> (value, None), or (None, why the reply cannot be used)."""
     if reply.error:
         return None, reply.error
-    if reply.finish == "length":
-        return None, "malformed reply, cut off (finish_reason: length)"
+    # The token limit; some gateways hand out the names of the model's own maker.
+    if str(reply.finish).lower() in ("length", "max_tokens"):
+        return None, f"malformed reply, cut off (finish_reason: {reply.finish})"
 
     answer = without_thinking(reply.text)
     if answer is None:
@@ -1636,7 +1637,7 @@ def wise_prompts(source):
             kind = row["Category"]
             part = row["Subcategory"]
             require(type(number) is int, f"{file}: prompt_id {number!r} is not a number")
-            group = WISE_CATEGORIES.get(kind.strip().lower())
+            group = WISE_CATEGORIES.get(str(kind).strip().lower())
             require(group, f"{file}: unknown Category {kind!r} (prompt_id {number})")
             require((group == "Time") == (part in WISE_TIME),
                     f"{file}: prompt_id {number}: Category {kind!r} contradicts Subcategory "
@@ -2908,8 +2909,8 @@ def sheet_tiles(out, label):
         for record in records.values():
             file = record.get("file")
             if file:
-                prompts[file] = record["prompt"]
-                if record["mark"] is not None:
+                prompts[file] = record.get("prompt")
+                if record.get("mark") is not None:
                     marks[file].append(record["mark"])
 
     files = {os.path.relpath(path, out) for path in images_in(out, "**/*")} | prompts.keys()
