@@ -6,10 +6,12 @@ this file, which knows no architecture, does the rest. *What is trained* stands 
 
 What a script provides (to write one for another architecture, start from the nearest of the four):
 
-  Model.from_pretrained(source, device=, dtype=)     source: hub id, folder, or a key of RECIPES
+  Model.from_pretrained(source, device=, dtype=, quantize=)     source: hub id, folder, or a key of RECIPES; quantize:
+                                     None or "int8", see `quantize` in section 6
   Model.random(name, device)                         full size without a download, for --bench
   .save_pretrained(folder)   .parameter_groups(weight_decay) for AdamW   .blocks() to compile and checkpoint
   .config.image_size         .device     .set_und(size=, blur=)  --und-size, --blur
+  .unquantized               tuple of names' beginnings: what stays as it is under --quantize
   .preprocess(image, task, rng)      PIL RGB (None: a text without image; ValueError skips the row) -> CPU tensors of
                                      one image. task: recon, i2t, t2i. rng: numpy Generator for crops, None: central
   .encode(samples, task)             what FROZEN parts say of each image, a dict each: runs without a graph, and is all
@@ -47,6 +49,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 # ==== 1. Errors and files =============================================================================
@@ -67,7 +70,7 @@ def cli(main):
             os._exit(0)
     except (InputError, torch.OutOfMemoryError) as error:
         full = ("the batch does not fit into the GPU's memory: lower --batch (and raise --accum) or add "
-                "--checkpointing; for inference lower --batch-images")
+                "--checkpointing; for inference lower --batch-images or add --quantize int8")
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
@@ -742,6 +745,55 @@ def grid(rows, titles=(), cell=192, gap=4):
 
 # ==== 6. Inference on files ===========================================================================
 
+
+def int8_rows(weight):
+    """A matrix [out, in] -> int8 [out, in] and a scale for each row [out], in bf16, so that row * scale is nearly the
+    matrix: no number is off by more than half a scale."""
+    # bf16 keeps 8 bits of the scale. Rounded down, it is too small by less than 1/256, so the largest number of a row
+    # becomes less than 127 * 256 / 255 = 127.5, and is rounded to 127. A row of zeros has a scale, too.
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+    return (weight / scale.float()[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear for inference, in half of the memory of bf16: weights in int8, a scale for each output channel.
+
+    The weights become floating-point numbers again in every call, and are forgotten after it. Integers up to 127 are
+    exact in bf16, and so are the scales, so nothing but int8_rows' own rounding is added. What asks an nn.Linear for
+    its precision asks the bias or the scale here, as `weight` is int8.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, scale = int8_rows(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """[..., in] -> [..., out], with autocast or without, as nn.Linear."""
+        y = F.linear(x, self.weight.to(self.scale.dtype))
+        scale = self.scale.to(y.dtype)
+        if self.bias is None:
+            return y * scale
+        return torch.addcmul(self.bias.to(y.dtype), y, scale)
+
+
+def quantize(model, kind):
+    """The model itself. kind "int8": every nn.Linear in it is now an Int8Linear, but for those whose names begin with
+    one of model.unquantized; None: nothing happens. Layer by layer, so that no second model is ever in memory."""
+    if kind is None:
+        return model
+
+    # A subclass of nn.Linear does more than multiply, so it stays.
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        if not name.startswith(model.unquantized):
+            model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+    return model
+
+
 def prompt_jobs(source, out, images):
     """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
 
@@ -1094,6 +1146,8 @@ FLAGS = (
     ("--batch-images", at_least(1), 8, "images of one inference batch"),
     ("--guidance-scale", float, None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
     ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
+    ("--quantize", ("int8",), None, "keep the weights of all linear layers but the heads in int8: half the memory of "
+     "bf16, slower; only with --steps 0"),
 )
 
 class Parser(argparse.ArgumentParser):
@@ -1135,6 +1189,9 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
+    if args.quantize and (args.steps or args.resume or args.bench):
+        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
+                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
     if args.steps and not args.data and not args.bench:
@@ -1223,7 +1280,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     resume = checkpoints[-1] if args.resume else None
     source = resume or (toy_folder(model_class, args, pretrain_toy) if toy else args.model)
     dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
-    model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
+    model = model_class.from_pretrained(str(source), device=device, dtype=dtype, quantize=args.quantize)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
     if world()[0] == 0:
