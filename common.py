@@ -747,21 +747,21 @@ def grid(rows, titles=(), cell=192, gap=4):
 
 
 def int8_rows(weight):
-    """A matrix [out, in] -> int8 [out, in] and a scale for each row [out], in bf16, so that row * scale is nearly the
-    matrix: no number is off by more than half a scale."""
-    # bf16 keeps 8 bits of the scale. Rounded down, it is too small by less than 1/256, so the largest number of a row
-    # becomes less than 127 * 256 / 255 = 127.5, and is rounded to 127. A row of zeros has a scale, too.
+    """A matrix [out, in] -> int8 [out, in] and a scale for each row, bf16 [out]. Their product is
+    nearly the matrix: no number is off by more than half of its row's scale."""
+    # bf16 may round a scale down, by less than 1/256. So the largest number of a row becomes less
+    # than 127 * 256 / 255, which is below 127.5, and is rounded to 127. Zeros have a scale, too.
     weight = weight.detach().float()
     scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
     return (weight / scale.float()[:, None]).round().to(torch.int8), scale
 
 
 class Int8Linear(nn.Module):
-    """An nn.Linear for inference, in half of the memory of bf16: weights in int8, a scale for each output channel.
+    """An nn.Linear for inference in half of bf16's memory: int8, and a scale for each output channel.
 
-    The weights become floating-point numbers again in every call, and are forgotten after it. Integers up to 127 are
-    exact in bf16, and so are the scales, so nothing but int8_rows' own rounding is added. What asks an nn.Linear for
-    its precision asks the bias or the scale here, as `weight` is int8.
+    The weights become floating-point numbers again in every call, and are forgotten after it.
+    Integers up to 127 are exact in bf16, and so are the scales: no error is added to int8_rows' own.
+    `weight` is int8, so who wants to know in which precision the layer computes asks its bias.
     """
 
     def __init__(self, linear):
@@ -781,8 +781,9 @@ class Int8Linear(nn.Module):
 
 
 def quantize(model, kind):
-    """The model itself. kind "int8": every nn.Linear in it is now an Int8Linear, but for those whose names begin with
-    one of model.unquantized; None: nothing happens. Layer by layer, so that no second model is ever in memory."""
+    """-> the model itself. kind "int8": every nn.Linear in it becomes an Int8Linear, but for those
+    whose names begin with one of model.unquantized; None: nothing happens. It goes layer by layer, so
+    that there are never two models in memory."""
     if kind is None:
         return model
 

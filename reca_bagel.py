@@ -475,8 +475,8 @@ class Bagel(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
-        dtype: of the weights that RecA trains, quantize: None or "int8", see _fill. Every tensor goes from the file to its device by itself, in
-        its final precision: the host never holds a copy of the model (the original builds two float32 copies per
+        dtype: of the weights that RecA trains, quantize: None or "int8", see _fill. Every tensor goes from the file to
+        its device by itself: nobody ever holds a second copy of the model (the original builds two float32 copies per
         process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
             return cls.random(source, device, dtype, quantize)
@@ -529,7 +529,7 @@ class Bagel(nn.Module):
     def _fill(self, tensors, device, dtype, quantize=None):
         """Gives every weight, until now without memory, its tensor. tensors: (name, tensor), made one at a time. The
         precision is float32 in the VAE, as it is released (0.3 GB), bf16 where frozen on a GPU, dtype elsewhere.
-        quantize="int8": what common.quantize turns into int8 becomes so here, so that 15 GB hold what 30 GB do not."""
+        quantize="int8": what common.quantize turns into int8 becomes int8 here, one matrix at a time: 16 GB, not 30."""
         frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
         common.quantize(self, quantize)
         in_int8 = {name for name, buffer in self.named_buffers() if buffer.dtype == torch.int8}

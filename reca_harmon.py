@@ -458,8 +458,9 @@ class Harmon(nn.Module):
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
-        there are several), a file, or "tiny". quantize: None or "int8", before anything is on the device. Weights are .pth, .bin or .safetensors, whole or in shards. What is not
-        there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
+        there are several), a file, or "tiny". quantize: None or "int8", before anything is on the device. Weights are
+        .pth, .bin or .safetensors, whole or in shards. What is not there is fetched: kl16.ckpt, unless the weights hold
+        `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
             return common.quantize(cls.random(source, device), quantize).to(dtype)
         path = common.find_checkpoint(str(source), RELEASED, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES])
