@@ -858,7 +858,10 @@ def generate_files(model, args, jobs):
         if metadata:
             write(paths[0].parent.parent / "metadata.jsonl", [metadata])
         todo += [(prompt, args.seed + k, path) for k, path in enumerate(paths) if not path.exists()]
-    for chunk in in_batches("generate", todo, -(-args.batch_images // 4) * 4):        # the four of a grid stay together
+    # The four pictures of a grid stay together: where there are grids, a batch is a multiple of 4.
+    grids = len({path for *_, path in todo}) < len(todo)
+    size = -(-args.batch_images // 4) * 4 if grids else args.batch_images
+    for chunk in in_batches("generate", todo, size):
         prompts, seeds, paths = zip(*chunk)
         made = {}
         for path, image in zip(paths, model.generate(list(prompts), seed=list(seeds), **sampler_options(args))):
