@@ -6,10 +6,12 @@ this file, which knows no architecture, does the rest. *What is trained* stands 
 
 What a script provides (to write one for another architecture, start from the nearest of the four):
 
-  Model.from_pretrained(source, device=, dtype=)     source: hub id, folder, or a key of RECIPES
+  Model.from_pretrained(source, device=, dtype=, quantize=)     source: hub id, folder, or a key of RECIPES; quantize:
+                                     None or "int8", see `quantize` in section 6
   Model.random(name, device)                         full size without a download, for --bench
   .save_pretrained(folder)   .parameter_groups(weight_decay) for AdamW   .blocks() to compile and checkpoint
   .config.image_size         .device     .set_und(size=, blur=)  --und-size, --blur
+  .unquantized               tuple of names' beginnings: what stays as it is under --quantize
   .preprocess(image, task, rng)      PIL RGB (None: a text without image; ValueError skips the row) -> CPU tensors of
                                      one image. task: recon, i2t, t2i. rng: numpy Generator for crops, None: central
   .encode(samples, task)             what FROZEN parts say of each image, a dict each: runs without a graph, and is all
@@ -51,6 +53,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 # ==== 1. Errors and files =============================================================================
@@ -71,7 +74,7 @@ def cli(main):
             os._exit(0)
     except (InputError, torch.OutOfMemoryError) as error:
         full = ("this does not fit into the GPU's memory: lower --micro-batch, or try --optimizer bf16; for "
-                "inference lower --batch-images")
+                "inference lower --batch-images or add --quantize int8")
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
@@ -1314,6 +1317,56 @@ def grid(rows, titles=(), cell=192, gap=4):
 
 # ==== 6. Inference on files ===========================================================================
 
+
+def int8_rows(weight):
+    """A matrix [out, in] -> int8 [out, in] and a scale for each row, bf16 [out]. Their product is
+    nearly the matrix: no number is off by more than half of its row's scale."""
+    # bf16 may round a scale down, by less than 1/256. So the largest number of a row becomes less
+    # than 127 * 256 / 255, which is below 127.5, and is rounded to 127. Zeros have a scale, too.
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+    return (weight / scale.float()[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear for inference in half of bf16's memory: int8, and a scale for each output channel.
+
+    The weights become floating-point numbers again in every call, and are forgotten after it.
+    Integers up to 127 are exact in bf16, and so are the scales: no error is added to int8_rows' own.
+    `weight` is int8, so who wants to know in which precision the layer computes asks its bias.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, scale = int8_rows(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """[..., in] -> [..., out], with autocast or without, as nn.Linear."""
+        y = F.linear(x, self.weight.to(self.scale.dtype))
+        scale = self.scale.to(y.dtype)
+        if self.bias is None:
+            return y * scale
+        return torch.addcmul(self.bias.to(y.dtype), y, scale)
+
+
+def quantize(model, kind):
+    """-> the model itself. kind "int8": every nn.Linear in it becomes an Int8Linear, but for those
+    whose names begin with one of model.unquantized; None: nothing happens. It goes layer by layer, so
+    that there are never two models in memory."""
+    if kind is None:
+        return model
+
+    # A subclass of nn.Linear does more than multiply, so it stays.
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        if not name.startswith(model.unquantized):
+            model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+    return model
+
+
 def prompt_jobs(source, out, images):
     """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
 
@@ -1377,7 +1430,10 @@ def generate_files(model, args, jobs):
         if metadata:
             write(paths[0].parent.parent / "metadata.jsonl", [metadata])
         todo += [(prompt, args.seed + k, path) for k, path in enumerate(paths) if not path.exists()]
-    for chunk in in_batches("generate", todo, -(-args.batch_images // 4) * 4):        # the four of a grid stay together
+    # The four pictures of a grid stay together: where there are grids, a batch is a multiple of 4.
+    grids = len({path for *_, path in todo}) < len(todo)
+    size = -(-args.batch_images // 4) * 4 if grids else args.batch_images
+    for chunk in in_batches("generate", todo, size):
         prompts, seeds, paths = zip(*chunk)
         made = {}
         for path, image in zip(paths, model.generate(list(prompts), seed=list(seeds), **sampler_options(args))):
@@ -1677,6 +1733,8 @@ FLAGS = (
     ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
     ("--guidance-scale", float, None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
     ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
+    ("--quantize", ("int8",), None, "keep the weights of all linear layers but the heads in int8: half the memory of "
+     "bf16, slower; only with --steps 0"),
 )
 
 class Parser(argparse.ArgumentParser):
@@ -1725,6 +1783,9 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
+    if args.quantize and (args.steps or args.resume or args.bench):
+        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
+                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
     ranks = int(os.environ.get("WORLD_SIZE", 1))
@@ -1847,7 +1908,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     resume = checkpoints[-1] if args.resume else None
     source = resume or (toy_folder(model_class, args, pretrain_toy) if toy else args.model)
     dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
-    model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
+    model = model_class.from_pretrained(str(source), device=device, dtype=dtype, quantize=args.quantize)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
     if args.compile:

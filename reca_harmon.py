@@ -338,6 +338,9 @@ IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list 
 
 class Harmon(nn.Module):
     """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights and no tokenizer."""
+    # Where ids or latents enter and leave: few numbers, on which all others depend.
+    unquantized = ("vae.", "llm.lm_head", "mar.z_proj", "mar.diffloss.net.input_proj",
+                   "mar.diffloss.net.final_layer.linear")
 
     def __init__(self, config):
         super().__init__()
@@ -462,12 +465,13 @@ class Harmon(nn.Module):
     # ==== 3. Loading and saving (what reads files, sizes and names stands below the class) ============
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
-        there are several), a file, or "tiny". Weights are .pth, .bin or .safetensors, whole or in shards. What is not
-        there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
+        there are several), a file, or "tiny". quantize: None or "int8", before anything is on the device. Weights are
+        .pth, .bin or .safetensors, whole or in shards. What is not there is fetched: kl16.ckpt, unless the weights hold
+        `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
-            return cls.random(source, device).to(dtype)
+            return common.quantize(cls.random(source, device), quantize).to(dtype)
         path = common.find_checkpoint(str(source), RELEASED, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES])
         folder, state = path.parent, dict(common.load_state(path))
         vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
@@ -479,7 +483,7 @@ class Harmon(nn.Module):
             model.tokenizer = common.load_tokenizer(folder)
         elif model.config.llm_width in TOKENIZERS:          # other sizes do without: they take ids only
             model.tokenizer = common.load_tokenizer(common.hub_folder(TOKENIZERS[model.config.llm_width], SMALL_FILES))
-        return model.to(device, dtype).eval()
+        return common.quantize(model, quantize).to(device, dtype).eval()
 
     @classmethod
     def random(cls, name, device="cpu"):
