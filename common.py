@@ -90,7 +90,8 @@ def atomic(path):
     files and for folders (make the folder `temporary` yourself); the suffix is kept.
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    # Not the name itself: it may already have all the bytes that a file system allows.
+    temporary = path.with_name(f".tmp-{os.getpid()}-{stable_seed(path.name):x}{path.suffix[:16]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -117,6 +118,51 @@ def write(path, content):
         else:
             temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False))
 
+# What a run calls its checkpoints, and what a kill leaves of a file that was being written.
+CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+LEFTOVER = re.compile(r"\.tmp-\d+-[0-9a-f]+(\.\w+)?|\.tmp-checkpoint-\d{6,}")
+PREVIEW = re.compile(r"(step_\d{6,}|(before|input)_\d+)\.png")
+
+
+def named_checkpoints(folder):
+    """The folders in `folder` that are called like a run's checkpoints, by their step, lowest first.
+
+    The number is compared as a number, and nothing else counts: not checkpoint-best, not
+    checkpoint-000002-keep, no file.
+    """
+    if not Path(folder).is_dir():
+        return []
+
+    steps = {}
+    for path in Path(folder).iterdir():
+        form = CHECKPOINT.fullmatch(path.name)
+        if form and path.is_dir():
+            steps[path] = int(form[1])
+    return sorted(steps, key=steps.get)
+
+
+def own_checkpoints(out):
+    """The checkpoints that a run wrote into `out`, oldest first: by their exact form, with the
+    state of the training beside the weights. All else that lies in `out` is the user's."""
+    return [path for path in named_checkpoints(out) if (path / "trainer.pt").is_file()]
+
+
+def leftovers(out):
+    """What a run that was killed left half-written in `out`."""
+    paths = Path(out).iterdir() if Path(out).is_dir() else ()
+    return [path for path in paths if LEFTOVER.fullmatch(path.name)]
+
+
+def written_by_run(out):
+    """What a run wrote into `out` and a new run begins without: its own files by their exact
+    names. A user's files among them stay."""
+    out = Path(out)
+    files = [out / name for name in ("log.jsonl", "loss.png", "scores.json", "i2t_self.jsonl")]
+    if (out / "previews").is_dir():
+        files += [path for path in (out / "previews").iterdir() if PREVIEW.fullmatch(path.name)]
+    return [*own_checkpoints(out), *(path for path in files if path.is_file())]
+
+
 def inside(folder, name):
     """folder / name, for a name that comes from a file or an archive. InputError where it leads out of the folder."""
     path = Path(folder) / name
@@ -138,10 +184,27 @@ def read_json(path, lines=False):
             raise InputError(f"{path}: line {number + error.lineno} is not JSON ({error.msg})") from error
     return rows if lines else rows[0]
 
+def read_object(path):
+    """A .json file that must hold an object: a config, a run's record. InputError if it does not."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object {{...}}, but a {type(content).__name__}")
+    return content
+
+
 def mend_lines(path, keep=lambda row: True):
-    """The rows of a .jsonl that runs append to, [] if there is none. Removes what a kill cut off or `keep` refuses."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if keep(row)]
+    """The rows of a .jsonl that runs append to, [] if there is none.
+
+    Removed are empty lines, what a kill or a power failure left half-written anywhere, and what
+    `keep` refuses or does not understand.
+    """
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+    rows = []
+    for line in text.split("\n"):
+        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and keep(row):
+                rows.append(row)
     write(path, rows)
     return rows
 
@@ -613,7 +676,7 @@ class Trainer:
                 self.model.save_pretrained(folder)
                 state = {"step": self.step, "seen": self.seen, "optimizer": self.optimizer.state_dict()}
                 torch.save(state, folder / "trainer.pt")
-            for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+            for old in own_checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
         if dist.is_initialized():
             dist.barrier()
@@ -1128,7 +1191,7 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
-    args.data = args.data or ("shapes" if args.model.startswith("tiny") else None)
+    args.data = args.data or ("shapes" if args.model in TOYS else None)
     args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
     if args.workers is None:
         cores = (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1))
@@ -1165,6 +1228,65 @@ def start_process(args):
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+
+# The scripts' own small models, pretrained on the spot. Only these exact names mean them: a folder
+# called tiny-b is a folder, and so is ./tiny.
+TOYS = ("tiny", "tiny-vq")
+
+
+def past_runs(out):
+    """What out/run.json says of the runs in this folder, oldest first; [] where there were none.
+    InputError where it cannot be read."""
+    path = Path(out) / "run.json"
+    if not path.is_file():
+        return []
+    latest = read_object(path)
+    return [*latest.pop("history", []), latest]
+
+
+def last_training(out):
+    """The arguments of the last run in `out` that trained (inference may have followed), or {}."""
+    trained = [run["arguments"] for run in past_runs(out) if run.get("arguments", {}).get("steps")]
+    return trained[-1] if trained else {}
+
+
+def record_run(args, device):
+    """out/run.json: arguments, versions and device of this run, those before it as its history."""
+    import diffusers
+    import transformers
+
+    history = past_runs(args.out)
+    modules = (torch, transformers, diffusers, np)
+    versions = {module.__name__: module.__version__ for module in modules}
+    versions["python"] = sys.version.split()[0]
+    write(Path(args.out) / "run.json", {
+        "script": Path(sys.argv[0]).stem, "arguments": vars(args), "versions": versions,
+        "device": str(device), "history": history})
+
+
+def check_out(args, toy):
+    """InputError where --out cannot take what is asked for, before anything is made."""
+    out, checkpoints = Path(args.out), own_checkpoints(args.out)
+    for path in (out, *out.parents):
+        if path.exists() and not path.is_dir():
+            raise InputError(f"--out {out}: {path} is a file; give a folder")
+    if args.resume and not checkpoints:
+        raise InputError(f"nothing to resume: no checkpoint in {out}")
+    if not args.steps:
+        return
+
+    # A toy's run may be made again: but that run only, not another one that lies in the same place.
+    again = toy and last_training(out).get("model") == args.model
+    if checkpoints and not args.resume and not again:
+        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose "
+                         "another --out")
+    named = named_checkpoints(out)
+    newer = named if not args.resume else named[named.index(checkpoints[-1]):]
+    for path in newer:
+        if path not in checkpoints:
+            raise InputError(f"{path} is in the way: it has a checkpoint's name, but no trainer.pt "
+                             "of this run; move it, or choose another --out")
+
 
 def toy_folder(model_class, args, pretrain):
     """The pretrained tiny model, as a released one: made once, kept in ~/.cache/reca (XDG_CACHE_HOME), by its code."""
@@ -1206,12 +1328,8 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     device = start_process(args)
     if args.bench:
         return bench(model_class, args, device, prepare, trainer)
-    out, toy = Path(args.out), args.model.startswith("tiny")
-    checkpoints = sorted(path.parent for path in out.glob("checkpoint-*/trainer.pt"))
-    if args.resume and not checkpoints:
-        raise InputError(f"nothing to resume: no checkpoint in {out}")
-    if args.steps and not args.resume and checkpoints and not toy:
-        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+    out, toy = Path(args.out), args.model in TOYS
+    check_out(args, toy)
     # Bad files fail before anything is downloaded, and not after days of training.
     rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
     if args.generate:
@@ -1220,18 +1338,14 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
         todo[reconstruct_files] = image_rows(args.reconstruct)
     if args.describe:
         todo[describe_files] = questions(args)
-    resume = checkpoints[-1] if args.resume else None
+    resume = own_checkpoints(out)[-1] if args.resume else None
     source = resume or (toy_folder(model_class, args, pretrain_toy) if toy else args.model)
     dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
     model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
     if world()[0] == 0:
-        import diffusers
-        import transformers
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, diffusers, np)}
-        write(out / "run.json", {"arguments": vars(args), "versions": {**versions, "python": sys.version.split()[0]},
-                                 "device": str(device)})
+        record_run(args, device)
     if args.steps:
         post_train(model, args, rows, prepare, trainer, resume)
     if world()[0] == 0:
@@ -1243,9 +1357,8 @@ def post_train(model, args, rows, prepare, trainer, resume):
     """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
     out, main_process, size = Path(args.out), world()[0] == 0, model.config.image_size
     toy, previews, texts = args.data == "shapes", out / "previews", templates(args.templates)
-    if main_process:                                     # what a kill left half-written; a new run begins with nothing
-        old = () if resume else ("checkpoint-*", "log.jsonl", "previews", "scores.json", "i2t_self.jsonl")
-        for path in [path for pattern in (".tmp-*", *old) for path in out.glob(pattern)]:
+    if main_process:
+        for path in [*leftovers(out), *([] if resume else written_by_run(out))]:
             remove(path)
     for shapes in rows.values():
         if isinstance(shapes, Shapes):

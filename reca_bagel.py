@@ -906,7 +906,7 @@ class BagelTrainer(common.Trainer):
                 torch.save({"step": self.step, "seen": self.seen}, temporary / "trainer.pt")
                 common.remove(folder)
                 temporary.rename(folder)
-                for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+                for old in common.own_checkpoints(self.out)[:-2]:
                     shutil.rmtree(old)
         except (InputError, OSError, dcp.api.CheckpointException, RuntimeError, SafetensorError) as error:
             common.remove(temporary)

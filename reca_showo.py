@@ -412,7 +412,7 @@ class Showo(nn.Module):
         if name not in CONFIGS:
             raise InputError(f"no sizes known for {name}: choose one of {', '.join(CONFIGS)}")
         tokenizer, config = common.tiny_tokenizer(("<|endoftext|>",)), CONFIGS[name]
-        if name.startswith("tiny"):
+        if name in common.TOYS:
             eot = tokenizer.convert_tokens_to_ids("<|endoftext|>")
             config = dataclasses.replace(config, llm_vocab_size=len(tokenizer), eot=eot)
         with torch.device(device):
