@@ -24,6 +24,8 @@ What a script provides (to write one for another architecture, start from the ne
 Legend of the shape comments: B images in a batch, H W pixels.
 """
 import argparse
+import codecs
+import collections
 import contextlib
 import datetime
 import functools
@@ -45,7 +47,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -106,10 +108,15 @@ def atomic(path):
     finally:
         remove(temporary)
 
-def write(path, content):
-    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file, atomically."""
+def write(path, content, made_from=None):
+    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file, atomically.
+    made_from: an object that a .png keeps within itself, see origin_of."""
     with atomic(path) as temporary:
-        if isinstance(content, Image.Image):
+        if isinstance(content, Image.Image) and made_from:
+            note = PngImagePlugin.PngInfo()
+            note.add_text("reca", json.dumps(made_from))
+            content.save(temporary, pnginfo=note)
+        elif isinstance(content, Image.Image):
             content.save(temporary)
         elif isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
@@ -120,7 +127,7 @@ def write(path, content):
 
 # What a run calls its checkpoints, and what a kill leaves of a file that was being written.
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
-LEFTOVER = re.compile(r"\.tmp-\d+-[0-9a-f]+(\.\w+)?|\.tmp-checkpoint-\d{6,}")
+LEFTOVER = re.compile(r"\.tmp-(\d+-.+|checkpoint-\d{6,})")
 PREVIEW = re.compile(r"(step_\d{6,}|(before|input)_\d+)\.png")
 
 
@@ -170,12 +177,40 @@ def inside(folder, name):
         raise InputError(f"{name} leads out of {folder}: not written")
     return path
 
+# How a file begins that says its own encoding (utf-32 before utf-16, with which it begins alike).
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def read_text(path):
+    """A text file, its line ends as "\\n", without the mark that some editors write in front.
+
+    The encoding is UTF-8, or what a byte order mark says. Nothing is guessed: InputError for
+    another one, with the line where it shows.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+        zero = text.find("\0")
+        position = None if zero < 0 else data.find(b"\0")
+    except UnicodeDecodeError as error:
+        position = error.start
+    if position is not None:
+        line = data[:position].count(b"\n") + 1
+        raise InputError(f"cannot read {path}: line {line} is not {encoding} text; save the file "
+                         "as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path, lines=False):
     """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the malformed line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    text = read_text(path)
     rows, parts = [], text.split("\n") if lines else [text]  # not splitlines: it also cuts at U+2028, which JSON allows
     for number, part in enumerate(parts):
         try:
@@ -198,15 +233,23 @@ def mend_lines(path, keep=lambda row: True):
     Removed are empty lines, what a kill or a power failure left half-written anywhere, and what
     `keep` refuses or does not understand.
     """
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
     rows = []
-    for line in text.split("\n"):
-        with contextlib.suppress(json.JSONDecodeError, KeyError, TypeError):
-            row = json.loads(line)
-            if isinstance(row, dict) and keep(row):
+    for row in read_whole_lines(path):
+        with contextlib.suppress(KeyError, TypeError):
+            if keep(row):
                 rows.append(row)
     write(path, rows)
     return rows
+
+
+def read_whole_lines(path):
+    """The objects in a .jsonl that runs append to, without the lines that are none; [] if there is no such file."""
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+    rows = []
+    for line in text.split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 def hub_folder(source, patterns):
     """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
@@ -396,24 +439,55 @@ def templates(which="all"):
     return [f"{verb} {noun} {manner}." for verb in verbs for noun in nouns for manner in manners]
 
 MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif")
+MAX_BYTES = 2 ** 30          # and a larger file before it is read
+MAX_SIDE = 8192              # of a square that an image is put on or stretched to, on the way to a smaller one
 UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)  # of damaged files
 
+
+class UnreadableImage(ValueError):
+    """What should be an image cannot be used as one; the message says why."""
+
+
+@contextlib.contextmanager
+def decoding():
+    """Whatever reading and decoding raise becomes UnreadableImage: Pillow's decoders, and its
+    reader and writer of EXIF, raise TypeError, struct.error, MemoryError and many more, a list of
+    which would never be complete."""
+    try:
+        yield
+    except Exception as error:
+        raise UnreadableImage(brief(error)) from error
+
+
 def read_source(source):
-    """The bytes of a path or of (tar file, offset, size); bytes, a PIL image and None are given back."""
-    if isinstance(source, tuple):
-        path, offset, size = source
+    """The bytes of a path or of (tar file, offset, size); bytes, a PIL image and None are given
+    back. Raises UnreadableImage."""
+    if not isinstance(source, (tuple, str, Path)):
+        return source
+
+    with decoding():
+        whole = not isinstance(source, tuple)
+        path, offset, size = (source, 0, os.path.getsize(source)) if whole else source
+        if size > MAX_BYTES:
+            raise ValueError(f"file of {size} bytes refused")
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read(size)
-    return Path(source).read_bytes() if isinstance(source, (str, Path)) else source
+
 
 def load_image(source):
     """A source -> PIL RGB. EXIF rotation applied, transparency on white, 16 bits scaled to 8; a PIL image is given
-    back. Raises one of UNREADABLE where it cannot be read (the data streams catch them and go on)."""
+    back. Raises UnreadableImage where it cannot be read (the data streams catch it and go on)."""
     data = read_source(source)
     if isinstance(data, Image.Image):
         return data
+    with decoding():
+        return decode(data)
+
+
+def decode(data):
+    """The bytes of an image file -> PIL RGB, for load_image."""
     Image.MAX_IMAGE_PIXELS = None                                               # our own bound, below, is checked first
     image = Image.open(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS or min(image.size) < 1:
@@ -421,6 +495,8 @@ def load_image(source):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                                         # 16-bit greyscale: PIL would clip, not scale
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("pixels in floating point, whose range no file says")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -441,14 +517,33 @@ def random_square(image, size, rng=None):
     left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
 
+def shrunk(image, longest):
+    """The image with its longer side at most `longest`, in its proportions."""
+    scale = longest / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size]) if scale < 1 else image
+
+
+def stretch_square(image, size):
+    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's original."""
+    side = min(max(image.size), MAX_SIDE)
+    return image.resize((side, side)).resize((size, size))
+
+
 def short_side_square(image, size):
     """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
+    # The long side grows with the short one: of a strip, no more than the middle is needed.
+    middle = 3 * min(image.size)
+    if max(image.size) > 16 * min(image.size):
+        left = max(0, (image.width - middle) // 2)
+        top = max(0, (image.height - middle) // 2)
+        image = image.crop((left, top, min(image.width, left + middle), min(image.height, top + middle)))
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height)).crop((left, top, left + size, top + size))
 
 def pad_square(image, size):
     """Centred on a grey square of the longer side, then size x size (LLaVA's padding)."""
+    image = shrunk(image, MAX_SIDE)
     square = Image.new("RGB", (max(image.size),) * 2, (127,) * 3)
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return square.resize((size, size))
@@ -466,32 +561,113 @@ def blur(pixels, factor):
 # Rows are (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or None (a text
 # without image). text: None (RecA needs none), a caption, or a conversation [(question, answer), ...].
 
-def image_rows(source):
-    """Rows of unlabelled images: a folder (recursive), or WebDataset tar shards (one .tar, or a folder with some). Only
-    names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path inside
-    an archive has no effect on the disk. InputError where there is no image."""
-    source, rows = Path(source).expanduser(), []
+def say(text):
+    """Print a line, on one rank."""
+    if world()[0] == 0:
+        print(text)
+
+
+def files_below(root, out, left):
+    """The paths of all files below the folder, links to folders followed (once each).
+
+    Left out, and counted in `left`, are what a run made for itself: all of the folder `out` where
+    it lies below `root`, previews, checkpoints and overviews of other runs.
+    """
+    def unreadable(error):
+        left["folders that cannot be read"] += 1
+
+    own, seen, paths = out and os.path.realpath(out), set(), []
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        if real in seen or (real == own and folder != str(root)):
+            left["folders of this run"] += real == own
+            folders.clear()
+            continue
+        seen.add(real)
+
+        if "run.json" in names:
+            made = [name for name in folders if name == "previews" or CHECKPOINT.fullmatch(name)]
+            pictures = {"loss.png", "reconstructions.png"}.intersection(names)
+            left["previews, checkpoints and overviews of runs"] += len(made) + len(pictures)
+            folders[:] = [name for name in folders if name not in made]
+            names = [name for name in names if name not in pictures]
+        folders.sort()
+        paths += [os.path.join(folder, name) for name in names]
+    return sorted(paths)
+
+
+def tar_rows(path, left):
+    """The images of an uncompressed .tar -> [(name, (path, offset, size))]; of members with equal
+    names the last one counts, as when it is unpacked."""
+    members = {}
+    try:
+        with tarfile.open(path, "r:") as archive:      # "r:": only so has a member an offset to read at
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                if why_left_out(member.name):
+                    left[why_left_out(member.name)] += 1
+                else:
+                    members[member.name] = (path, member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
+    return list(members.items())
+
+
+def why_left_out(name):
+    """Why a file of this name (relative to what was given) is no image to train on, or ""."""
+    *folders, file = name.split("/")
+    suffix = os.path.splitext(file)[1].lower()
+    if file.startswith("._") or "__MACOSX" in folders:
+        return "macOS notes (._*)"
+    if suffix in IMAGE_SUFFIXES:
+        return "half-written" if LEFTOVER.fullmatch(file) else ""
+    return suffix or "without a suffix"
+
+
+def counted(counts):
+    """A Counter -> "7 .png, 2 .jpg", the most frequent first."""
+    return ", ".join(f"{count} {what}" for what, count in counts.most_common() if count)
+
+
+def image_rows(source, out=None):
+    """Rows of unlabelled images, with a name for each that no other has: those of a folder (recursive), and of the
+    uncompressed .tar files in it (WebDataset); or of one .tar, or one image. Prints what was found and what was left
+    out, and why. out: the run's own folder, which does not count.
+
+    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path
+    inside an archive has no effect on the disk. InputError where there is no image.
+    """
+    source, left, loose, packed = Path(source).expanduser(), collections.Counter(), [], []
     if not source.exists():
         raise InputError(f"no such folder or .tar file: {source}")
-    paths = [str(source)] if source.is_file() else sorted(
-        os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
-    for path in filter(lambda path: path.lower().endswith(".tar"), paths):
-        try:
-            with tarfile.open(path, "r:") as archive:          # "r:" = uncompressed: a member can be read by its offset
-                rows += [(m.name, (path, m.offset_data, m.size), None) for m in archive
-                         if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
-        except (tarfile.TarError, OSError) as error:
-            raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
+
+    root = source.parent if source.is_file() else source
+    paths = [str(source)] if source.is_file() else files_below(source, out, left)
+    for path in paths:
+        name = os.path.relpath(path, root)
+        reason = why_left_out(name)
+        if reason == ".tar":
+            archive = os.path.splitext(name)[0]
+            packed += [(member, archive, place) for member, place in tar_rows(path, left)]
+        elif reason:
+            left[reason] += 1
+        else:
+            loose.append((name, path, None))
+
+    # Shards number their images alike: a name that is there more than once gets its archive's in front.
+    often = collections.Counter(name for name, *_ in [*loose, *packed])
+    rows = [(name if often[name] == 1 else f"{archive}/{name}", place, None) for name, archive, place in packed] + loose
+    aside = f"; left out: {counted(left)}" if +left else ""
     if not rows:
-        root = source.parent if source.is_file() else source
-        rows = [(os.path.relpath(p, root), p, None) for p in paths if p.lower().endswith(IMAGE_SUFFIXES)]
-    if not rows:
-        raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
+        raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}{aside}")
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() for name, *_ in rows)
+    archives = len({archive for _, archive, _ in packed})
+    inside_tar = f", {len(packed)} of them in {archives} .tar" if packed else ""
+    say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
     return rows
 
 def read_rows(path, what, read):
     """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first that is not `what`."""
-    table, rows = read_json(path, lines=Path(path).suffix == ".jsonl"), []
+    table, rows = read_json(path, lines=Path(path).suffix.lower() == ".jsonl"), []
     if not isinstance(table, list) or not table:
         raise InputError(f"{path} is not a list: every row must be {what}")
     for i, row in enumerate(table):
@@ -508,16 +684,52 @@ def text_in(row, *keys):
         raise KeyError(keys)
     return text
 
+ASKING = ("human", "user")
+ANSWERING = ("gpt", "assistant", "model")
+
+
+def paired_turns(turns):
+    """[{"from": who, "value": text}, ...] -> [(question, answer), ...] by who speaks, and how many turns are in no
+    pair: those of a system, answers to nothing, questions without an answer. (Some files say role and content.)"""
+    pairs, question, single = [], None, 0
+    for turn in turns:
+        who = turn["from"] if "from" in turn else turn["role"]
+        said = turn["value"] if "value" in turn else turn["content"]
+        text = said.replace("<image>", "").strip()
+        if who in ASKING:
+            single += question is not None
+            question = text
+        elif who in ANSWERING and question is not None and text:
+            pairs.append((question, text))
+            question = None
+        else:
+            single += 1
+    return pairs, single + (question is not None)
+
+
 def conversation_rows(path, folder):
     """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
-    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's)."""
+    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's).
+    Turns that cannot be paired are left out, and rows without a pair or with several images; a line says how many."""
+    left = collections.Counter()
+
     def read(i, row):
-        values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
-        turns, image = list(zip(values[::2], values[1::2])), row.get("image")
-        if not turns:
-            raise KeyError("conversations")
+        turns, single = paired_turns(row["conversations"])
+        image = row.get("image")
+        if isinstance(image, list):
+            image = image[0] if len(image) == 1 else image
+        left["turns without a counterpart"] += single
+        if not turns or isinstance(image, list):
+            left["rows without a question and its answer" if not turns else "rows with several images"] += 1
+            return None
         return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
-    return read_rows(path, "a LLaVA conversation (image, conversations)", read)
+
+    rows = [row for row in read_rows(path, "a LLaVA conversation (image, conversations)", read) if row]
+    aside = f"; left out: {counted(left)}" if +left else ""
+    if not rows:
+        raise InputError(f"{path}: no conversation of a human and gpt{aside}")
+    say(f"{path}: {len(rows)} conversations{aside}")
+    return rows
 
 def caption_rows(path):
     """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
@@ -564,7 +776,7 @@ class Stream(torch.utils.data.Dataset):
         epoch, k = divmod(position, len(self.rows))
         rng = np.random.default_rng(stable_seed(self.seed, self.name, "item", position))
         skipped = []
-        for attempt in range(min(len(self.rows), 1000)):
+        for attempt in range(len(self.rows)):
             name, source, text = self.rows[int(self.order(epoch)[(k + attempt) % len(self.rows)])]
             text = self.texts[int(rng.integers(len(self.texts)))] if text is None else text
             item = {"name": name, "text": text, "skipped": skipped, "position": position}
@@ -814,7 +1026,7 @@ def prompt_jobs(source, out, images):
                 T2I-CompBench (Question, Category, Question_id) -> out/<Category>/<Question_id>.png
     FOLDER      DPG-Bench, a prompt a <name>.txt                -> out/<name>.png four times: a 2x2 grid
     """
-    source, out = Path(source), Path(out)
+    source, out, kind = Path(source), Path(out), Path(source).suffix.lower()
 
     def geneval(i, row):
         return text_in(row, "prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row
@@ -826,24 +1038,131 @@ def prompt_jobs(source, out, images):
     if not source.exists():
         raise InputError(f"no such prompt file or folder: {source}")
     if source.is_dir():
-        texts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(source.glob("*.txt"))}
+        files = [file for file in sorted(source.glob("*.txt")) if not file.name.startswith("._")]
+        texts = {file.stem: read_text(file).strip() for file in files}
         jobs = [(text, [out / f"{name}.png"] * 4, None) for name, text in texts.items()]
-    elif source.suffix == ".jsonl":
+    elif kind == ".jsonl":
         jobs = read_rows(source, "a prompt of GenEval (prompt)", geneval)
-    elif source.suffix == ".json":
+    elif kind == ".json":
         jobs = read_rows(source, "a prompt (Prompt and prompt_id, or Question and Question_id)", wise_or_compbench)
     else:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines, which also cuts at U+2028 and its like.
+        lines = [line.strip() for line in read_text(source).split("\n") if line.strip()]
         jobs = [(line, [out / (f"{i:05d}.png" if images == 1 else f"{i:05d}_{k}.png") for k in range(images)], None)
                 for i, line in enumerate(lines)]
     if not jobs or not all(prompt for prompt, _, _ in jobs):
         raise InputError(f"{source}: no prompt, or an empty one")
+    check_outputs([(f"prompt {i + 1}", path) for i, (_, paths, _) in enumerate(jobs)
+                   for path in dict.fromkeys(paths)], source)
     return jobs
 
 def sampler_options(args):
-    """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults."""
-    options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps}
+    """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults.
+    args.sampler: those that only one architecture has."""
+    options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps, **getattr(args, "sampler", {})}
     return {name: value for name, value in options.items() if value is not None}
+
+
+# Every output knows what it was made from: prompt or source, weights, sampler, seed. A rerun keeps
+# what was made from the same, makes the rest again, and does not touch what it has not made.
+
+def origin(model, args, task, **what):
+    """What an output of `task` is made from, as JSON holds it. what: prompt, source, seed ..."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().flatten()
+        some = numbers[::max(1, len(numbers) // 64)][:64]          # training moves them all
+        digest.update(f"{name} {weight.dtype}".encode() + some.float().cpu().numpy().tobytes())
+
+    settings = {name: getattr(args, name, None) for name in ("precision", "und_size", "blur", "condition")}
+    made_from = {"task": task, "weights": digest.hexdigest()[:16], **settings, **sampler_options(args), **what}
+    return json.loads(json.dumps(made_from))
+
+
+def origin_of(path):
+    """What a picture says that it was made from; None where it says nothing: it is the user's."""
+    try:
+        with Image.open(path) as picture:
+            return json.loads(picture.info["reca"])
+    except Exception:
+        return None
+
+
+def fingerprint(source):
+    """A short name of an image file's content; "" where it cannot be read."""
+    try:
+        return hashlib.sha256(read_source(source)).hexdigest()[:16]
+    except UnreadableImage:
+        return ""
+
+
+def check_outputs(outputs, source):
+    """outputs: (what it is made for, path) of each file. InputError where two inputs of `source` would write one file,
+    or where a file is in the way that these scripts have not made."""
+    known = {}
+    for name, path in outputs:
+        if path in known:
+            raise InputError(f"{source}: {known[path]} and {name} would both be written to {path}: give them "
+                             "different names")
+        known[path] = name
+        if path.exists() and origin_of(path) is None:
+            raise InputError(f"{path} is in the way, and does not say that it was made here: move it, or choose "
+                             "another --out")
+
+
+def output_paths(names, out):
+    """Names of images -> {name: where in `out` the picture made from it belongs}.
+
+    That is <name without its suffix>.png; with its suffix where this alone tells two names apart (cat.jpg and cat.png),
+    or where a run has a file of its own there. InputError where a name leads out of the folder.
+    """
+    short = {name: str(Path(name).with_suffix(".png")) for name in names}
+    often = collections.Counter(short.values())
+    paths = {}
+    for name in names:
+        taken = often[short[name]] > 1 or short[name] in ("reconstructions.png", "loss.png")
+        path = inside(out, f"{name}.png" if taken else short[name])
+        if len(os.fsencode(path.name)) > 255:
+            start = os.fsencode(path.name)[:200].decode(errors="ignore")
+            path = path.with_name(f"{start}-{stable_seed(name):x}.png")
+        paths[name] = path
+    return paths
+
+
+class Outputs:
+    """Pictures that are asked for, sorted into those that are there and those to be made.
+
+    jobs: (path, what it is to be made from, ...); `todo` are those to be made, `write` makes one,
+    `report` says how many were kept, made, made again."""
+
+    def __init__(self, jobs):
+        self.jobs, self.todo, self.there = jobs, [], set()
+        self.counts = collections.Counter()
+        for job in jobs:
+            path, made_from = job[:2]
+            if path.exists():
+                self.there.add(path)
+            if path.exists() and origin_of(path) == made_from:
+                self.counts["kept"] += 1
+            else:
+                self.todo.append(job)
+
+    def write(self, path, picture, made_from):
+        write(path, picture, made_from)
+        self.counts["made again" if path in self.there else "made"] += 1
+
+    @property
+    def made(self):
+        return self.counts["made"] + self.counts["made again"]
+
+    def report(self):
+        """": 3 kept, 1 made, 2 made again", and of how many earlier pictures nobody has asked now."""
+        paths = {job[0] for job in self.jobs}
+        beside = {path for folder in {path.parent for path in paths} for path in folder.glob("*.png")}
+        others = [origin_of(path) for path in beside - paths]
+        old = sum(made_from is not None and "overview" not in made_from for made_from in others)
+        text = ", ".join(f"{self.counts[what]} {what}" for what in ("kept", "made", "made again"))
+        return f": {text}" + (f"; {old} pictures of other requests are there as well" if old else "")
 
 def in_batches(title, rows, size, same=lambda row: None):
     """Lists of at most `size` rows, behind a progress bar; the rows of one list agree in same(row)."""
@@ -862,43 +1181,69 @@ def readable(rows):
             tqdm.write(f"skipped: {name} ({brief(error)})")
 
 def generate_files(model, args, jobs):
-    """--generate: image k of a prompt has seed --seed + k, whatever its batch, so a rerun may skip what is there."""
-    todo = []
+    """--generate: image k of a prompt has seed --seed + k, whatever its batch."""
+    common_origin, wanted = origin(model, args, "generate"), []
     for prompt, paths, metadata in jobs:
         if metadata:
             write(paths[0].parent.parent / "metadata.jsonl", [metadata])
-        todo += [(prompt, args.seed + k, path) for k, path in enumerate(paths) if not path.exists()]
-    for chunk in in_batches("generate", todo, -(-args.batch_images // 4) * 4):        # the four of a grid stay together
-        prompts, seeds, paths = zip(*chunk)
-        made = {}
-        for path, image in zip(paths, model.generate(list(prompts), seed=list(seeds), **sampler_options(args))):
-            made.setdefault(path, []).append(image)
-        for path, images in made.items():
-            write(path, images[0] if len(images) == 1 else grid([images[:2], images[2:]], cell=images[0].width, gap=0))
-    print(f"{len(todo)} images generated for {len(jobs)} prompts in {args.out}")
+        for path in dict.fromkeys(paths):
+            seeds = [args.seed + k for k, other in enumerate(paths) if other == path]
+            wanted.append((path, {**common_origin, "prompt": prompt, "seeds": seeds}))
 
-def reconstruct_files(model, args, images):
+    outputs, waiting = Outputs(wanted), {}
+    rows = [(path, made_from, seed) for path, made_from in outputs.todo for seed in made_from["seeds"]]
+    for chunk in in_batches("generate", rows, args.batch_images):
+        prompts = [made_from["prompt"] for _, made_from, _ in chunk]
+        seeds = [seed for _, _, seed in chunk]
+        for (path, made_from, _), image in zip(chunk, model.generate(prompts, seed=seeds, **sampler_options(args))):
+            # DPG-Bench wants four in one file, as a square: it is written when all of them are there.
+            made = waiting.setdefault(path, [])
+            made.append(image)
+            if len(made) == len(made_from["seeds"]):
+                picture = made[0] if len(made) == 1 else grid([made[:2], made[2:]], cell=image.width, gap=0)
+                outputs.write(path, picture, made_from)
+                del waiting[path]
+    print(f"{outputs.made} images generated for {len(jobs)} prompts in {args.out}{outputs.report()}")
+
+
+def reconstruct_jobs(source, out):
+    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError for what cannot be."""
+    rows = image_rows(source, out)
+    paths = output_paths([name for name, *_ in rows], out)
+    overview = Path(out) / "reconstructions.png"
+    check_outputs([*((name, paths[name]) for name, *_ in rows), ("the overview", overview)], source)
+    return [(name, image, paths[name]) for name, image, _ in rows]
+
+
+def reconstruct_files(model, args, jobs):
     """--reconstruct: out/<name>.png for each image, painted from nothing but the model's understanding of it."""
-    out, count, shown = Path(args.out), 0, []
-    todo = [(name, source, inside(out, Path(name).with_suffix(".png"))) for name, source, _ in images]
-    for chunk in in_batches("reconstruct", [row for row in todo if not row[2].exists()], args.batch_images):
-        if chunk := list(readable(chunk)):
-            images, seeds = [row[1] for row in chunk], [args.seed] * len(chunk)
+    common_origin = origin(model, args, "reconstruct", seed=args.seed)
+    outputs = Outputs([(path, {**common_origin, "source": fingerprint(source)}, name, source)
+                       for name, source, path in jobs])
+    todo = [(name, source, path, made_from) for path, made_from, name, source in outputs.todo]
+    for chunk in in_batches("reconstruct", todo, args.batch_images):
+        read = list(readable(chunk))
+        if read:
+            images, seeds = [row[1] for row in read], [args.seed] * len(read)
             painted = model.reconstruct(images, seed=seeds, **sampler_options(args))
-            for (_, image, path), again in zip(chunk, painted):
-                write(path, again)
-                shown += [(image.resize((256, 256)), again)] if len(shown) < 16 else []
-            count += len(chunk)
-    if shown:
-        write(out / "reconstructions.png", grid(shown, titles=("input", "reconstruction")))
-    print(f"{count} images reconstructed in {out}")
+            for (_, _, path, made_from), again in zip(read, painted):
+                outputs.write(path, again, made_from)
+
+    if outputs.made:
+        first = list(readable((name, source, path) for name, source, path in jobs[:16] if path.exists()))
+        pairs = [(image.resize((256, 256)), load_image(path)) for _, image, path in first]
+        sheet = grid(pairs, titles=("input", "reconstruction")) if pairs else None
+        if sheet:
+            write(Path(args.out) / "reconstructions.png", sheet, {"overview": True})
+    print(f"{outputs.made} images reconstructed in {args.out}{outputs.report()}")
 
 def questions(args):
     """--describe -> rows (question_id, source, question, image's name): --question for each image of a folder, or a
     question file (.json, .jsonl: question_id, image, text; the images beside it or in --i2t-images)."""
     source = Path(args.describe)
     if source.is_dir():
-        return [(name, image, args.question, Path(name).name) for name, image, _ in image_rows(source)]
+        rows = image_rows(source, args.out)
+        return [(name, image, args.question, Path(name).name) for name, image, _ in rows]
     if not source.exists():
         raise InputError(f"no such folder or question file: {source}")
     folder = Path(args.i2t_images or source.parent)
@@ -915,16 +1260,40 @@ def answers(model, args, rows, title):
             images, question = [row[1] for row in chunk], chunk[0][2]
             yield from zip(chunk, model.describe(images, question=question, max_new_tokens=args.max_new_tokens))
 
+def check_answers(out):
+    """InputError where out/answers.jsonl is not ours to go on with."""
+    path, keys = Path(out) / "answers.jsonl", {"question_id", "image", "question", "answer", "made_from"}
+    if path.exists() and not all(keys <= row.keys() for row in read_whole_lines(path)):
+        raise InputError(f"{path} is in the way, and does not say what it was made from: move it, or choose another "
+                         "--out")
+
+
 def describe_files(model, args, rows):
-    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line; a rerun goes on."""
+    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line, and from what it was made;
+    a rerun goes on. Benchmarks have several questions of one id: question and image belong to what identifies a row."""
+    common_origin = origin(model, args, "describe", max_new_tokens=args.max_new_tokens)
+    wanted = {}
+    for key, source, question, image in rows:
+        made_from = json.dumps({**common_origin, "source": fingerprint(source)}, sort_keys=True)
+        wanted[json.dumps([key, image, question])] = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+    def name(row):
+        return json.dumps([row["question_id"], row["image"], row["question"]])
+
     path, count = Path(args.out) / "answers.jsonl", 0
-    done = {json.dumps(row["question_id"]) for row in mend_lines(path)}
-    todo = [row for row in rows if json.dumps(row[0]) not in done]
-    with open(path, "a", buffering=1) as file:
+    old = {name(row) for row in read_whole_lines(path)}
+    done = {name(row) for row in mend_lines(path, lambda row: wanted.get(name(row)) in (None, row["made_from"]))}
+    again = len((old - done) & wanted.keys())
+    todo = [row for row in rows if json.dumps([row[0], row[3], row[2]]) not in done]
+    with open(path, "a", buffering=1, encoding="utf-8") as file:
         for (key, _, question, image), answer in answers(model, args, todo, "describe"):
-            file.write(json.dumps({"question_id": key, "image": image, "question": question, "answer": answer}) + "\n")
+            row = {"question_id": key, "image": image, "question": question, "answer": answer}
+            file.write(json.dumps({**row, "made_from": wanted[name(row)]}) + "\n")
             count += 1
-    print(f"{count} answers in {path}")
+    kept, others = len(done & wanted.keys()), len(done - wanted.keys())
+    aside = f"; {others} of other requests are there as well" if others else ""
+    print(f"{count} answers in {path}: {kept} kept, {count - min(again, count)} made, {min(again, count)} made again"
+          f"{aside}")
 
 def describe_first(model, args, rows, path):
     """L_i2t without I2T data: before any update the model describes --self-captions training images, its targets. Our
@@ -934,15 +1303,39 @@ def describe_first(model, args, rows, path):
         order = np.random.default_rng(stable_seed("describe", len(rows))).permutation(len(rows))[:args.self_captions]
         print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training images first, and is "
               f"held to that ({path}). This is our addition; real data or --lambda-i2t 0 are the alternatives.")
-        asked = [(*rows[i][:2], args.question, i) for i in order.tolist()]
-        said = [{"index": i, "question": question, "answer": answer}
-                for (_, _, question, i), answer in answers(model, args, asked, "targets of L_i2t") if answer.strip()]
+        asked = [(*rows[i][:2], args.question) for i in order.tolist()]
+        said = [{"name": name, "question": question, "answer": answer}
+                for (name, _, question), answer in answers(model, args, asked, "targets of L_i2t") if answer.strip()]
         if not said:
             raise InputError("the model describes none of the images: give --i2t-data, or --lambda-i2t 0")
         write(path, said)
     if dist.is_initialized():
         dist.barrier()
-    return [(*rows[said["index"]][:2], [(said["question"], said["answer"])]) for said in read_json(path, lines=True)]
+    return described(rows, path)
+
+
+def described(rows, path):
+    """The rows of L_i2t from what describe_first has kept. By the images' names: files may have come or gone since.
+    Descriptions of images that are not there are left out; InputError where none is left."""
+    wanted = {}
+    for said in read_json(path, lines=True):
+        try:
+            wanted[said["name"]] = [(said["question"], said["answer"])]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} does not hold this model's descriptions (name, question, answer)") from error
+
+    if isinstance(rows, Shapes):
+        numbers = {name: int(name.removeprefix("shapes ")) for name in wanted if name.startswith("shapes ")}
+        found = [(name, rows[number][1]) for name, number in numbers.items()]
+    else:
+        found = [(name, source) for name, source, _ in rows if name in wanted]
+    if not found:
+        raise InputError(f"{path} describes none of the images of --data: give back the folder of this run, or "
+                         "--i2t-data")
+    if len(found) < len(wanted):
+        say(f"{path}: {len(wanted) - len(found)} of {len(wanted)} descriptions are of images that are not there now: "
+            "left out")
+    return [(name, source, wanted[name]) for name, source in found]
 
 # ==== 7. The toy world ================================================================================
 # 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
@@ -1208,7 +1601,7 @@ def build_rows(args):
     """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
     rows, toy = {}, args.data == "shapes"
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
-        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data)
+        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data, args.out)
     if args.lambda_i2t and args.i2t_data:
         rows["i2t"] = (Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes"
                        else conversation_rows(args.i2t_data, args.i2t_images))
@@ -1335,8 +1728,9 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     if args.generate:
         todo[generate_files] = prompt_jobs(args.generate, out, args.images)
     if args.reconstruct:
-        todo[reconstruct_files] = image_rows(args.reconstruct)
+        todo[reconstruct_files] = reconstruct_jobs(args.reconstruct, out)
     if args.describe:
+        check_answers(out)
         todo[describe_files] = questions(args)
     resume = own_checkpoints(out)[-1] if args.resume else None
     source = resume or (toy_folder(model_class, args, pretrain_toy) if toy else args.model)
@@ -1376,7 +1770,8 @@ def post_train(model, args, rows, prepare, trainer, resume):
     for name, data in rows.items():
         cache = Cache(args.cache, {**settings, "task": name}) if args.cache else None
         streams[name] = Stream(name, data, model.preprocess, args.seed, texts if name == "recon" else None, cache)
-    samples = preview_images(next(iter(rows.values())), size)
+    samples, before = kept_previews(previews) if resume else ([], [])
+    samples = samples or preview_images(next(iter(rows.values())), size)
 
     def paint():
         """The preview images, reconstructed by the model as it is now."""
@@ -1386,23 +1781,26 @@ def post_train(model, args, rows, prepare, trainer, resume):
     def show(step):
         now = paint()                           # on all ranks: sharded weights are gathered by all together
         if main_process:
-            before = [load_image(previews / f"before_{k}.png") for k in range(len(samples))]
-            titles = ("input", "before RecA", f"step {step}")
-            picture = grid(list(zip(samples, before, now)), titles, cell=max(128, min(256, size)))
+            columns = [samples, before, now] if before else [samples, now]
+            titles = ("input", "before RecA", f"step {step}") if before else ("input", f"step {step}")
+            picture = grid(list(zip(*columns)), titles, cell=max(128, min(256, size)))
             write(previews / f"step_{step:06d}.png", picture)
 
-    def score(known):
-        """out/scores.json: `known` and the toy world's scores now."""
+    def score(when):
+        """out/scores.json: the toy world's scores now, under `when`, beside those that are there."""
+        known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
         with inference(model, args):
-            scores = {**known, "after" if known else "before": score_toy(model, size, 128, 7, sampler_options(args))}
-        write(out / "scores.json", scores)
-        return scores
+            known[when] = score_toy(model, size, 128, 7, sampler_options(args))
+        write(out / "scores.json", known)
+        return known
 
     if main_process and not resume:
-        for k, image in enumerate(paint()):
-            write(previews / f"before_{k}.png", image)
+        before = paint()
+        for k, (image, painted) in enumerate(zip(samples, before)):
+            write(previews / f"input_{k}.png", image)
+            write(previews / f"before_{k}.png", painted)
         if toy:
-            score({})
+            score("before")
     trainer = trainer(model, streams, args, show, **prepare(model, args))
     if resume:
         trainer.resume(resume)
@@ -1411,23 +1809,43 @@ def post_train(model, args, rows, prepare, trainer, resume):
     trainer.train()
     show(trainer.step)
     if main_process and toy:
-        scores = score(read_json(out / "scores.json"))
+        scores = score("after")
         print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
         for name, after in scores["after"].items():
-            print(f"{name:<22}{scores['before'][name]:>8.2f}{after:>8.2f}")
+            print(f"{name:<22}{scores.get('before', {}).get(name, math.nan):>8.2f}{after:>8.2f}")
     if main_process:
         print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
+
+def kept_previews(folder):
+    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists where that is not whole:
+    then other images are shown, and none before RecA, as the model that could paint it is gone."""
+    images, before = [], []
+    with contextlib.suppress(UnreadableImage):
+        while (folder / f"before_{len(images)}.png").exists():
+            k = len(images)
+            pair = [load_image(folder / f"{when}_{k}.png") for when in ("input", "before")]
+            images.append(pair[0])
+            before.append(pair[1])
+        return images, before
+    return [], []
+
 
 def preview_images(rows, size, count=6):
     """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
     if isinstance(rows, Shapes):
         rng = np.random.default_rng(12345)
         return [draw_scene(random_scene(rng), size) for _ in range(count)]
-    found = readable(row for row in rows[:100] if row[1] is not None)
-    images = [image for _, image, _ in itertools.islice(found, count)]
+    images, first = [], None
+    for name, source, _ in (row for row in rows if row[1] is not None):
+        try:
+            images.append(load_image(source))
+        except UnreadableImage as error:       # the run names it, when it comes to it
+            first = first or f"{name} ({error})"
+        if len(images) == count:
+            break
     if not images:
-        raise InputError("none of the first images could be read")
-    return images
+        raise InputError(f"none of the {len(rows)} images could be read; the first: {first}")
+    return [shrunk(image, 1024) for image in images]
 
 # Dense bf16 peak of common GPUs, in FLOP/s, for the MFU (their makers' data sheets).
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}

@@ -1139,7 +1139,13 @@ def with_sources(out, args, prefix="", **options):
     """An item per image of --sources and its namesake in OUT (of whatever suffix)."""
     names = [path.relative_to(args.sources) for path in images_in(args.sources, "**/*")][:args.limit]
     require(names, f"{args.sources}: no image in it")
-    return [Item(f"{prefix}{name}", [Picture(args.sources / name), Picture(find_image(name.with_suffix(""), out))], "",
+
+    def namesake(name):
+        """cat.jpg.png where there was a cat.png as well, else cat.png."""
+        whole = out / f"{name}.png"
+        return whole if whole.is_file() else find_image(name.with_suffix(""), out)
+
+    return [Item(f"{prefix}{name}", [Picture(args.sources / name), Picture(namesake(name))], "",
                  json.loads, prompt=str(name), **options) for name in names]
 
 def recon(out, args, problems):

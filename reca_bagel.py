@@ -1072,7 +1072,7 @@ def edit_jobs(path, sources, out):
         out/gen_image/fullset/<task_type>/<language>/<key>.png and <key>_SRCIMG.png
     Images are relative to `sources` (default: the file's folder). Raises InputError.
     """
-    sources, gedit, jobs = Path(sources or Path(path).parent), Path(path).suffix == ".jsonl", []
+    sources, gedit, jobs = Path(sources or Path(path).parent), Path(path).suffix.lower() == ".jsonl", []
     table = common.read_json(path, lines=gedit)
     try:
         for key, row in enumerate(table) if gedit else table.items():
@@ -1086,21 +1086,33 @@ def edit_jobs(path, sources, out):
     except (KeyError, TypeError, AttributeError) as error:
         what = "is neither ImgEdit's (singleturn.json: id, prompt) nor GEdit's (.jsonl: key, task_type, instruction, "
         raise InputError(f"{path}: row {len(jobs) + 1} {what}instruction_language)") from error
+    common.check_outputs([(f"row {i + 1}", file) for i, (*_, paths) in enumerate(jobs) for file in paths], path)
     return jobs
 
 def edit_files(model, args, jobs):
-    """Writes what is missing, so a rerun goes on. (The original crops black borders off its results; we do not.)"""
-    todo, count = [job for job in jobs if not all(path.exists() for path in job[3])], 0
+    """Makes what is missing or was made from something else. (The original crops black borders off its results; we do
+    not.)"""
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
+    edit_origin = common.origin(model, args, "edit", seed=args.seed, image_guidance_scale=args.image_guidance_scale)
+    wanted = []
+    for name, source, text, paths in jobs:
+        made_from = {**edit_origin, "instruction": text, "source": common.fingerprint(source)}
+        wanted.append((paths[0], made_from, name, source, text, paths[1:]))
+
+    outputs = common.Outputs(wanted)
+    todo = [(name, source, text, path, made_from, copies)
+            for path, made_from, name, source, text, copies in outputs.todo]
     for chunk in common.in_batches("edit", todo, args.batch_images):
-        if chunk := list(common.readable(chunk)):
-            _, images, texts, paths = zip(*chunk)
-            edited = model.edit(images, texts, seed=[args.seed] * len(chunk), **options)
-            for source, image, targets in zip(images, edited, paths):
-                for target, picture in zip(targets, (image, source)):
-                    common.write(target, picture)
-            count += len(chunk)
-    print(f"{count} images edited in {args.out}")
+        read = list(common.readable(chunk))
+        if not read:
+            continue
+        images, texts = [row[1] for row in read], [row[2] for row in read]
+        edited = model.edit(images, texts, seed=[args.seed] * len(read), **options)
+        for (_, source, _, path, made_from, copies), picture in zip(read, edited):
+            for copy in copies:                                    # first, as the edit says that both are there
+                common.write(copy, source, {**made_from, "copy": True})
+            outputs.write(path, picture, made_from)
+    print(f"{outputs.made} images edited in {args.out}{outputs.report()}")
 
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)

@@ -393,7 +393,7 @@ class Harmon(nn.Module):
         if image is None:                                   # a conversation without an image: mid grey
             return {"pixels": torch.zeros(3, size, size)}
         if task == "recon":                                 # squeezed to a square, from its longer side
-            image = image.resize((max(image.size),) * 2).resize((size, size))
+            image = common.stretch_square(image, size)
         else:
             image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
         return {"pixels": common.to_tensor(image)}
