@@ -56,8 +56,17 @@ from tqdm import tqdm
 class InputError(Exception):
     """Something the user gave cannot work. The message is one line: what is wrong, and what to do."""
 
+def print_anything():
+    """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is printed as its code,
+    and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def cli(main):
     """Run `main()`; an InputError, or a batch that does not fit, becomes one line on stderr and exit code 2."""
+    print_anything()
     try:
         main()
         if dist.is_initialized():
@@ -82,7 +91,8 @@ def remove(path):
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 @contextlib.contextmanager
 def atomic(path):
@@ -274,13 +284,56 @@ def load_state(path):
             shards = sorted({Path(shard).name for shard in json.loads(path.read_text())["weight_map"].values()})
             return {key: value for shard in shards for key, value in load_state(path.with_name(shard)).items()}
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return unwrapped(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:      # truncated, not a checkpoint, or a pickle with code in it: one line for all of them
         raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}, no dict of tensors")
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    return {key: value for key, value in state.items() if torch.is_tensor(value)}
+    state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
+    if not state:
+        raise InputError(f"{path} is not a readable checkpoint: there is no tensor in it")
+    return unwrapped(state)
+
+
+def unwrapped(state):
+    """A dict whose keys are names of tensors, without what wrappers put in front of all of them: module. is
+    DistributedDataParallel's, _orig_mod. torch.compile's."""
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state
+
+
+def load_training(folder, mmap=False):
+    """What a checkpoint holds beside the weights, as Trainer.save wrote it. InputError where it is damaged.
+    mmap: only look, without reading all of it."""
+    path = folder / "trainer.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
+    if not isinstance(state, dict) or not {"step", "seen"} <= state.keys():
+        raise InputError(f"{path} is not a readable checkpoint: no step is told in it")
+    return state
+
+
+@contextlib.contextmanager
+def resuming(folder):
+    """with resuming(checkpoint): read it. Where that fails, the error offers the checkpoint before it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:         # a RuntimeError, too
+        raise
+    except (InputError, KeyError, ValueError, RuntimeError) as error:
+        line = str(error) if isinstance(error, InputError) else f"{folder} cannot be gone on with ({brief(error)})"
+        known = own_checkpoints(folder.parent)
+        earlier = known[:known.index(folder)]
+        offer = (f"remove {folder} to go on from {earlier[-1].name}" if earlier
+                 else "there is no checkpoint before it")
+        raise InputError(f"{line}; {offer}") from error
 
 def find_checkpoint(source, released, kinds, beside):
     """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
@@ -441,7 +494,7 @@ def templates(which="all"):
 MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif")
 MAX_BYTES = 2 ** 30          # and a larger file before it is read
-MAX_SIDE = 8192              # of a square that an image is put on or stretched to, on the way to a smaller one
+MAX_SIDE = 6144              # of a square that an image is put on or stretched to, on the way to a smaller one
 UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)  # of damaged files
 
 
@@ -502,6 +555,14 @@ def decode(data):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
+def plain(text, markers):
+    """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" -> "< IMG_CONTEXT>".
+    It then stands for itself, and not for an image or for the end of a turn."""
+    for marker in markers:
+        text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+    return text
+
+
 def to_tensor(image):
     """PIL RGB -> float32 [3, H, W] in [-1, 1]."""
     return torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5 - 1
@@ -548,12 +609,17 @@ def pad_square(image, size):
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return square.resize((size, size))
 
+def check_blur(factor, side):
+    """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before training."""
+    if factor and not 1 <= factor <= side // 2:
+        raise InputError(f"--blur {factor}: at most {side // 2}, half of the image's side")
+
+
 def blur(pixels, factor):
     """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens.
     InputError where nothing would be left."""
     size = pixels.shape[-2:]
-    if factor > min(size) // 2:
-        raise InputError(f"--blur {factor}: at most {min(size) // 2}, half of the image's side")
+    check_blur(factor, min(size))
     small = F.interpolate(pixels, size=[side // factor for side in size], mode="bilinear")
     return F.interpolate(small, size=size, mode="bilinear")
 
@@ -895,7 +961,7 @@ class Trainer:
 
     def resume(self, folder):
         """Reads all but the weights (see from_pretrained). Random numbers need no state (section 2)."""
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state = load_training(folder)
         self.step, self.seen = state["step"], state["seen"]
         self.optimizer.load_state_dict(state["optimizer"])
 
@@ -1559,6 +1625,7 @@ class Parser(argparse.ArgumentParser):
 def parse_args(description, recipes, default, argv=None, extend=None):
     """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
     line is taken from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
+    print_anything()
     paper, group = vars(recipes[default]), None
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     models = f"a released model ({', '.join(recipes)}), a hub id, a folder, or tiny (default {default})"
@@ -1587,7 +1654,7 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     args.data = args.data or ("shapes" if args.model in TOYS else None)
     args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
     if args.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1))
+        cores = (os.cpu_count() or 1) // launched_ranks()
         args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
@@ -1610,14 +1677,31 @@ def build_rows(args):
         rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else caption_rows(args.captions)
     return rows
 
+def launched_ranks():
+    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not torchrun's: InputError
+    where the other variables are missing."""
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if count == "1":
+        return 1
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not count.isdecimal() or count == "0":
+        raise InputError(f"WORLD_SIZE is {count}, but {', '.join(missing) or 'that is no number of processes'}"
+                         f"{' is not set' if missing else ''}: start with torchrun, or unset WORLD_SIZE")
+    return int(count)
+
+
 def start_process(args):
     """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
     cuda = torch.cuda.is_available()
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if launched_ranks() > 1 and not dist.is_initialized():
         # The others wait while rank 0 describes images, paints previews and writes checkpoints: not only 10 minutes.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        card = int(os.environ.get("LOCAL_RANK", 0))
+        if card >= torch.cuda.device_count():
+            raise InputError(f"process {card} of this machine has no GPU: there are {torch.cuda.device_count()}; start "
+                             "as many processes with --nproc-per-node")
+        torch.cuda.set_device(card)
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
     torch.manual_seed(args.seed)
     return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -1660,9 +1744,10 @@ def record_run(args, device):
 def check_out(args, toy):
     """InputError where --out cannot take what is asked for, before anything is made."""
     out, checkpoints = Path(args.out), own_checkpoints(args.out)
-    for path in (out, *out.parents):
-        if path.exists() and not path.is_dir():
-            raise InputError(f"--out {out}: {path} is a file; give a folder")
+    for flag, folder in (("--out", out), ("--cache", args.cache and Path(args.cache))):
+        for path in [folder, *folder.parents] if folder else ():
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{flag} {folder}: {path} is a file; give a folder")
     if args.resume and not checkpoints:
         raise InputError(f"nothing to resume: no checkpoint in {out}")
     if not args.steps:
@@ -1681,11 +1766,24 @@ def check_out(args, toy):
                              "of this run; move it, or choose another --out")
 
 
+def cache_home():
+    """Where programs of this user keep what can be made again: XDG_CACHE_HOME if it is an absolute path (else the
+    standard wants it ignored), or ~/.cache."""
+    given = os.environ.get("XDG_CACHE_HOME", "")
+    if os.path.isabs(given):
+        return Path(given)
+    try:
+        return Path.home() / ".cache"
+    except RuntimeError as error:
+        raise InputError("this user has no home folder: set XDG_CACHE_HOME to a folder where the tiny model can be "
+                         "kept") from error
+
+
 def toy_folder(model_class, args, pretrain):
     """The pretrained tiny model, as a released one: made once, kept in ~/.cache/reca (XDG_CACHE_HOME), by its code."""
     code = Path(sys.modules[model_class.__module__].__file__).read_bytes() + Path(__file__).read_bytes()
     name = f"{args.model}-{model_class.__name__.lower()}-{stable_seed(code, args.pretrain, args.seed):x}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "reca" / name
+    folder = cache_home() / "reca" / name
     if not folder.exists() and world()[0] == 0:
         model = model_class.from_pretrained(args.model)
         model.train()
@@ -1735,7 +1833,10 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     resume = own_checkpoints(out)[-1] if args.resume else None
     source = resume or (toy_folder(model_class, args, pretrain_toy) if toy else args.model)
     dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
-    model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
+    with resuming(resume) if resume else contextlib.nullcontext():
+        if resume:
+            load_training(resume, mmap=True)
+        model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
     if world()[0] == 0:
@@ -1803,7 +1904,8 @@ def post_train(model, args, rows, prepare, trainer, resume):
             score("before")
     trainer = trainer(model, streams, args, show, **prepare(model, args))
     if resume:
-        trainer.resume(resume)
+        with resuming(resume):
+            trainer.resume(resume)
     speed_up(model, args)
     model.train()
     trainer.train()

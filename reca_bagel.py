@@ -314,8 +314,7 @@ class Bagel(nn.Module):
         size, blur = size or self.und_size, blur or self.und_blur
         if not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
-        if blur > size // 2:                                    # here, as preprocess runs in a worker
-            raise InputError(f"--blur {blur}: at most {size // 2}, half of what the ViT sees")
+        common.check_blur(blur, size)                           # here, as preprocess runs in a worker
         self.und_size, self.und_blur = size, blur
 
     def freeze(self, train_und=False):
@@ -351,7 +350,9 @@ class Bagel(nn.Module):
             image = image.resize(fit(*image.size, *limits[task], c.vit["patch_size"]), Image.BICUBIC)
             pixels["vit"] = common.to_tensor(image)
             if self.und_blur > 1 and task == "recon":
-                pixels["vit"] = common.blur(pixels["vit"][None], self.und_blur)[0]
+                # A narrow image has a shorter side than the one that --blur was checked with.
+                factor = min(self.und_blur, max(1, min(image.size) // 2))
+                pixels["vit"] = common.blur(pixels["vit"][None], factor)[0]
         return pixels
 
     @torch.no_grad()
@@ -569,7 +570,7 @@ class Bagel(nn.Module):
             return text
         if self.tokenizer is None:
             raise InputError("this checkpoint has no tokenizer: put tokenizer.json into its folder")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(common.plain(text, MARKERS), add_special_tokens=False)["input_ids"]
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
     def _contexts(self, ids, vits=None, latents=None, target=None):
@@ -916,9 +917,12 @@ class BagelTrainer(common.Trainer):
             dist.barrier()
 
     def resume(self, folder):
-        state, shards = torch.load(folder / "trainer.pt", weights_only=True), self._shards()
+        state, shards = common.load_training(folder), self._shards()
         self.step, self.seen = state["step"], state["seen"]
-        dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
+        try:
+            dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
+        except (dcp.api.CheckpointException, OSError, EOFError) as error:
+            raise InputError(f"cannot read {folder / 'shards'}: {common.brief(error)}") from error
         set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
 
     def train(self):

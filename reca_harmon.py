@@ -327,6 +327,7 @@ def masked_after(N, num_steps):
     return left[1:]
 
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")                  # what the user's words must not say
 IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
 
 class Harmon(nn.Module):
@@ -358,6 +359,7 @@ class Harmon(nn.Module):
         """The paper's ablations: the understanding pass gets a smaller (section 3) or a blurred (F.2) image."""
         if size and size % self.stride:
             raise InputError(f"--und-size {size}: Harmon's understanding encoder takes multiples of {self.stride}")
+        common.check_blur(blur, self.config.image_size)
         self.und_size, self.und_blur = size, blur
 
     @property
@@ -527,23 +529,25 @@ class Harmon(nn.Module):
         of the images: "unconditional" for the original, which yet leaves the image in."""
         if template is None:
             return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("Generate an image." + END)
-        return (self._tokens(USER + "\n") + [IMAGE_MARKER] + self._tokens(template + END))[:128]
+        return (self._tokens(USER + "\n") + [IMAGE_MARKER] + self._tokens(common.plain(template, MARKERS) + END))[:128]
 
     def t2i_prompt(self, caption=None):
         """Text to image; without a caption, what guidance moves away from."""
-        text = "Generate an image." if caption is None else f"Generate an image: {caption.strip()}"
+        caption = caption and common.plain(caption, MARKERS).strip()
+        text = "Generate an image." if caption is None else f"Generate an image: {caption}"
         return self._tokens(USER + text + END)[:1024]
 
     def i2t_prompt(self, question):
         """The first turn of a conversation: the image, a newline, the question."""
-        return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("\n" + question + END)
+        return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("\n" + common.plain(question, MARKERS) + END)
 
     def conversation(self, turns):
         """[(question, answer), ...] -> ids and labels, 1472 at most. Labels: the answers, each with its turn's end."""
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
-            asked = self._tokens(USER + question + END) if i else self.i2t_prompt(question)
-            answered, between = self._tokens(answer + "<|im_end|>"), self._tokens("\n")
+            asked = self._tokens(USER + common.plain(question, MARKERS) + END) if i else self.i2t_prompt(question)
+            answered = self._tokens(common.plain(answer, MARKERS) + "<|im_end|>")
+            between = self._tokens("\n")
             ids += asked + answered + between
             labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
         return ids[:1472], labels[:1472]

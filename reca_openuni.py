@@ -228,6 +228,7 @@ class OpenUni(nn.Module):
         step = 2 * vision.patch_size[0]
         if size and size % step:
             raise InputError(f"--und-size {size}: OpenUni's understanding encoder takes multiples of {step}")
+        common.check_blur(blur, self.config.image_size)
         self.und_size, self.und_blur = size or vision.image_size[0], blur
         self.image_tokens = (self.und_size // step) ** 2     # N: the ViT's patches are merged 2x2
 
@@ -450,14 +451,15 @@ class OpenUni(nn.Module):
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
             asked = self.i2t_prompt(question, image and i == 0)
-            answered, between = self._tokens(answer + "<|im_end|>"), self._tokens("\n")
+            answered = self._tokens(common.plain(answer, MARKERS) + "<|im_end|>")
+            between = self._tokens("\n")
             ids += asked + answered + between
             labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
         return ids, labels
 
     def _turn(self, text, image=True):
         image = "<img>" + "<IMG_CONTEXT>" * self.image_tokens + "</img>\n" if image else ""
-        return f"<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n"
+        return f"<|im_start|>user\n{image}{common.plain(text, MARKERS)}<|im_end|>\n<|im_start|>assistant\n"
 
     def _tokens(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids

@@ -150,6 +150,7 @@ SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence a
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100                              # a label that is not predicted; among ids: the place of a CLIP row
+MARKERS = ("<|endoftext|>",)                # what the user's words must not say: it ends a text
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
@@ -281,8 +282,7 @@ class Showo(nn.Module):
             raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (VQ: multiples of 16)")
         if not c.w_clip_vit and (size % 16 or size > c.image_size):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
-        if blur and not 1 <= blur <= c.image_size // 2:             # before training, not at the first image
-            raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
+        common.check_blur(blur, c.image_size)                       # before training, not at the first image
         self.und_size, self.und_blur = size, blur
 
     def parts(self, *names):
@@ -547,8 +547,8 @@ class Showo(nn.Module):
         for turns in conversations:
             ids, labels = [], []
             for question, answer in turns:
-                asked = self._text_ids(f"USER: {question.strip()} ASSISTANT:")
-                said = self._text_ids(f" {answer.strip()}") + [c.eot]
+                asked = self._text_ids(f"USER: {common.plain(question, MARKERS).strip()} ASSISTANT:")
+                said = self._text_ids(f" {common.plain(answer, MARKERS).strip()}") + [c.eot]
                 ids, labels = ids + asked + said, labels + [IGNORED] * len(asked) + said
             all_ids.append(torch.tensor(ids[:room]))
             all_labels.append(torch.tensor(labels[:room]))
@@ -614,6 +614,7 @@ class Showo(nn.Module):
 
     def generate(self, prompts, **settings):
         """Text to image: prompts -> PIL images, in one batch. settings: see _sample."""
+        prompts = [common.plain(prompt, MARKERS) for prompt in prompts]
         rows = self._t2i_rows([self._text_ids(prompt) for prompt in prompts], slots=self.config.max_prompt)
         return self._paint_images(rows, **settings)
 
@@ -631,7 +632,7 @@ class Showo(nn.Module):
         the original's VQ variant has one more <eot> and a line break, which no training had.)"""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
         und = torch.stack([f["und"] for f in features])
-        ids = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")] * len(images))
+        ids = torch.tensor([self._text_ids(f"USER: {common.plain(question, MARKERS)} ASSISTANT:")] * len(images))
         rows = self._i2t_rows(ids, torch.full_like(ids, IGNORED), und, self._system_ids())
         eot, answers = self.config.eot, self._continue(rows, und, max_new_tokens).tolist()
         answers = [answer[:answer.index(eot)] if eot in answer else answer for answer in answers]

@@ -300,3 +300,399 @@ def test_several_questions_may_share_an_id(tmp_path, images):
         run(*INFER, "--describe", tmp_path / "q.jsonl", "--i2t-images", images, "--out", tmp_path / "s")
     said = common.read_json(tmp_path / "s" / "answers.jsonl", lines=True)
     assert [row["question"] for row in said] == ["red ?", "blue ?"]
+
+
+# ---- self-captions, previews, damaged state ----------------------------------------------------------------------------
+
+
+def described_run(images, out, *arguments):
+    run(*TINY, "--data", images, "--accum", 1, "--self-captions", 9, "--sample-every", 1000, "--out", out, *arguments)
+
+
+def test_descriptions_are_found_by_name_when_files_come_and_go(tmp_path, images, capsys):
+    out = tmp_path / "o"
+    described_run(images, out, "--steps", 1)
+    kept = [{"name": f"{k:02d}.png", "question": "What?", "answer": f"number {k}"} for k in (0, 5, 8)]
+    common.write(out / "i2t_self.jsonl", kept)
+    for name in ("0000.png", "04b.png"):
+        Image.new("RGB", (40, 40), "red").save(images / name)
+    rows = common.described(common.image_rows(images), out / "i2t_self.jsonl")
+    assert [(name, Path(source).name, talk) for name, source, talk in rows] == [
+        (f"{k:02d}.png", f"{k:02d}.png", [("What?", f"number {k}")]) for k in (0, 5, 8)]
+    for k in range(6):
+        (images / f"{k:02d}.png").unlink()
+    capsys.readouterr()
+    described_run(images, out, "--steps", 2, "--resume")
+    assert "2 of 3 descriptions are of images that are not there now" in capsys.readouterr().out
+    (images / "08.png").unlink()
+    with pytest.raises(common.InputError, match="describes none of the images"):
+        described_run(images, out, "--steps", 3, "--resume")
+
+
+def test_descriptions_of_the_toy_world_are_found_again(tmp_path):
+    common.write(tmp_path / "said.jsonl", [{"name": "shapes 7", "question": "What?", "answer": "red circle"}])
+    rows = common.described(common.Shapes(size=32, count=10), tmp_path / "said.jsonl")
+    assert rows[0][0] == "shapes 7" and rows[0][1].size == (32, 32)
+
+
+@pytest.mark.parametrize("missing", ["previews", "previews/input_1.png"])
+def test_a_run_resumes_without_its_previews(tmp_path, images, missing):
+    out = tmp_path / "o"
+    training(images, out, "--steps", 1)
+    common.remove(out / missing)
+    training(images, out, "--steps", 2, "--resume")
+    assert checkpoints(out)[-1] == "checkpoint-000002"
+    assert Image.open(out / "previews" / "step_000002.png").width == 2 * (128 + 4)            # no column before RecA
+
+
+def test_a_run_resumes_in_a_folder_with_more_images_than_before(tmp_path, images):
+    out = tmp_path / "o"
+    for k in range(2, 9):
+        (images / f"{k:02d}.png").unlink()
+    training(images, out, "--steps", 1)
+    for k in range(2, 9):
+        Image.new("RGB", (48, 40), (k * 28, 90, k)).save(images / f"{k:02d}.png")
+    training(images, out, "--steps", 2, "--resume")
+    sheet = Image.open(out / "previews" / "step_000002.png")
+    assert sheet.size == (3 * (128 + 4), 18 + 2 * (128 + 4))                  # the two that have been shown from the start
+
+
+def test_the_toy_world_resumes_without_its_scores(tmp_path):
+    flags = [*TINY, "--lambda-i2t", 0, "--sample-every", 1000, "--out", tmp_path / "o"]
+    run(*flags, "--steps", 1)
+    (tmp_path / "o" / "scores.json").unlink()
+    run(*flags, "--steps", 2, "--resume")
+    assert set(json.loads((tmp_path / "o" / "scores.json").read_text())) == {"after"}
+
+
+def test_a_damaged_checkpoint_offers_the_one_before(tmp_path, images):
+    out = tmp_path / "o"
+    training(images, out, "--steps", 2, "--save-every", 1)
+    flags = [*TINY, "--data", images, "--lambda-i2t", 0, "--accum", 1, "--steps", 3, "--resume", "--out", out]
+    newest = out / "checkpoint-000002"
+    for file, content in (("trainer.pt", None), ("trainer.pt", [1, 2]), ("harmon_tiny.pth", None)):
+        whole = (newest / file).read_bytes()
+        if content is None:
+            (newest / file).write_bytes(whole[:2000])
+        else:
+            torch.save(content, newest / file)
+        line = refused(*flags)
+        assert f"{newest / file} is not a readable checkpoint" in line and "checkpoint-000001" in line
+        (newest / file).write_bytes(whole)
+    (newest / "trainer.pt").write_bytes(b"")
+    common.remove(out / "checkpoint-000001")
+    assert "no checkpoint before it" in refused(*flags)
+
+
+def test_empty_and_broken_lines_of_a_log(tmp_path, images):
+    out = tmp_path / "o"
+    training(images, out, "--steps", 2)
+    with open(out / "log.jsonl", "ab") as log:
+        log.write(b'\n\n[1, 2]\n{"no": "step"}\n\xff\xfe\x00\n{"step": 3, "lo')
+    training(images, out, "--steps", 3, "--resume")
+    assert [row["step"] for row in common.read_json(out / "log.jsonl", lines=True)] == [1, 2, 3]
+
+
+# ---- foreign files -----------------------------------------------------------------------------------------------------
+
+
+def bad_exif(path):
+    """A photo whose EXIF says an orientation, and a resolution of the wrong type, which Pillow cannot write again."""
+    def entry(tag, kind, count, value):
+        return struct.pack(">HHI", tag, kind, count) + value.ljust(4, b"\0")
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\x02" + entry(0x112, 3, 1, b"\0\6") + entry(0x11a, 2, 3, b"72\0") + b"\0" * 4
+    Image.new("RGB", (48, 40), "red").save(path, exif=exif)
+
+
+def test_whatever_a_decoder_raises_skips_the_image(tmp_path, images, monkeypatch):
+    bad_exif(images / "x.jpg")
+    with pytest.raises(common.UnreadableImage):
+        common.load_image(images / "x.jpg")
+    training(images, tmp_path / "o", "--steps", 6)
+    rows = common.read_json(tmp_path / "o" / "log.jsonl", lines=True)
+    skipped = [name.split(" (")[0] for row in rows for name in row["skipped"]]
+    assert len(rows) == 6 and skipped == ["x.jpg"]
+    for raised in (struct.error("x"), AttributeError("x"), MemoryError(), TypeError("x"), AssertionError(), KeyError(1)):
+        def decode(data, raised=raised):
+            raise raised
+        monkeypatch.setattr(common, "decode", decode)
+        with pytest.raises(common.UnreadableImage):
+            common.load_image(images / "00.png")
+    with pytest.raises(common.UnreadableImage, match="No such file"):
+        common.read_source(images / "gone.png")
+
+
+def test_floats_without_a_range_and_endless_files_are_no_images(tmp_path, monkeypatch):
+    Image.fromarray(np.random.rand(8, 8).astype(np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(common.UnreadableImage, match="floating point"):
+        common.load_image(tmp_path / "f.tif")
+    with open(tmp_path / "big.png", "wb") as file:
+        file.truncate(common.MAX_BYTES + 1)
+    with pytest.raises(common.UnreadableImage, match="refused"):
+        common.load_image(tmp_path / "big.png")
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+def test_prompts_in_encodings_that_say_what_they_are(tmp_path, encoding):
+    path = tmp_path / "p.txt"
+    path.write_bytes("a café\r\n一只猫\u2028on a mat\rlast".encode(encoding))
+    assert [job[0] for job in common.prompt_jobs(path, tmp_path / "o", 1)] == ["a café", "一只猫\u2028on a mat", "last"]
+    (tmp_path / "p.jsonl").write_bytes('{"prompt": "a café"}\n'.encode(encoding))
+    assert common.prompt_jobs(tmp_path / "p.jsonl", tmp_path / "o", 1)[0][0] == "a café"
+    (tmp_path / "dpg").mkdir()
+    (tmp_path / "dpg" / "1.txt").write_bytes("a café".encode(encoding))
+    (tmp_path / "dpg" / "._1.txt").write_bytes(b"\0\5\x16\7")                       # macOS's notes on it are no prompt
+    assert [job[0] for job in common.prompt_jobs(tmp_path / "dpg", tmp_path / "o", 1)] == ["a café"]
+
+
+@pytest.mark.parametrize("data", ["eins\nein Café\n".encode("latin-1"), "eins\ncafé".encode("utf-16-le")])
+def test_prompts_in_encodings_that_do_not(tmp_path, data):
+    (tmp_path / "p.txt").write_bytes(data)
+    line = refused(*INFER, "--generate", tmp_path / "p.txt", "--out", tmp_path / "o")
+    assert "is not utf-8 text; save the file as UTF-8" in line and ("line 2" in line or b"\0" in data)
+
+
+def test_a_checkpoint_that_holds_something_else(tmp_path):
+    for name, content in (("list", [torch.ones(2)]), ("tensor", torch.ones(2)), ("empty", {}), ("words", {"a": "b"})):
+        torch.save(content, tmp_path / f"{name}.pth")
+        assert "is not a readable checkpoint" in refused("--model", tmp_path / f"{name}.pth", "--steps", 0,
+                                                         "--out", tmp_path / "o")
+    common.write(tmp_path / "config.json", [1])
+    with pytest.raises(common.InputError, match="holds no JSON object"):
+        common.read_object(tmp_path / "config.json")
+
+
+def test_names_that_a_terminal_cannot_print(tmp_path, images):
+    os.rename(os.fsencode(images / "03.png"), os.fsencode(images) + b"/caf\xe9.png")
+    (images / "猫.jpg").write_text("not an image")
+    (images / "04.png").rename(images / "café.png")
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, ROOT / "reca_harmon.py", *INFER, "--reconstruct", images, "--out", tmp_path / "o"]
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stderr[-500:]
+    assert r"skipped: \u732b.jpg" in result.stdout and "9 images reconstructed" in result.stdout
+    assert b"caf\xe9.png" in os.listdir(os.fsencode(tmp_path / "o"))
+
+
+def test_names_of_250_bytes(tmp_path):
+    folder = tmp_path / "d"
+    folder.mkdir()
+    for name in ("a" * 246 + ".png", "b" * 251 + ".jpg"[:4], "猫" * 83 + ".png", "c" * 250 + ".gif", "c" * 250 + ".png"):
+        Image.new("RGB", (40, 40), "red").save(folder / name)
+    run(*INFER, "--reconstruct", folder, "--out", tmp_path / "o")
+    made = [path.name for path in (tmp_path / "o").glob("*.png")]
+    assert len(made) == 6 and {"a" * 246 + ".png", "b" * 251 + ".png", "猫" * 83 + ".png"} <= set(made)
+    pack(tmp_path / "long.tar", [("x" * 300 + ".png", png("red"))])
+    run(*INFER, "--reconstruct", tmp_path / "long.tar", "--out", tmp_path / "p")
+    assert len(list((tmp_path / "p").glob("xxx*.png"))) == 1
+
+
+def test_an_out_or_a_cache_that_is_a_file(tmp_path, images):
+    (tmp_path / "o").write_text("mine")
+    for out in ("o", "o/deeper"):
+        assert f"{tmp_path / 'o'} is a file" in refused(*TINY, "--steps", 1, "--out", tmp_path / out)
+    line = refused(*TINY, "--data", images, "--steps", 1, "--cache", tmp_path / "o", "--out", tmp_path / "x")
+    assert "is a file" in line and (tmp_path / "o").read_text() == "mine"
+
+
+# ---- bounds on what is made --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(4, 50000), (50000, 4), (800, 20000), (9000, 9000)])
+def test_no_step_makes_more_than_a_large_image(size):
+    """In a process of its own, whose peak of memory is what these three needed."""
+    code = (f"import resource, common\nfrom PIL import Image\nimage = Image.new('RGB', {size}, 'red')\n"
+            "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\nbefore = peak()\n"
+            "for make in (common.pad_square, common.stretch_square, common.short_side_square, common.random_square):\n"
+            "    assert make(image, 512).size == (512, 512)\nprint(peak() - before)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and int(result.stdout) < 500, result                      # megabytes
+
+
+def test_ordinary_images_are_prepared_as_ever():
+    """Also a screenshot of 400 x 4000: what the bounds are for is longer. (Right: the original's own steps.)"""
+    for width, height in ((60, 20), (97, 333), (400, 4000)):
+        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+        side, scale = max(image.size), 64 / min(image.size)
+        square = Image.new("RGB", (side, side), (127,) * 3)
+        square.paste(image, ((side - width) // 2, (side - height) // 2))
+        small = image.resize((int(width * scale), int(height * scale)))
+        left, top = (small.width - 64) // 2, (small.height - 64) // 2
+        for made, right in ((common.pad_square(image, 64), square.resize((64, 64))),
+                            (common.stretch_square(image, 64), image.resize((side, side)).resize((64, 64))),
+                            (common.short_side_square(image, 64), small.crop((left, top, left + 64, top + 64)))):
+            assert np.array_equal(np.asarray(made), np.asarray(right))
+
+
+@pytest.mark.parametrize("script", ["harmon", "showo", "openuni", "bagel"])
+def test_every_model_prepares_a_strip_within_bounds(script):
+    code = (f"import resource, reca_{script} as script\nfrom PIL import Image\n"
+            f"model = script.{dict(harmon='Harmon', showo='Showo', openuni='OpenUni', bagel='Bagel')[script]}"
+            ".from_pretrained('tiny')\n"
+            "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\nbefore = peak()\n"
+            "for size in ((4, 50000), (50000, 4), (1, 60000)):\n    for task in ('recon', 'i2t', 't2i', 'edit'):\n"
+            "        sample = model.preprocess(Image.new('RGB', size), task)\n"
+            "        assert all(max(x.shape[1:]) <= 64 for x in sample.values()), (size, task)\nprint(peak() - before)")
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and int(result.stdout) < 400, result
+
+
+# ---- what is found in a folder -----------------------------------------------------------------------------------------
+
+
+def test_a_run_says_what_it_found_and_left_out(tmp_path, images, capsys):
+    (images / "__MACOSX").mkdir()
+    for k in range(110):
+        (images / "__MACOSX" / f"._{k:03d}.png").write_bytes(b"\0\5\x16\7")
+    (images / "._00.png").write_bytes(b"\0\5\x16\7")
+    for k in range(5):
+        Image.new("RGB", (40, 40), (k, 0, 0)).save(images / f"{k}.gif")
+        Image.new("RGB", (40, 40), (k, 0, 0)).save(images / f"{k}.tif")
+    (images / "a.heic").write_text("x")
+    (images / "README").write_text("x")
+    pack(images / "s.tar", [("t.png", png("red")), ("t.txt", b"x")])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    Image.new("RGB", (40, 40)).save(elsewhere / "linked.PNG")
+    (images / "link").symlink_to(elsewhere)
+    (images / "loop").symlink_to(images)
+    rows = common.image_rows(images)
+    assert len(rows) == 9 + 5 + 5 + 1 + 1 and any(name == "link/linked.PNG" for name, *_ in rows)
+    line = capsys.readouterr().out.strip()
+    assert line == (f"{images}: 21 images (11 .png, 5 .gif, 5 .tif), 1 of them in 1 .tar; left out: "
+                    "111 macOS notes (._*), 1 .heic, 1 without a suffix, 1 .txt") or sorted(line) == sorted(
+                    f"{images}: 21 images (11 .png, 5 .gif, 5 .tif), 1 of them in 1 .tar; left out: "
+                    "111 macOS notes (._*), 1 .heic, 1 without a suffix, 1 .txt")
+    common.remove(images)
+    images.mkdir()
+    (images / "a.heic").write_text("x")
+    with pytest.raises(common.InputError, match="no image .* left out: 1 .heic"):
+        common.image_rows(images)
+
+
+def test_a_run_is_not_trained_on_its_own_pictures(tmp_path, images, monkeypatch):
+    monkeypatch.chdir(images)
+    training(".", "out/x", "--steps", 1)
+    training(".", ".", "--steps", 1)
+    assert Path("previews/step_000001.png").exists() and Path("out/x/previews/step_000001.png").exists()
+    nine = [f"{k:02d}.png" for k in range(9)]
+    assert [name for name, *_ in common.image_rows(".", ".")] == nine
+    Image.new("RGB", (40, 40)).save("out/x/kept.png")
+    assert [name for name, *_ in common.image_rows(".", "out/x")] == nine
+    assert [name for name, *_ in common.image_rows(".", "elsewhere")] == [*nine, "out/x/kept.png"]
+    monkeypatch.chdir("out")
+    assert [name for name, *_ in common.image_rows("x", "x")] == ["kept.png"]        # asked for by name: not left out
+
+
+def test_the_first_readable_image_is_found_wherever_it_is(tmp_path, capsys):
+    for k in range(1100):
+        (tmp_path / f"{k:04d}.png").write_text("not an image")
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "z.png")
+    rows = common.image_rows(tmp_path)
+    assert [image.size for image in common.preview_images(rows, 32)] == [(40, 40)]
+    stream = common.Stream("recon", rows, lambda *_: {}, 0, common.templates())
+    assert stream[0]["name"] == stream[700]["name"] == "z.png"
+    (tmp_path / "z.png").unlink()
+    with pytest.raises(common.InputError, match="none of the 1100 images could be read; the first: 0000.png"):
+        common.preview_images(common.image_rows(tmp_path), 32)
+
+
+# ---- roles -------------------------------------------------------------------------------------------------------------
+
+
+def test_roles_are_read_and_what_cannot_be_paired_is_counted(tmp_path, capsys):
+    def turn(who, text):
+        return {"from": who, "value": text}
+    q, a = turn("human", "<image>\nWhat?"), turn("gpt", "Noise.")
+    talks = [[turn("gpt", "Hello."), q, a], [turn("system", "Be brief."), q, a], [q, q, a], [q, a, q],
+             [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Noise."}],
+             [q, turn("function", "f()"), a]]
+    common.write(tmp_path / "l.json", [{"image": "a.png", "conversations": talk} for talk in talks])
+    rows = common.conversation_rows(tmp_path / "l.json", None)
+    assert [row[2] for row in rows] == [[("What?", "Noise.")]] * 6
+    assert capsys.readouterr().out.strip().endswith("6 conversations; left out: 5 turns without a counterpart")
+    common.write(tmp_path / "m.json", [{"conversations": [a, q]}, {"image": ["a.png", "b.png"], "conversations": [q, a]},
+                                       {"image": ["a.png"], "conversations": [q, a]}])
+    rows = common.conversation_rows(tmp_path / "m.json", tmp_path)
+    assert [(name, source) for name, source, _ in rows] == [("a.png", tmp_path / "a.png")]
+    assert "1 rows without a question and its answer, 1 rows with several images" in capsys.readouterr().out
+    common.write(tmp_path / "n.json", [{"conversations": [a, q]}])
+    with pytest.raises(common.InputError, match="no conversation of a human and gpt"):
+        common.conversation_rows(tmp_path / "n.json", None)
+    common.write(tmp_path / "o.json", [{"conversations": [{"value": "no role"}]}])
+    with pytest.raises(common.InputError, match="row 1 is not a LLaVA conversation"):
+        common.conversation_rows(tmp_path / "o.json", None)
+
+
+# ---- the user's surroundings -------------------------------------------------------------------------------------------
+
+
+def test_the_cache_folder_follows_the_standard(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(Path, "home", lambda: pytest.fail("not needed: XDG_CACHE_HOME is set"))
+    assert common.cache_home() == tmp_path
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    for given in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", given)
+        assert common.cache_home() == tmp_path / "home" / ".cache"
+
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    with pytest.raises(common.InputError, match="no home folder: set XDG_CACHE_HOME"):
+        common.cache_home()
+
+
+@pytest.mark.parametrize("environment, count", [
+    ({}, 1), ({"WORLD_SIZE": ""}, 1), ({"WORLD_SIZE": "1"}, 1), ({"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK"),
+    ({"WORLD_SIZE": "four"}, "unset WORLD_SIZE"), ({"WORLD_SIZE": "0"}, "unset WORLD_SIZE"),
+    ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}, 4)])
+def test_a_world_size_without_torchrun(monkeypatch, images, environment, count):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    if isinstance(count, int):
+        assert common.launched_ranks() == count
+    else:
+        assert count in refused("--model", "tiny", "--data", images)
+
+
+@pytest.mark.parametrize("script", ["harmon", "showo", "openuni", "bagel"])
+def test_help_on_a_windows_code_page(script):
+    environment = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    result = subprocess.run([sys.executable, str(ROOT / f"reca_{script}.py"), "--help"], capture_output=True,
+                            env=environment)
+    assert result.returncode == 0 and b"--lambda-recon" in result.stdout, result.stderr[-300:]
+
+
+def test_an_impossible_blur_is_found_at_once():
+    import reca_bagel
+    import reca_openuni
+    import reca_showo
+    for model_class, most in ((reca_harmon.Harmon, 16), (reca_openuni.OpenUni, 16), (reca_showo.Showo, 32),
+                              (reca_bagel.Bagel, 16)):
+        model = model_class.from_pretrained("tiny")
+        model.set_und(blur=most)
+        with pytest.raises(common.InputError, match=f"--blur {most + 1}: at most {most}"):
+            model.set_und(blur=most + 1)
+    model.set_und(blur=16)
+    assert model.preprocess(Image.new("RGB", (400, 50)), "recon")["vit"].shape == (3, 8, 32)         # 8 // 2 < 16
+
+
+def test_markers_in_the_users_words_are_words():
+    import reca_bagel
+    import reca_openuni
+    import reca_showo
+    images = [Image.new("RGB", (40, 40), "red")]
+    for model_class, markers in ((reca_harmon.Harmon, reca_harmon.MARKERS), (reca_openuni.OpenUni, reca_openuni.MARKERS),
+                                 (reca_showo.Showo, reca_showo.MARKERS), (reca_bagel.Bagel, reca_bagel.MARKERS)):
+        model = model_class.from_pretrained("tiny")
+        ids = [model.tokenizer.convert_tokens_to_ids(marker) for marker in markers]
+        question = f"red {' '.join(markers)} ?"
+        assert len(model.describe(images, question=question, max_new_tokens=1)) == 1
+        if hasattr(model, "i2t_prompt"):
+            once, twice = (model.i2t_prompt(text) for text in ("red ?", question))
+            assert all(once.count(i) == twice.count(i) for i in ids)
+        model.generate([question], num_steps=2)
