@@ -32,6 +32,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import functools
 import hashlib
 import io
@@ -52,6 +53,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
@@ -265,11 +267,38 @@ def read_whole_lines(path):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
 
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt")
+
+
+def newest_in(folder):
+    """A model's folder, or the newest checkpoint of a run's, which is then said."""
+    saved = [path for path in named_checkpoints(folder) if any(path.iterdir())]
+    if not saved or any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
+        return folder
+    say(f"{folder} is a run: its newest checkpoint, {saved[-1].name}, is taken")
+    return saved[-1]
+
+
+def check_model(model, names):
+    """InputError for a --model that is no name, no file, no folder and no hub id either; the nearest name is told."""
+    place = model.partition(":")[0]
+    if model in names or Path(model).expanduser().exists() or Path(place).expanduser().exists():
+        return
+    near = difflib.get_close_matches(model.lower(), names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    if model.startswith((".", "/", "~")) or place.count("/") != 1:
+        raise InputError(f"no such model: {model}{hint} (give a folder, a hub id like owner/name, or one of "
+                         f"{', '.join(names)})")
+    if near:
+        say(f"--model {model} is none of the names that are known here{hint}")
+
+
 def hub_folder(source, patterns):
     """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
-    the glob patterns. Weights are fetched, code is never executed. InputError where neither is to be had."""
+    the glob patterns; of a run's folder its newest checkpoint. Weights are fetched, code is never executed. InputError
+    where neither is to be had."""
     if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+        return newest_in(Path(source).expanduser())
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise InputError(f"no such model: {source} (give a hub id like owner/name, a folder, or tiny)")
     from huggingface_hub import snapshot_download
@@ -339,27 +368,90 @@ def resuming(folder):
                  else "there is no checkpoint before it")
         raise InputError(f"{line}; {offer}") from error
 
-def find_checkpoint(source, released, kinds, beside):
+def shards_of(index):
+    """The files that a .index.json lists: {name of a tensor: file beside it}."""
+    return {name: Path(shard).name for name, shard in read_object(index).get("weight_map", {}).items()}
+
+
+def tensor_names(path):
+    """What a checkpoint file holds, by its header alone where it has one; nothing where it cannot be read."""
+    try:
+        if path.name.endswith(".index.json"):
+            return set(shards_of(path))
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return set(unwrapped(dict.fromkeys(file.keys())))
+        return set(load_state(path))
+    except (InputError, OSError, SafetensorError):
+        return set()
+
+
+def is_average(path):
+    """Does the file's name say that it holds an exponential moving average of the weights?"""
+    return "ema" in re.split(r"[-_.]", path.name.lower())
+
+
+def find_checkpoint(source, released, kinds, beside, needs=()):
     """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
-    with ":FILE" where it holds several. kinds: lists of glob patterns, the first list that matches anything counts;
-    beside: patterns of what else a download needs. InputError where there is not exactly one."""
+    with ":FILE" where it holds several. kinds: lists of glob patterns, in the order of preference; beside: patterns of
+    what else a download needs. InputError where there is not exactly one.
+
+    Among several files what they hold decides, not what they are called: only those count that have the tensors
+    `needs`. An average of the weights (EMA, in whose 0.9999 the old model outlives a post-training) comes last, unless
+    its very name is asked for. What is taken and what is left is said in a line.
+    """
     source, file = released.get(source, source), ""
     path = Path(source).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
         source, _, file = source.partition(":")
-    if not file and source in [place.partition(":")[0] for place in released.values()]:
+    if not file and f"{source}:" in [place[:len(source) + 1] for place in released.values()]:
         raise InputError(f"{source} holds several models: give one of {', '.join(released)}, or {source}:FILE")
+
     kinds = [[file]] if file else kinds
-    folder = hub_folder(source, [*itertools.chain(*kinds), *beside])
-    for patterns in kinds:
-        found = sorted(path for pattern in patterns for path in folder.glob(pattern))
-        if len(found) > 1:
-            raise InputError(f"{folder} holds {len(found)} checkpoints ({found[0].name} ...): give {source}:FILE")
-        if found:
-            return found[0]
-    raise InputError(f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint")
+    local = Path(source).expanduser().is_dir()
+    folder = hub_folder(source, beside) if local else None
+    found = []                                  # (place in the order of preference, file)
+    for number, patterns in enumerate(kinds):
+        if not local:
+            folder = hub_folder(source, [*patterns, *beside])
+        for pattern in patterns:
+            paths = sorted(folder.glob(pattern)) or ([] if local else sorted(folder.rglob(pattern)))
+            later = any(is_average(path) for path in paths) and "*" in pattern
+            known = [path for _, path in found]
+            found += [((later and is_average(path), number), path) for path in paths if path not in known]
+        # A download stops at the first kind that has the weights: the others may be 30 GB each.
+        if not local and any(not order[0] and tensor_names(path) >= set(needs) for order, path in found):
+            break
+    if not found:
+        raise InputError(f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint")
+
+    chosen = choose(found, set(needs), folder, source)
+    if chosen.name.endswith(".index.json") and not local:
+        hub_folder(source, sorted(set(shards_of(chosen).values())))
+    return chosen
+
+
+def choose(found, needs, folder, source):
+    """Of (place in the order of preference, file) the file with the tensors `needs`, for find_checkpoint."""
+    if len(found) == 1:
+        return found[0][1]
+    indexes = [path for _, path in found if path.name.endswith(".index.json")]
+    shards = {path.with_name(shard) for path in indexes for shard in shards_of(path).values()}
+    whole = [(order, path) for order, path in found if path not in shards]
+    good = sorted((order, path) for order, path in whole if tensor_names(path) >= needs)
+    if not good:
+        names = ", ".join(path.name if tensor_names(path) else f"{path.name}: unreadable" for _, path in whole)
+        raise InputError(f"{folder} holds {len(whole)} files ({names}), none of which has {', '.join(sorted(needs))}")
+
+    first = [path for order, path in good if order == good[0][0]]
+    if len(first) > 1:
+        raise InputError(f"{folder} holds {len(first)} checkpoints ({first[0].name} ...): give {source}:FILE")
+    if len(good) > 1:
+        left = ", ".join(f"{path.name}{' (an average)' if is_average(path) else ''}" for _, path in good[1:])
+        say(f"{folder}: {first[0].name} is taken, left are {left}")
+    return first[0]
 
 def find_weights(folder, *names):
     """The state dict of the first of `names` in the folder: one file, or shards with an index. InputError if none."""
@@ -1172,6 +1264,16 @@ class MicroBatch:
     targets: int
 
 
+@contextlib.contextmanager
+def own_options(optimizer):
+    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this run: a state has its
+    own, which would count instead of what the command line says."""
+    kept = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
+    yield
+    for group, options in zip(optimizer.param_groups, kept):
+        group.update(options)
+
+
 class Trainer:
     """The post-training loop, once for all architectures.
 
@@ -1229,7 +1331,8 @@ class Trainer:
         """Reads all but the weights (see from_pretrained). Random numbers need no state (section 2)."""
         state = load_training(folder)
         self.go_on_from(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        with own_options(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def go_on_from(self, progress):
         self.step = progress["step"]
@@ -1355,8 +1458,11 @@ class Trainer:
         names = ", ".join(item["name"] for item in items[:8])
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0)):
-                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; the last good "
-                                 f"checkpoint is kept in {self.out} (try a lower --lr or --precision fp32)")
+                saved = own_checkpoints(self.out)
+                kept = (f"the last good checkpoint, {saved[-1].name}, is kept in {self.out}" if saved
+                        else "no checkpoint had been written yet")
+                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; {kept} (try a lower "
+                                 "--lr or --precision fp32)")
 
     def loaders(self):
         """{name: generator of lists of items} from the position that has been reached."""
@@ -2099,13 +2205,33 @@ def toy_stage(title, parameters, loss, steps, fraction, lr=1e-3, batch=32, warmu
 
 # ==== 8. The command line =============================================================================
 
-def at_least(least):
-    """The type of a flag: a whole number from `least` on."""
+# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so (--data=~/x).
+expanded = os.path.expanduser
+
+
+def at_least(least, most=10 ** 9):
+    """The type of a flag: a whole number from `least` to `most`."""
     def whole_number(text):
-        if int(text) < least:
+        value = int(text)
+        if value < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
+        return value
     return whole_number
+
+
+
+def number(least, most=math.inf):
+    """The type of a flag: a finite number from `least` to `most`."""
+    def real_number(text):
+        value = float(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            limit = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is no number {limit}")
+        return value
+    return real_number
+
 
 def micro_batch(text):
     """The type of --micro-batch."""
@@ -2115,8 +2241,8 @@ def micro_batch(text):
 # Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
 FLAGS = (
     "what",
-    ("--data", str, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
-    ("--out", str, None, "folder of the run (default out/<script>-<model>)"),
+    ("--data", expanded, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
+    ("--out", expanded, None, "folder of the run (default out/<script>-<model>)"),
     ("--resume", bool, None, "go on from the newest checkpoint in --out, to the same numbers"),
     ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
     "training (defaults: the paper's Table 8, in our steps)",
@@ -2127,44 +2253,44 @@ FLAGS = (
      "fits, found before training. Changes memory and speed, not the result"),
     ("--optimizer", ("auto", "fp32", "bf16"), "auto", "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: "
      "weights and moments in bf16, stochastic rounding, 8 bytes; auto: fp32 where it fits"),
-    ("--lr", float, None, "peak learning rate"),
+    ("--lr", number(0), None, "peak learning rate"),
     ("--warmup", at_least(0), None, "weight updates of linear warm-up"),
     ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant. Not given: the "
      "recipe's, which may be the end of the run"),
-    ("--weight-decay", float, None, "of AdamW"),
-    ("--clip", float, None, "limit of the gradient's norm; 0: none"),
-    ("--seed", int, 0, "of every random number"),
+    ("--weight-decay", number(0), None, "of AdamW"),
+    ("--clip", number(0), None, "limit of the gradient's norm; 0: none"),
+    ("--seed", at_least(0, 2 ** 63 - 1), 0, "of every random number"),
     ("--precision", ("bf16", "fp32"), None, "bf16 (autocast, float32 master weights; default on a GPU) or fp32"),
     ("--compile", bool, None, "torch.compile the repeated blocks"),
     ("--checkpointing", argparse.BooleanOptionalAction, None, "recompute activations in the backward: a tenth of the "
      "memory, about a third more time (default: on a GPU)"),
-    ("--lambda-recon", float, None, "weight of L_recon in equation (3)"),
-    ("--lambda-i2t", float, None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
-    ("--lambda-t2i", float, None, "weight of L_t2i; 1 where --captions is given"),
-    ("--i2t-data", str, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
-    ("--i2t-images", str, None, "folder of its images (default: the folder of the file)"),
+    ("--lambda-recon", number(0), None, "weight of L_recon in equation (3)"),
+    ("--lambda-i2t", number(0), None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
+    ("--lambda-t2i", number(0), None, "weight of L_t2i; 1 where --captions is given"),
+    ("--i2t-data", expanded, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
+    ("--i2t-images", expanded, None, "folder of its images (default: the folder of the file)"),
     ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for it (ours)"),
-    ("--captions", str, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
-    ("--cache", str, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
-    ("--workers", at_least(0), None, "processes that decode images (default: by the number of cores)"),
+    ("--captions", expanded, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
+    ("--cache", expanded, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
+    ("--workers", at_least(0, 256), None, "processes that decode images (default: by the number of cores)"),
     ("--save-every", at_least(1), 500, "steps between checkpoints"),
     ("--sample-every", at_least(1), 250, "steps between preview pictures"),
-    ("--pretrain", float, 1.0, "tiny only: length of the toy pretraining, as a fraction (0.01, with --self-captions 8, "
+    ("--pretrain", number(0.0001, 100), 1.0, "tiny only: length of the toy pretraining, as a fraction (0.01, with --self-captions 8, "
      "to try the mechanics)"),
     "the paper's ablations",
-    ("--und-size", at_least(1), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
+    ("--und-size", at_least(1, 4096), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
     ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
     ("--templates", ("all", "one"), "all", "all 360, or the one seed template"),
     "inference (after training; alone with --steps 0)",
-    ("--generate", str, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
-    ("--images", at_least(1), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
-    ("--reconstruct", str, None, "folder of images to reconstruct from their understanding embeddings"),
-    ("--describe", str, None, "folder of images, or a question file (.jsonl)"),
+    ("--generate", expanded, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
+    ("--images", at_least(1, 10_000), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
+    ("--reconstruct", expanded, None, "folder of images to reconstruct from their understanding embeddings"),
+    ("--describe", expanded, None, "folder of images, or a question file (.jsonl)"),
     ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
-    ("--max-new-tokens", at_least(1), 256, "of a description"),
+    ("--max-new-tokens", at_least(1, 100_000), 256, "of a description"),
     ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
-    ("--guidance-scale", float, None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
-    ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
+    ("--guidance-scale", number(0), None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
+    ("--sampling-steps", at_least(1, 1000), None, "of the sampler. Not given: the paper's"),
 )
 
 class Parser(argparse.ArgumentParser):
@@ -2177,8 +2303,9 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     print_anything()
     paper, group = vars(recipes[default]), None
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    models = f"a released model ({', '.join(recipes)}), a hub id, a folder, or tiny (default {default})"
-    parser.add_argument("--model", default=default, help=models)
+    models = (f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint). -reca: what the "
+              f"authors have trained (default {default})")
+    parser.add_argument("--model", type=expanded, default=default, help=models)
     for flag in FLAGS:
         if isinstance(flag, str):
             group = parser.add_argument_group(flag)
@@ -2196,8 +2323,16 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     if extend:
         extend(parser)
     args = parser.parse_args(argv)
+    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
+    if args.resume and not args.bench:
+        unset = object()
+        namespace = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+        given = vars(parser.parse_args(argv, namespace)).items()
+        check_out(args)
+        reconcile(args, {name: value for name, value in given if value is not unset})
     if args.captions and args.lambda_t2i is None:
         args.lambda_t2i = 1.0
+    check_model(args.model, list(recipes))
     for name, value in vars(recipes.get(args.model, recipes[default])).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -2208,10 +2343,11 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     if args.batch_images is None:
         args.batch_images = 32 if cuda else 8
     args.data = args.data or ("shapes" if args.model in TOYS else None)
-    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
     if args.workers is None:
         cores = (os.cpu_count() or 1) // launched_ranks()
         args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
+    if (args.steps or args.bench) and not (args.lambda_recon or args.lambda_i2t or args.lambda_t2i):
+        raise InputError("all three λ are 0: nothing would be trained; --steps 0 for inference alone")
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
     if 0 < args.steps < args.accum and not args.bench:
@@ -2290,9 +2426,50 @@ def past_runs(out):
 
 
 def last_training(out):
-    """The arguments of the last run in `out` that trained (inference may have followed), or {}."""
-    trained = [run["arguments"] for run in past_runs(out) if run.get("arguments", {}).get("steps")]
+    """What run.json says of the last run in `out` that trained (inference may have followed), or {}."""
+    trained = [run for run in past_runs(out) if run.get("arguments", {}).get("steps")]
     return trained[-1] if trained else {}
+
+
+# What a run that goes on keeps as it began, and why another value would be another run.
+FIXED = {
+    "model": "the checkpoint is its model",
+    "seed": "the order of the images and all draws follow from it",
+    "pretrain": "the tiny model has been pretrained",
+    "optimizer": "the checkpoint holds its state",
+    "self_captions": "the model has described its images before RecA changed it"}
+
+
+def reconcile(args, given):
+    """--resume: what the command line does not give comes from run.json, as the run in --out was started or last gone
+    on with. given: {flag: value} of what it does give. What differs counts from here on, and is said in a line, or
+    cannot be changed: InputError."""
+    run = last_training(args.out)
+    if not run:
+        say(f"--resume: {args.out}/run.json does not say how the run was started; the command line alone counts")
+        return
+
+    script = Path(sys.argv[0]).stem
+    begun = run.get("script", script)
+    if begun != script and begun.startswith("reca_") and script.startswith("reca_"):
+        raise InputError(f"{args.out} is a run of {begun}.py: go on with that")
+
+    changed = []
+    for name, before in run["arguments"].items():
+        if name in ("out", "resume", "bench", "workers") or not hasattr(args, name):
+            continue
+        if name not in given:
+            setattr(args, name, before)
+            continue
+        flag, now = f"--{name.replace('_', '-')}", given[name]
+        if now == before:
+            continue
+        if name in FIXED and before not in (None, "auto"):
+            raise InputError(f"{flag} {now}: the run in {args.out} has {before}, and {FIXED[name]}; leave it out, or "
+                             "choose another --out")
+        changed.append(f"{flag} {now} instead of {before}")
+    if changed:
+        say(f"from here on: {', '.join(changed)}")
 
 
 def record_run(args, device, again=False):
@@ -2314,7 +2491,7 @@ def record_run(args, device, again=False):
         "device": str(device), "history": history})
 
 
-def check_out(args, toy):
+def check_out(args):
     """InputError where --out cannot take what is asked for, before anything is made."""
     out, checkpoints = Path(args.out), own_checkpoints(args.out)
     for flag, folder in (("--out", out), ("--cache", args.cache and Path(args.cache))):
@@ -2327,7 +2504,7 @@ def check_out(args, toy):
         return
 
     # A toy's run may be made again: but that run only, not another one that lies in the same place.
-    again = toy and last_training(out).get("model") == args.model
+    again = args.model in TOYS and last_training(out).get("arguments", {}).get("model") == args.model
     if checkpoints and not args.resume and not again:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose "
                          "another --out")
@@ -2412,7 +2589,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     if args.bench:
         return bench(model_class, args, device, prepare, trainer)
     out, toy = Path(args.out), args.model in TOYS
-    check_out(args, toy)
+    check_out(args)
     # Bad files fail before anything is downloaded, and not after days of training.
     rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
     if args.generate:

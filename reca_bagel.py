@@ -103,7 +103,8 @@ TINY = BagelConfig(
     vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1, vae_z_channels=8,
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
+RECA = {"bagel-reca": "sanaka87/BAGEL-RecA"}              # what the authors' RecA has made of it
+CONFIGS = {DEFAULT: BagelConfig(), "bagel-reca": BagelConfig(), "tiny": TINY}
 
 @dataclass
 class Recipe:
@@ -127,6 +128,7 @@ class Recipe:
     batch_images: int = 8               # of inference, at 1024 px and with guidance
 
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=300, batch=32, accum=1)}
+RECIPES |= {name: RECIPES[DEFAULT] for name in RECA}
 IGNORED = -100                          # a label that is not predicted
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROP = 0.1                         # the template is left out for one image in ten; the picture never is
@@ -480,11 +482,9 @@ class Bagel(nn.Module):
         process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
             return cls.random(source, device, dtype)
-        small, names = ["*.json", "*.txt", "ae.safetensors"], ["ema.safetensors", "model_bf16.safetensors"]
-        folder = base = common.hub_folder(source, small + names)
-        weights = [folder / name for name in names if (folder / name).exists()]
-        if not weights:
-            raise InputError(f"{folder} holds neither {' nor '.join(names)}: not a BAGEL checkpoint")
+        small = ["*.json", "*.txt", "ae.safetensors"]
+        weights = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, small, NEEDED)
+        folder = base = weights.parent
         if not (folder / "llm_config.json").exists():      # BAGEL-RecA has only weights; the rest is the base model's
             base = common.hub_folder(DEFAULT, small)
         with torch.device("meta"):
@@ -492,12 +492,16 @@ class Bagel(nn.Module):
         try:
             vae = common.autoencoder_from_original(model.vae, common.load_state(base / "ae.safetensors"))
             vae = {f"vae.{key}": tensor for key, tensor in vae.items()}
-            with safe_open(weights[0], "pt", str(device)) as file:
-                keys = [key for key in file.keys() if key not in TABLES]
-                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+            with safe_open(weights, "pt", str(device)) as file:
+                # {our name: name in the file}: what a wrapper put in front of all names is dropped.
+                names = common.unwrapped({key: key for key in file.keys()})
+                names = {key: name for key, name in names.items() if key not in TABLES}
+                shapes = {key: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                          for key, name in names.items()}
                 shapes |= {key: tensor.to("meta") for key, tensor in vae.items()}
                 common.load_strictly(model, shapes, folder)                         # before 29 GB are read
-                model._fill(((key, vae[key] if key in vae else file.get_tensor(key)) for key in shapes), device, dtype)
+                model._fill(((key, vae[key] if key in vae else file.get_tensor(names[key])) for key in shapes),
+                            device, dtype)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
         if any(base.glob("tokenizer*.json")):
@@ -778,6 +782,8 @@ class Bagel(nn.Module):
         one batch, each at the position of its own context. trace: a list that gets (t, x, velocity, both scales)."""
         if renorm not in ("global", "channel", "text_channel"):
             raise InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
+        if num_steps < 2:
+            raise InputError(f"num_steps {num_steps}: the sampler goes from step to step, give 2 or more")
         count, x = len(noise), [n.to(self.device) for n in noise]
         sets = [[c.seen_from_the_latents(self.config, k * count) for c in each] for k, each in enumerate(sets)]
         times = torch.linspace(1, 0, num_steps)
@@ -817,13 +823,17 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+# In this order. The official trainer writes model and ema, an average with 0.9999 of which its authors advise against:
+# after 1000 steps it is 90% the old model. (The release has one file, called ema, as what save_pretrained writes.)
+WEIGHT_FILES = [["model_bf16.safetensors"], ["model.safetensors"], ["ema.safetensors"], ["*.safetensors"]]
+NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")                     # what only BAGEL's has
 OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
 
 def read_config(folder):
     """The sizes in the release's llm_config.json, vit_config.json and config.json; in the latter, under "reca", stand
     those of ours that no file of the release holds. Raises InputError."""
-    llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
-    config = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    llm, vit = (common.read_object(folder / name) for name in ("llm_config.json", "vit_config.json"))
+    config = common.read_object(folder / "config.json") if (folder / "config.json").exists() else {}
     known = {"llm": LLM | {name: llm[name] for name in LLM if name in llm},
              "vit": VIT | {name: vit[name] for name in VIT if name in vit}}
     known |= {name: config[name] for name in OTHER_FIELDS if name in config}
@@ -925,7 +935,8 @@ class BagelTrainer(common.Trainer):
             dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
         except (dcp.api.CheckpointException, OSError, EOFError) as error:
             raise InputError(f"cannot read {folder / 'shards'}: {common.brief(error)}") from error
-        set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
+        with common.own_options(self.optimizer):
+            set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
 
     def train(self):
         super().train()
@@ -1034,9 +1045,16 @@ def flags(parser):
     add = parser.add_argument_group("BAGEL only").add_argument
     add("--condition", choices=("vit", "vae"), default="vit",
         help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
-    add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
-    add("--image-guidance-scale", type=float, default=2.0, help="of --edit (the original's command line: 1.5)")
+    add("--edit", type=common.expanded, help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
+    add("--edit-images", type=common.expanded, help="folder of the source images of --edit (default: the folder of the file)")
+    add("--image-guidance-scale", type=common.number(0), default=2.0,
+        help="of --edit (the original's command line: 1.5)")
+    add("--cfg-interval", type=common.number(0, 1), nargs=2, metavar=("FROM", "TO"),
+        help="guide where FROM < t <= TO; t falls from 1, noise, to 0 (default 0.4 1; edits and reconstructions 0 1)")
+    add("--cfg-renorm", choices=("global", "channel", "text_channel"),
+        help="how a guided velocity is shrunk back (default global; edits and reconstructions text_channel)")
+    add("--timestep-shift", type=common.number(0.01, 100),
+        help="above 1: more of the sampler's steps at high noise (default 3)")
 
 def prepare(model, args):
     """Called before training. Several processes divide the weights; FSDP2 then averages the gradients itself."""
@@ -1097,6 +1115,9 @@ def edit_files(model, args, jobs):
 
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
+    args.sampler = {"timestep_shift": args.timestep_shift, "interval": args.cfg_interval, "renorm": args.cfg_renorm}
+    if args.sampling_steps == 1:
+        raise InputError("--sampling-steps 1: BAGEL's sampler goes from step to step, 1 paints nothing; give 2 or more")
     Bagel.condition = args.condition
     if args.lambda_i2t or args.i2t_data:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")

@@ -109,6 +109,10 @@ CONFIGS = {
 # What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
 RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
             "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth"}
+# And what the authors' RecA has made of them (plus: fine-tuned on BLIP3o-60k first), with the size of each.
+RECA = {"harmon-1.5b-reca": "sanaka87/Harmon-1.5B-RecA", "harmon-1.5b-reca-plus": "sanaka87/Harmon-1.5B-RecA-plus",
+        "harmon-0.5b-reca": "sanaka87/Harmon-0.5B-RecA"}
+CONFIGS |= {name: CONFIGS[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
 
 @dataclass
 class Recipe:
@@ -138,6 +142,7 @@ RECIPES = {
     "harmon-0.5b": Recipe(steps=3000, batch=48),
     "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300, clip=1.0),
 }
+RECIPES |= {name: RECIPES[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
 
 # ==== 2. The model ====================================================================================
 # The VAE is diffusers', the language model transformers'. MAR is in neither; its blocks have timm's names.
@@ -466,7 +471,7 @@ class Harmon(nn.Module):
         there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
             return cls.random(source, device).to(dtype)
-        path = common.find_checkpoint(str(source), RELEASED, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES])
+        path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES], NEEDED)
         folder, state = path.parent, dict(common.load_state(path))
         vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
         if not vae:
@@ -800,13 +805,14 @@ class Harmon(nn.Module):
 # ==== 3, continued: files, sizes, names ===============================================================
 
 WEIGHT_FILES = [["*.index.json"], ["*.pth"], ["*.safetensors"], ["*.bin"]]                     # in this order
+NEEDED = ("proj_in.0.weight", "mar.fake_latent")                                            # what only Harmon's has
 SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}        # by width
 
 def read_config(folder, state):
     """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes.)"""
     path = folder / "config.json"
-    settings = common.read_json(path).get("reca_harmon") if path.is_file() else None
+    settings = common.read_object(path).get("reca_harmon") if path.is_file() else None
     if settings:
         try:
             return HarmonConfig(**settings)

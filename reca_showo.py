@@ -114,6 +114,8 @@ CONFIGS = {
     "showlab/show-o-w-clip-vit": ShowoConfig(image_size=256),
     "showlab/show-o-512x512": ShowoConfig(w_clip_vit=False, max_text=381),
     "showlab/show-o": ShowoConfig(w_clip_vit=False, image_size=256, max_text=381),
+    "showo-512-reca": ShowoConfig(),                                # what the authors' RecA has made of the first two
+    "showo-256-reca": ShowoConfig(image_size=256),
     "tiny": TINY,
     "tiny-vq": dataclasses.replace(TINY, w_clip_vit=False),
 }
@@ -146,6 +148,8 @@ RECIPE_OF_SIZE = {512: Recipe(), 256: Recipe(batch=20, horizon=10_000), 64: RECI
 RECIPES = {name: RECIPE_OF_SIZE[c.image_size] for name, c in CONFIGS.items()}
 DEFAULT = "showlab/show-o-w-clip-vit-512x512"
 
+RECA = {"showo-512-reca": "sanaka87/Show-o-512x512-RecA", "showo-256-reca": "sanaka87/Show-o-RecA"}
+
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -155,6 +159,8 @@ LABELS_AT_ONCE = 2048                       # that meet the output layer
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
+WEIGHT_FILES = [*([name, f"{name}.index.json"] for name in WEIGHTS), ["*.safetensors", "*.bin", "*.pth"]]
+NEEDED = ("showo.model.embed_tokens.weight",)                                           # what only Show-o's has
 
 # ==== 2. The model ====================================================================================
 # Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
@@ -389,8 +395,11 @@ class Showo(nn.Module):
         from the hub. dtype: of all but MAGVIT-v2, which stays float32. InputError for keys that do not fit."""
         if source in ("tiny", "tiny-vq"):
             return cls.random(source, device).eval()
-        folder = common.hub_folder(source, ["config.json", "pytorch_model*"])
-        config = cls._read_config(folder)
+        path = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, ["config.json"], NEEDED)
+        # A repository with nothing but the weights has the sizes of the name it goes by.
+        folder, config = path.parent, CONFIGS.get(source)
+        if config is None or (folder / "config.json").is_file():
+            config = cls._read_config(folder)
 
         def part(name, hub, *patterns):
             return folder / name if (folder / name).is_dir() else common.hub_folder(hub, patterns)
@@ -399,7 +408,7 @@ class Showo(nn.Module):
         with torch.device("meta"):                          # no time for random weights
             model = cls(config, tokenizer)
         model.to_empty(device="cpu")
-        common.load_strictly(model.trained(), common.find_weights(folder, *WEIGHTS), str(source))
+        common.load_strictly(model.trained(), common.load_state(path), str(source))
         state = common.find_weights(part("magvitv2", VQ_SOURCE, "*.safetensors", "*.bin"), *WEIGHTS)
         common.load_strictly(model.magvit, common.autoencoder_from_original(model.magvit, state), "MAGVIT-v2")
         if config.w_clip_vit:
@@ -427,7 +436,7 @@ class Showo(nn.Module):
     @staticmethod
     def _read_config(folder):
         """config.json as released; "sizes" is ours and missing in released files, whose sizes are all the same."""
-        given = common.read_json(folder / "config.json")
+        given = common.read_object(folder / "config.json")
         try:
             clip, side = bool(given["w_clip_vit"]), math.isqrt(given["num_vq_tokens"])
             config = ShowoConfig(w_clip_vit=clip, image_size=16 * side, llm_vocab_size=given["llm_vocab_size"],

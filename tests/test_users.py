@@ -696,3 +696,113 @@ def test_markers_in_the_users_words_are_words():
             once, twice = (model.i2t_prompt(text) for text in ("red ?", question))
             assert all(once.count(i) == twice.count(i) for i in ids)
         model.generate([question], num_steps=2)
+
+
+# ---- going on with a run -----------------------------------------------------------------------------------------------
+
+
+def log_of(out):
+    return common.read_json(out / "log.jsonl", lines=True)
+
+
+def test_resume_and_out_alone_go_on_to_the_same_numbers(tmp_path, images):
+    flags = ["--steps", 6, "--accum", 2, "--save-every", 2, "--weight-decay", 0.1, "--lr", 1e-3]
+    training(images, tmp_path / "whole", *flags)
+    training(images, tmp_path / "o", *flags)
+    for step in (4, 6):
+        common.remove(tmp_path / "o" / f"checkpoint-{step:06d}")
+    assert checkpoints(tmp_path / "o") == []
+    training(images, tmp_path / "p", *flags[:1], 2, *flags[2:])
+    record = tmp_path / "p" / "run.json"
+    record.write_text(record.read_text().replace('"steps": 2', '"steps": 6'))     # as if a signal had stopped it at step 2
+    run("--resume", "--out", tmp_path / "p")
+    whole, parts = ((tmp_path / out / "checkpoint-000006/harmon_tiny.pth").read_bytes() for out in ("whole", "p"))
+    assert whole == parts
+    history = json.loads(record.read_text())["history"]
+    assert len(history) == 1 and history[0]["arguments"]["resume"] is False
+
+
+def test_what_a_resume_changes_counts_and_is_said(tmp_path, images, capsys):
+    out = tmp_path / "o"
+    training(images, out, "--steps", 4, "--accum", 2, "--warmup", 4, "--lr", 1e-3)
+    assert [row["lr"] for row in log_of(out) if "lr" in row] == pytest.approx([0.25e-3, 0.5e-3])
+    (tmp_path / "e").mkdir()
+    Image.new("RGB", (40, 40), "red").save(tmp_path / "e" / "other.png")
+    capsys.readouterr()
+    flags = ["--lr", 2e-3, "--weight-decay", 0.25, "--accum", 1, "--steps", 6, "--data", tmp_path / "e", "--micro-batch", 1]
+    run("--resume", "--out", out, *flags)
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("from here on: "))
+    for change in ("--lr 0.002 instead of 0.001", "--accum 1 instead of 2", "--steps 6 instead of 4",
+                   "--weight-decay 0.25 instead of", f"--data {tmp_path / 'e'} instead of {images}", "--micro-batch 1"):
+        assert change in line
+    # Two updates were made before: the warm-up goes on with the third, at the new peak.
+    assert [row["lr"] for row in log_of(out)[4:]] == pytest.approx([1.5e-3, 2e-3])
+    state = torch.load(out / "checkpoint-000006" / "trainer.pt", weights_only=True)
+    assert {group["weight_decay"] for group in state["optimizer"]["param_groups"]} == {0.25, 0.0}
+    run("--resume", "--out", out, "--steps", 7)
+    arguments = json.loads((out / "run.json").read_text())["arguments"]
+    assert (arguments["lr"], arguments["accum"], arguments["steps"]) == (2e-3, 1, 7)
+
+
+def test_what_a_resume_cannot_change_is_refused(tmp_path, images):
+    out = tmp_path / "o"
+    training(images, out, "--steps", 2)
+    again = ["--resume", "--out", out, "--steps", 3]
+    assert "--model harmon-0.5b: the run in" in refused(*again, "--model", "harmon-0.5b")
+    assert "--seed 5: the run in" in refused(*again, "--seed", 5)
+    assert "leave it out" in refused(*again, "--pretrain", 0.5)
+    record = json.loads((out / "run.json").read_text())
+    common.write(out / "run.json", {**record, "script": "reca_showo"})
+    assert "is a run of reca_showo.py" in refused(*again)
+    common.write(out / "run.json", record)
+    run(*INFER, "--reconstruct", images, "--out", out)                    # inference into the run's folder is no new run
+    run(*again)
+    assert checkpoints(out)[-1] == "checkpoint-000003"
+    history = json.loads((out / "run.json").read_text())["history"]
+    assert [entry["arguments"]["steps"] for entry in history] == [2, 0]
+
+
+# ---- numbers -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--clip -1", "-1 is no number from 0 on"), ("--clip inf", "inf is no number"), ("--lr=-1e-3", "no number"),
+    ("--lr nan", "no number"), ("--weight-decay -0.1", "no number"), ("--lambda-recon -1", "no number"),
+    ("--lambda-i2t inf", "no number"), ("--lambda-t2i -0.5", "no number"), ("--seed -1", "-1 is less than 0"),
+    ("--seed 99999999999999999999", "is more than"), ("--pretrain nan", "no number"), ("--pretrain 0", "no number"),
+    ("--guidance-scale nan", "no number"), ("--workers 100000", "is more than 256"),
+    ("--images 1000000000", "is more than"), ("--sampling-steps 0", "is less than 1"),
+    ("--lambda-recon 0 --lambda-i2t 0", "all three λ are 0"), ("--lr one", "invalid"),
+    ("--bench --lambda-recon 0 --lambda-i2t 0", "all three λ are 0")])
+def test_numbers_out_of_their_range(tmp_path, images, flags, message):
+    line = refused("--model", "tiny", "--data", images, "--out", tmp_path / "o", *flags.split())
+    assert message in line and not (tmp_path / "o").exists()
+
+
+def test_the_ends_of_the_ranges_are_in_them(tmp_path, images):
+    training(images, tmp_path / "o", "--steps", 1, "--clip", 0, "--weight-decay", 0, "--warmup", 0, "--lr", 0,
+             "--seed", 2 ** 63 - 1, "--pretrain", 0.001)
+    assert checkpoints(tmp_path / "o") == ["checkpoint-000001"]
+
+
+def test_no_checkpoint_is_promised_where_there_is_none(tmp_path, images):
+    flags = [*TINY, "--data", images, "--lambda-i2t", 0, "--accum", 1, "--steps", 9, "--lr", 1e30, "--warmup", 0]
+    line = refused(*flags, "--out", tmp_path / "o")
+    assert "no checkpoint had been written yet" in line and "is kept" not in line
+
+
+# ---- paths -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_home_folder_is_found_in_every_flag(tmp_path, images, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "p.txt").write_text("red circle\n")
+    common.write(tmp_path / "l.json", [{"image": "00.png", "conversations": [{"from": "human", "value": "What?"},
+                                                                             {"from": "gpt", "value": "Red."}]}])
+    common.write(images / "c.jsonl", [{"image": "00.png", "caption": "red"}])
+    run(*TINY, "--steps", 1, "--accum", 1, "--data=~/d", "--out=~/o", "--i2t-data=~/l.json", "--i2t-images=~/d",
+        "--captions=~/d/c.jsonl", "--cache=~/cache", "--generate=~/p.txt", "--reconstruct=~/d")
+    assert checkpoints(tmp_path / "o") == ["checkpoint-000001"] and (tmp_path / "cache").is_dir()
+    assert (tmp_path / "o" / "00000.png").exists() and (tmp_path / "o" / "00.png").exists()
+    run("--steps", 0, "--model=~/o", "--describe=~/d", "--out=~/said", "--max-new-tokens", 2, "--precision", "fp32")
+    assert len(common.read_json(tmp_path / "said" / "answers.jsonl", lines=True)) == 9
