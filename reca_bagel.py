@@ -1116,6 +1116,8 @@ def edit_files(model, args, jobs):
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
     args.sampler = {"timestep_shift": args.timestep_shift, "interval": args.cfg_interval, "renorm": args.cfg_renorm}
+    if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
+        raise InputError("--cfg-interval FROM TO: FROM is less than TO")
     if args.sampling_steps == 1:
         raise InputError("--sampling-steps 1: BAGEL's sampler goes from step to step, 1 paints nothing; give 2 or more")
     Bagel.condition = args.condition
