@@ -395,7 +395,7 @@ class Showo(nn.Module):
         from the hub. dtype: of all but MAGVIT-v2, which stays float32. InputError for keys that do not fit."""
         if source in ("tiny", "tiny-vq"):
             return cls.random(source, device).eval()
-        path = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, ["*config.json"], NEEDED)
+        path = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, ["config.json", "*unwrapped_model/config.json"], NEEDED)
         # A repository with nothing but the weights has the sizes of the name it goes by.
         folder, config = path.parent, CONFIGS.get(source)
         if config is None or (folder / "config.json").is_file():
