@@ -2464,9 +2464,14 @@ def with_sources(out, args, prefix="", **options):
     items = []
     for path in paths:
         name = path.relative_to(args.sources)
-        pictures = [Picture(path), Picture(find_image(name.with_suffix(""), out))]
+        # cat.jpg.png where there was a cat.png as well, else cat.png.
+        reconstruction = out / f"{name}.png"
+        if not reconstruction.is_file():
+            reconstruction = find_image(name.with_suffix(""), out)
+        pictures = [Picture(path), Picture(reconstruction)]
         items.append(Item(f"{prefix}{name}", pictures, "", json.loads, prompt=str(name), **options))
     return items
+
 
 
 def recon(out, args, problems):

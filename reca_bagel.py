@@ -103,7 +103,8 @@ TINY = BagelConfig(
     vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1, vae_z_channels=8,
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
+RECA = {"bagel-reca": "sanaka87/BAGEL-RecA"}              # what the authors' RecA has made of it
+CONFIGS = {DEFAULT: BagelConfig(), "bagel-reca": BagelConfig(), "tiny": TINY}
 
 @dataclass
 class Recipe:
@@ -127,6 +128,7 @@ class Recipe:
     batch_images: int = 8               # of inference, at 1024 px and with guidance
 
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=300, batch=32, accum=1)}
+RECIPES |= {name: RECIPES[DEFAULT] for name in RECA}
 IGNORED = -100                          # a label that is not predicted
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROP = 0.1                         # the template is left out for one image in ten; the picture never is
@@ -316,8 +318,7 @@ class Bagel(nn.Module):
         size, blur = size or self.und_size, blur or self.und_blur
         if not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
-        if blur > size // 2:                                    # here, as preprocess runs in a worker
-            raise InputError(f"--blur {blur}: at most {size // 2}, half of what the ViT sees")
+        common.check_blur(blur, size)                           # here, as preprocess runs in a worker
         self.und_size, self.und_blur = size, blur
 
     def freeze(self, train_und=False):
@@ -353,7 +354,9 @@ class Bagel(nn.Module):
             image = image.resize(fit(*image.size, *limits[task], c.vit["patch_size"]), Image.BICUBIC)
             pixels["vit"] = common.to_uint8(image)
             if self.und_blur > 1 and task == "recon":
-                pixels["vit"] = common.blur(common.normalize(pixels["vit"])[None], self.und_blur)[0]
+                # A narrow image has a shorter side than the one that --blur was checked with.
+                factor = min(self.und_blur, max(1, min(image.size) // 2))
+                pixels["vit"] = common.blur(common.normalize(pixels["vit"])[None], factor)[0]
         return pixels
 
     @torch.no_grad()
@@ -481,11 +484,9 @@ class Bagel(nn.Module):
         process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
             return cls.random(source, device, dtype, quantize)
-        small, names = ["*.json", "*.txt", "ae.safetensors"], ["ema.safetensors", "model_bf16.safetensors"]
-        folder = base = common.hub_folder(source, small + names)
-        weights = [folder / name for name in names if (folder / name).exists()]
-        if not weights:
-            raise InputError(f"{folder} holds neither {' nor '.join(names)}: not a BAGEL checkpoint")
+        small = ["*.json", "*.txt", "ae.safetensors"]
+        weights = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, small, NEEDED)
+        folder = base = weights.parent
         if not (folder / "llm_config.json").exists():      # BAGEL-RecA has only weights; the rest is the base model's
             base = common.hub_folder(DEFAULT, small)
         with torch.device("meta"):
@@ -493,12 +494,15 @@ class Bagel(nn.Module):
         try:
             vae = common.autoencoder_from_original(model.vae, common.load_state(base / "ae.safetensors"))
             vae = {f"vae.{key}": tensor for key, tensor in vae.items()}
-            with safe_open(weights[0], "pt", str(device)) as file:
-                keys = [key for key in file.keys() if key not in TABLES]
-                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+            with safe_open(weights, "pt", str(device)) as file:
+                # {our name: name in the file}: what a wrapper put in front of all names is dropped.
+                names = common.unwrapped({key: key for key in file.keys()})
+                names = {key: name for key, name in names.items() if key not in TABLES}
+                shapes = {key: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                          for key, name in names.items()}
                 shapes |= {key: tensor.to("meta") for key, tensor in vae.items()}
                 common.load_strictly(model, shapes, folder)                         # before 29 GB are read
-                tensors = ((key, vae[key] if key in vae else file.get_tensor(key)) for key in shapes)
+                tensors = ((key, vae[key] if key in vae else file.get_tensor(names[key])) for key in shapes)
                 model._fill(tensors, device, dtype, quantize)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
@@ -583,7 +587,7 @@ class Bagel(nn.Module):
             return text
         if self.tokenizer is None:
             raise InputError("this checkpoint has no tokenizer: put tokenizer.json into its folder")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(common.plain(text, MARKERS), add_special_tokens=False)["input_ids"]
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
     def _contexts(self, ids, vits=None, latents=None, target=None):
@@ -790,6 +794,8 @@ class Bagel(nn.Module):
         one batch, each at the position of its own context. trace: a list that gets (t, x, velocity, both scales)."""
         if renorm not in ("global", "channel", "text_channel"):
             raise InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
+        if num_steps < 2:
+            raise InputError(f"num_steps {num_steps}: the sampler goes from step to step, give 2 or more")
         count, x = len(noise), [n.to(self.device) for n in noise]
         sets = [[c.seen_from_the_latents(self.config, k * count) for c in each] for k, each in enumerate(sets)]
         times = torch.linspace(1, 0, num_steps)
@@ -829,13 +835,17 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+# In this order. The official trainer writes model and ema, an average with 0.9999 of which its authors advise against:
+# after 1000 steps it is 90% the old model. (The release has one file, called ema, as what save_pretrained writes.)
+WEIGHT_FILES = [["model_bf16.safetensors"], ["model.safetensors"], ["ema.safetensors"], ["*.safetensors"]]
+NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")                     # what only BAGEL's has
 OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
 
 def read_config(folder):
     """The sizes in the release's llm_config.json, vit_config.json and config.json; in the latter, under "reca", stand
     those of ours that no file of the release holds. Raises InputError."""
-    llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
-    config = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    llm, vit = (common.read_object(folder / name) for name in ("llm_config.json", "vit_config.json"))
+    config = common.read_object(folder / "config.json") if (folder / "config.json").exists() else {}
     known = {"llm": LLM | {name: llm[name] for name in LLM if name in llm},
              "vit": VIT | {name: vit[name] for name in VIT if name in vit}}
     known |= {name: config[name] for name in OTHER_FIELDS if name in config}
@@ -921,7 +931,7 @@ class BagelTrainer(common.Trainer):
                 torch.save(self.progress(), temporary / "trainer.pt")
                 common.remove(folder)
                 temporary.rename(folder)
-                for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+                for old in common.own_checkpoints(self.out)[:-2]:
                     shutil.rmtree(old)
         except (InputError, OSError, dcp.api.CheckpointException, RuntimeError, SafetensorError) as error:
             common.remove(temporary)
@@ -931,10 +941,14 @@ class BagelTrainer(common.Trainer):
             dist.barrier()
 
     def resume(self, folder):
-        self.go_on_from(torch.load(folder / "trainer.pt", weights_only=True))
+        self.go_on_from(common.load_training(folder))
         shards = self._shards()
-        dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
-        set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
+        try:
+            dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
+        except (dcp.api.CheckpointException, OSError, EOFError) as error:
+            raise InputError(f"cannot read {folder / 'shards'}: {common.brief(error)}") from error
+        with common.own_options(self.optimizer):
+            set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
 
     def train(self):
         super().train()
@@ -1043,9 +1057,16 @@ def flags(parser):
     add = parser.add_argument_group("BAGEL only").add_argument
     add("--condition", choices=("vit", "vae"), default="vit",
         help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
-    add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
-    add("--image-guidance-scale", type=float, default=2.0, help="of --edit (the original's command line: 1.5)")
+    add("--edit", type=common.expanded, help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
+    add("--edit-images", type=common.expanded, help="folder of the source images of --edit (default: the folder of the file)")
+    add("--image-guidance-scale", type=common.number(0), default=2.0,
+        help="of --edit (the original's command line: 1.5)")
+    add("--cfg-interval", type=common.number(0, 1), nargs=2, metavar=("FROM", "TO"),
+        help="guide where FROM < t <= TO; t falls from 1, noise, to 0 (default 0.4 1; edits and reconstructions 0 1)")
+    add("--cfg-renorm", choices=("global", "channel", "text_channel"),
+        help="how a guided velocity is shrunk back (default global; edits and reconstructions text_channel)")
+    add("--timestep-shift", type=common.number(0.01, 100),
+        help="above 1: more of the sampler's steps at high noise (default 3)")
 
 def prepare(model, args):
     """Called before training. Several processes divide the weights; FSDP2 then averages the gradients itself."""
@@ -1062,7 +1083,7 @@ def edit_jobs(path, sources, out):
         out/gen_image/fullset/<task_type>/<language>/<key>.png and <key>_SRCIMG.png
     Images are relative to `sources` (default: the file's folder). Raises InputError.
     """
-    sources, gedit, jobs = Path(sources or Path(path).parent), Path(path).suffix == ".jsonl", []
+    sources, gedit, jobs = Path(sources or Path(path).parent), Path(path).suffix.lower() == ".jsonl", []
     table = common.read_json(path, lines=gedit)
     try:
         for key, row in enumerate(table) if gedit else table.items():
@@ -1076,24 +1097,41 @@ def edit_jobs(path, sources, out):
     except (KeyError, TypeError, AttributeError) as error:
         what = "is neither ImgEdit's (singleturn.json: id, prompt) nor GEdit's (.jsonl: key, task_type, instruction, "
         raise InputError(f"{path}: row {len(jobs) + 1} {what}instruction_language)") from error
+    common.check_outputs([(f"row {i + 1}", file) for i, (*_, paths) in enumerate(jobs) for file in paths], path)
     return jobs
 
 def edit_files(model, args, jobs):
-    """Writes what is missing, so a rerun goes on. (The original crops black borders off its results; we do not.)"""
-    todo, count = [job for job in jobs if not all(path.exists() for path in job[3])], 0
+    """Makes what is missing or was made from something else. (The original crops black borders off its results; we do
+    not.)"""
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
+    edit_origin = common.origin(model, args, "edit", seed=args.seed, image_guidance_scale=args.image_guidance_scale)
+    wanted = []
+    for name, source, text, paths in jobs:
+        made_from = {**edit_origin, "instruction": text, "source": common.fingerprint(source)}
+        wanted.append((paths[0], made_from, name, source, text, paths[1:]))
+
+    outputs = common.Outputs(wanted)
+    todo = [(name, source, text, path, made_from, copies)
+            for path, made_from, name, source, text, copies in outputs.todo]
     for chunk in common.in_batches("edit", todo, args.batch_images):
-        if chunk := list(common.readable(chunk)):
-            _, images, texts, paths = zip(*chunk)
-            edited = model.edit(images, texts, seed=[args.seed] * len(chunk), **options)
-            for source, image, targets in zip(images, edited, paths):
-                for target, picture in zip(targets, (image, source)):
-                    common.write(target, picture)
-            count += len(chunk)
-    print(f"{count} images edited in {args.out}")
+        read = list(common.readable(chunk))
+        if not read:
+            continue
+        images, texts = [row[1] for row in read], [row[2] for row in read]
+        edited = model.edit(images, texts, seed=[args.seed] * len(read), **options)
+        for (_, source, _, path, made_from, copies), picture in zip(read, edited):
+            for copy in copies:                                    # first, as the edit says that both are there
+                common.write(copy, source, {**made_from, "copy": True})
+            outputs.write(path, picture, made_from)
+    print(f"{outputs.made} images edited in {args.out}{outputs.report()}")
 
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
+    args.sampler = {"timestep_shift": args.timestep_shift, "interval": args.cfg_interval, "renorm": args.cfg_renorm}
+    if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
+        raise InputError("--cfg-interval FROM TO: FROM is less than TO")
+    if args.sampling_steps == 1:
+        raise InputError("--sampling-steps 1: BAGEL's sampler goes from step to step, 1 paints nothing; give 2 or more")
     Bagel.condition = args.condition
     if args.lambda_i2t or args.i2t_data:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")

@@ -140,6 +140,11 @@ RELEASED = {"openuni-b-512": "wusize/openuni:openuni_b_internvl3_1b_sana_0_6b_51
             "openuni-l-512": "wusize/openuni:openuni_l_internvl3_2b_sana_1_6b_512_hf_text2image23m.pth",
             "openuni-l-1024": "wusize/openuni:openuni_l_internvl3_2b_sana_1_6b_1024_hf_text2image23m.pth"}
 
+# And what the authors' RecA has made of them.
+RECA = {"openuni-b-reca": "sanaka87/OpenUni-1-0.6B-RecA", "openuni-reca": "sanaka87/OpenUni-RecA"}
+CONFIGS |= {"openuni-b-reca": CONFIGS["openuni-b-512"], "openuni-reca": L_512}
+
+WEIGHT_FILES = [["*.index.json"], ["*.pth", "*.safetensors"], ["*.bin"]]            # in this order
 MARKERS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")        # of InternVL's vocabulary
 IGNORED = -100                                                                      # label of what is not predicted
 TEXT_DROP = 0.1                                                                     # of captions, in text to image
@@ -168,6 +173,7 @@ DEFAULT = "openuni-b-512"
 RECIPES = {DEFAULT: Recipe(), "openuni-l-512": Recipe(batch=20), "openuni-l-1024": Recipe(batch=20),
            "tiny": Recipe(steps=800, batch=32, accum=1, lr=1.5e-3, weight_decay=0.0, warmup=20, horizon=0,
                           guidance_scale=2.0)}
+RECIPES |= {"openuni-b-reca": RECIPES["openuni-b-512"], "openuni-reca": RECIPES["openuni-l-512"]}
 
 # ==== 2. The model ====================================================================================
 # InternVL3, SANA and DC-AE come from transformers and diffusers, which compute exactly what the released code computes
@@ -231,6 +237,7 @@ class OpenUni(nn.Module):
         step = 2 * vision.patch_size[0]
         if size and size % step:
             raise InputError(f"--und-size {size}: OpenUni's understanding encoder takes multiples of {step}")
+        common.check_blur(blur, self.config.image_size)
         self.und_size, self.und_blur = size or vision.image_size[0], blur
         self.image_tokens = (self.und_size // step) ** 2     # N: the ViT's patches are merged 2x2
 
@@ -375,7 +382,7 @@ class OpenUni(nn.Module):
         key must fit, or InputError names what does not."""
         if source == "tiny":
             return common.quantize(cls.random(source, device), quantize).to(dtype)
-        path = common.find_checkpoint(str(source), RELEASED, [["*.pth", "*.safetensors"]], ["*.json"])
+        path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["*.json"], ["meta_queries"])
         state = dict(common.load_state(path))
         settings = read_settings(path, state)
         for part, base in (bases or cls.base_overrides).items():
@@ -465,14 +472,15 @@ class OpenUni(nn.Module):
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
             asked = self.i2t_prompt(question, image and i == 0)
-            answered, between = self._tokens(answer + "<|im_end|>"), self._tokens("\n")
+            answered = self._tokens(common.plain(answer, MARKERS) + "<|im_end|>")
+            between = self._tokens("\n")
             ids += asked + answered + between
             labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
         return ids, labels
 
     def _turn(self, text, image=True):
         image = "<img>" + "<IMG_CONTEXT>" * self.image_tokens + "</img>\n" if image else ""
-        return f"<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n"
+        return f"<|im_start|>user\n{image}{common.plain(text, MARKERS)}<|im_end|>\n<|im_start|>assistant\n"
 
     def _tokens(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -650,7 +658,7 @@ def read_settings(path, state):
     must be. The width tells B from L; SANA 1.5 (in L-1024) has norms of q and k. Where SANA is not in the file, the
     key lists of L-512 and L-1024 are equal, and the file's name decides."""
     file = path.with_name("config.json")
-    settings = common.read_json(file) if file.is_file() else {}
+    settings = common.read_object(file) if file.is_file() else {}
     if settings.pop("model_type", None) == "openuni":
         return settings
     if "meta_queries" not in state:
@@ -674,7 +682,7 @@ def read_bases(settings, folder, need_sana):
                for part, wanted in patterns.items()}
     files = {"vae": folders["vae"] / "config.json", "sana": folders["sana"] / "transformer" / "config.json",
              "scheduler": folders["sana"] / "scheduler" / "scheduler_config.json"}
-    sizes = {part: {key: value for key, value in common.read_json(file).items() if not key.startswith("_")}
+    sizes = {part: {key: value for key, value in common.read_object(file).items() if not key.startswith("_")}
              for part, file in files.items()}
     try:
         return OpenUniConfig(lmm=internvl_sizes(folders["lmm"]), **sizes, **settings), folders
@@ -684,7 +692,7 @@ def read_bases(settings, folder, need_sana):
 def internvl_sizes(folder):
     """Keyword arguments of InternVLConfig from a folder's config.json, converted (-hf) or original. The head is never
     tied here: whatever the file says, it is a matrix of its own, a copy where the checkpoint has none."""
-    config, untied = common.read_json(folder / "config.json"), {"tie_word_embeddings": False}
+    config, untied = common.read_object(folder / "config.json"), {"tie_word_embeddings": False}
     if "llm_config" not in config:                                                                       # converted
         ignored = ("architectures", "transformers_version", "dtype", "torch_dtype")
         sizes = {key: value for key, value in config.items() if key not in ignored}
@@ -819,7 +827,7 @@ def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("OpenUni only")
     for part, text in (("lmm", "InternVL3, original or converted (-hf)"), ("sana", "SANA"), ("vae", "DC-AE")):
-        group.add_argument(f"--{part}", help=f"hub id or folder of {text} (default: what the checkpoint names)")
+        group.add_argument(f"--{part}", type=common.expanded, help=f"hub id or folder of {text} (default: what the checkpoint names)")
 
 def prepare(model, args):
     """Called before training. The frozen parts take the working precision once: autocast would cast their float32

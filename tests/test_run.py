@@ -292,7 +292,7 @@ def test_descriptions_belong_to_their_run(tmp_path, images, capsys):
              "--out", tmp_path / "o"]
     run(*flags, "--steps", 1)
     said = tmp_path / "o" / "i2t_self.jsonl"
-    said.write_text(json.dumps({"index": 0, "question": "What?", "answer": "red circle"}) + "\n")
+    said.write_text(json.dumps({"name": "0.png", "question": "What?", "answer": "red circle"}) + "\n")
     capsys.readouterr()
     run(*flags, "--steps", 2, "--resume")
     assert len(common.read_json(said, lines=True)) == 1
