@@ -939,6 +939,8 @@ def prepare(model, args):
     """Before training: what the flags set."""
     if args.flex and model.device.type != "cuda":
         raise InputError("--flex needs a GPU: on a CPU flex_attention has no backward pass")
+    if args.precision == "bf16" and model.device.type == "cuda" and model.config.w_clip_vit:
+        model.clip.to(torch.bfloat16)           # frozen; MAGVIT-v2 stays float32: rounding would change its codes
     model.train_embeddings_in_recon = args.recon_trains_embeddings
     model.flex = args.flex
     return {}

@@ -159,6 +159,32 @@ def test_bf16_weights_learn_as_float32_weights_do(name):
     assert abs(exact[-5:].mean() - low[-5:].mean()) < 2 * noise
 
 
+@pytest.mark.parametrize("name", ["harmon", "showo", "openuni", "bagel"])
+def test_blocks_are_compiled_under_checkpointing(name, monkeypatch):
+    """Compiled first, wrapped then: a compiled graph cannot hold the call of a checkpoint, and none was compiled."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
+
+    def step(compiled):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        module, model = tiny(name)
+        args = arguments(module, name, ["recon"], micro_batch=2, batch=2, accum=10 ** 6, checkpointing=True,
+                         optimizer="fp32")
+        if compiled:
+            common.compile_blocks(model)
+        trainer = common.set_up_training(model, streams_of(model, ["recon"]), args, lambda model, args: {},
+                                         common.Trainer)
+        row, _ = trainer.take_step(trainer.loaders())
+        norm = sum(p.grad.square().sum().item() for p in trainer.parameters if p.grad is not None)
+        return row["recon"], norm, torch._dynamo.utils.counters["frames"]["ok"]
+
+    loss, norm, frames = step(compiled=True)
+    plain_loss, plain_norm, none = step(compiled=False)
+    assert frames > 0 and none == 0
+    assert loss == pytest.approx(plain_loss, rel=1e-5) and norm == pytest.approx(plain_norm, rel=1e-3)
+
+
 def test_the_cosine_ends_with_the_run():
     """OpenUni's recipe gives no end: the schedule follows --steps, also where a resumed run goes on for longer."""
     module, model = tiny("openuni")
