@@ -1516,6 +1516,8 @@ class Trainer:
         tqdm.write(f"out of memory in step {self.step + 1}: from now on micro-batches of {self.micro_batch}, "
                    f"again from step {boundary['step'] + 1}")
         self.go_on_from(boundary)
+        self.args.micro_batch = self.micro_batch        # also for a run that resumes this one
+        record_run(self.args, self.model.device, again=True)
 
     def open_log(self):
         """out/log.jsonl, without the rows of steps that are taken again: after a kill it may be ahead
@@ -1721,7 +1723,8 @@ def set_up_training(model, streams, args, prepare, trainer_class, show=None):
                  "bf16": "bf16 weights and moments, stochastic rounding (8 bytes a weight)"}
         count = sum(p.numel() for p in trainer.parameters)
         print(f"{count / 1e6:,.1f}M trained weights on {world()[1]} x {model.device.type}: {kinds[args.optimizer]}"
-              + (", sharded" if sharded else "") + (", checkpointing" if args.checkpointing else ""))
+              + (f", FSDP2 over {world()[1]} ranks" if sharded else "")
+              + (", checkpointing" if args.checkpointing else ""))
         print(f"micro-batches of {trainer.micro_batch} of {args.batch} images a step ({reason})")
     return trainer
 

@@ -681,11 +681,11 @@ def test_preprocess_crops_at_random_and_centrally(spoken):
     image = common.draw_scene(common.random_scene(np.random.default_rng(1)), 64).resize((300, 100))
     centre = spoken.preprocess(image, "recon")["pixels"]
     size = spoken.config.image_size
-    assert centre.shape == (3, size, size) and centre.min() >= -1 and centre.max() <= 1
+    assert centre.shape == (3, size, size) and centre.dtype == torch.uint8
     assert torch.equal(centre, spoken.preprocess(image.crop((100, 0, 200, 100)), "recon")["pixels"])
     crops = [spoken.preprocess(image, "recon", np.random.default_rng(k))["pixels"] for k in range(4)]
     assert any(not torch.equal(crop, centre) for crop in crops)
-    assert torch.equal(spoken.preprocess(image, "i2t")["pixels"], common.to_tensor(image.resize((size, size))))
+    assert torch.equal(spoken.preprocess(image, "i2t")["pixels"], common.to_uint8(image.resize((size, size))))
 
 
 # ---- the command line: tiny, from pretraining to pictures ------------------------------------------------------------

@@ -106,6 +106,7 @@ def test_out_of_memory_halves_the_micro_batch_once_and_loses_nothing(tmp_path, m
         args = arguments(module, "showo", ["recon"], micro_batch=4, accum=2, steps=6, batch=4, out=str(out),
                          save_every=100, workers=0, warmup=0, horizon=0)
         trainer = common.Trainer(model, streams_of(model, ["recon"]), args)
+        common.record_run(args, model.device)
         loss = model.recon_loss
 
         def recon_loss(features, *arguments, **options):
@@ -121,6 +122,8 @@ def test_out_of_memory_halves_the_micro_batch_once_and_loses_nothing(tmp_path, m
     _, expected, rows = run(tmp_path / "whole", limit=100)
     trainer, model, again = run(tmp_path / "full", limit=2)
     assert trainer.micro_batch == {"recon": 2} and trainer.halved
+    record = common.read_json(tmp_path / "full" / "run.json")
+    assert record["arguments"]["micro_batch"] == {"recon": 2}                               # a resume begins with that
     assert [row["step"] for row in again] == [row["step"] for row in rows] == list(range(1, 7))
     for a, b in zip(rows, again):
         assert a["recon"] == pytest.approx(b["recon"], rel=1e-5)
