@@ -817,8 +817,8 @@ def counted(counts):
 
 def image_rows(source, out=None):
     """Rows of unlabelled images, with a name for each that no other has: those of a folder (recursive), and of the
-    uncompressed .tar files in it (WebDataset); or of one .tar, or one image. Prints what was found and what was left
-    out, and why. out: the run's own folder, which does not count.
+    uncompressed .tar files in it (WebDataset); or of one .tar, or one image. out: the folder of a run, which does not
+    count; the run says in a line what was found and what was left out, and why.
 
     Only names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path
     inside an archive has no effect on the disk. InputError where there is no image.
@@ -849,7 +849,8 @@ def image_rows(source, out=None):
     kinds = collections.Counter(os.path.splitext(name)[1].lower() for name, *_ in rows)
     archives = len({archive for _, archive, _ in packed})
     inside_tar = f", {len(packed)} of them in {archives} .tar" if packed else ""
-    say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
+    if out is not None:
+        say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
     return rows
 
 def read_rows(path, what, read):
