@@ -6,10 +6,12 @@ this file, which knows no architecture, does the rest. *What is trained* stands 
 
 What a script provides (to write one for another architecture, start from the nearest of the four):
 
-  Model.from_pretrained(source, device=, dtype=)     source: hub id, folder, or a key of RECIPES
+  Model.from_pretrained(source, device=, dtype=, quantize=)     source: hub id, folder, or a key of RECIPES; quantize:
+                                     None or "int8", see `quantize` in section 6
   Model.random(name, device)                         full size without a download, for --bench
   .save_pretrained(folder)   .parameter_groups(weight_decay) for AdamW   .blocks() to compile and checkpoint
   .config.image_size         .device     .set_und(size=, blur=)  --und-size, --blur
+  .unquantized               tuple of names' beginnings: what stays as it is under --quantize
   .preprocess(image, task, rng)      PIL RGB (None: a text without image; ValueError skips the row) -> CPU tensors of
                                      one image. task: recon, i2t, t2i. rng: numpy Generator for crops, None: central
   .encode(samples, task)             what FROZEN parts say of each image, a dict each: runs without a graph, and is all
@@ -55,6 +57,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 # ==== 1. Errors and files =============================================================================
@@ -84,7 +87,7 @@ def cli(main):
             os._exit(0)
     except (InputError, torch.OutOfMemoryError) as error:
         full = ("this does not fit into the GPU's memory: lower --micro-batch, or try --optimizer bf16; for "
-                "inference lower --batch-images")
+                "inference lower --batch-images or add --quantize int8")
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
@@ -565,23 +568,57 @@ def mean(total, count):
     return total / max(1, count)
 
 
+class HeadCrossEntropy(torch.autograd.Function):
+    """See cross_entropy_sum. The gradients are known as soon as the logits are there: they are computed
+    with them, so that no logits are kept for the backward, or made in it a second time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, at_once):
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias) if wanted[2] else None
+        total = torch.zeros((), device=hidden.device)
+
+        for begin in range(0, len(labels), at_once):
+            rows = hidden[begin:begin + at_once]                                    # [n, D]
+            targets = labels[begin:begin + at_once]                                 # [n]
+            logits = F.linear(rows, weight, bias)                                   # [n, V]
+            precision = logits.dtype
+            logits = logits.float()
+            total += F.cross_entropy(logits, targets, reduction="sum")
+            if not any(wanted):
+                continue
+
+            # d loss / d logits = probabilities - 1 at the target, in the precision of the product.
+            slope = logits.softmax(-1)
+            del logits
+            slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+            slope = slope.to(precision)
+            if wanted[0]:
+                grad_hidden[begin:begin + at_once] = slope @ weight
+            if wanted[1]:
+                grad_weight.addmm_(slope.T.to(weight.dtype), rows.to(weight.dtype))
+            if wanted[2]:
+                grad_bias += slope.sum(0)
+
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients = [None if grad is None else grad.mul_(upstream) for grad in ctx.gradients]
+        ctx.gradients = None        # the last reference: autograd may add to these tensors in place
+        return *gradients, None, None
+
+
 def cross_entropy_sum(head, hidden, labels, at_once=1024):
-    """Sum of the cross-entropies of labels [n] under head(hidden [n, D]) -> scalar, float32.
+    """Sum of the cross-entropies of labels [n] under the linear layer head(hidden [n, D]) -> scalar, float32.
 
     The logits, a column for each of up to 150,000 words, would be the largest tensors of a step:
-    they are made for `at_once` labels at a time, and once more in the backward where these are not all.
+    they are made for `at_once` labels at a time.
     """
-    from torch.utils.checkpoint import checkpoint
-
-    def piece(hidden, labels):
-        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
-
-    if len(labels) <= at_once:
-        return piece(hidden, labels)
-    total = 0
-    for part in zip(hidden.split(at_once), labels.split(at_once)):
-        total = total + checkpoint(piece, *part, use_reentrant=False)
-    return total
+    return HeadCrossEntropy.apply(hidden, head.weight, head.bias, labels, at_once)
 
 
 # ==== 3. Templates and images =========================================================================
@@ -1728,6 +1765,56 @@ def grid(rows, titles=(), cell=192, gap=4):
 
 # ==== 6. Inference on files ===========================================================================
 
+
+def int8_rows(weight):
+    """A matrix [out, in] -> int8 [out, in] and a scale for each row, bf16 [out]. Their product is
+    nearly the matrix: no number is off by more than half of its row's scale."""
+    # bf16 may round a scale down, by less than 1/256. So the largest number of a row becomes less
+    # than 127 * 256 / 255, which is below 127.5, and is rounded to 127. Zeros have a scale, too.
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+    return (weight / scale.float()[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear for inference in half of bf16's memory: int8, and a scale for each output channel.
+
+    The weights become floating-point numbers again in every call, and are forgotten after it.
+    Integers up to 127 are exact in bf16, and so are the scales: no error is added to int8_rows' own.
+    `weight` is int8, so who wants to know in which precision the layer computes asks its bias.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, scale = int8_rows(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """[..., in] -> [..., out], with autocast or without, as nn.Linear."""
+        y = F.linear(x, self.weight.to(self.scale.dtype))
+        scale = self.scale.to(y.dtype)
+        if self.bias is None:
+            return y * scale
+        return torch.addcmul(self.bias.to(y.dtype), y, scale)
+
+
+def quantize(model, kind):
+    """-> the model itself. kind "int8": every nn.Linear in it becomes an Int8Linear, but for those
+    whose names begin with one of model.unquantized; None: nothing happens. It goes layer by layer, so
+    that there are never two models in memory."""
+    if kind is None:
+        return model
+
+    # A subclass of nn.Linear does more than multiply, so it stays.
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        if not name.startswith(model.unquantized):
+            model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+    return model
+
+
 def prompt_jobs(source, out, images):
     """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
 
@@ -2292,6 +2379,8 @@ FLAGS = (
     ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
     ("--guidance-scale", number(0), None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
     ("--sampling-steps", at_least(1, 1000), None, "of the sampler. Not given: the paper's"),
+    ("--quantize", ("int8",), None, "keep the weights of all linear layers but the heads in int8: half the memory of "
+     "bf16, slower; only with --steps 0"),
 )
 
 class Parser(argparse.ArgumentParser):
@@ -2351,6 +2440,9 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         raise InputError("all three λ are 0: nothing would be trained; --steps 0 for inference alone")
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
+    if args.quantize and (args.steps or args.resume or args.bench):
+        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
+                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
     ranks = launched_ranks()
@@ -2606,7 +2698,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
     with resuming(resume) if resume else contextlib.nullcontext():
         if resume:
             load_training(resume, mmap=True)
-        model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
+        model = model_class.from_pretrained(str(source), device=device, dtype=dtype, quantize=args.quantize)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
     if args.compile:

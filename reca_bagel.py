@@ -281,6 +281,8 @@ class Bagel(nn.Module):
     """BAGEL, named as in ema.safetensors, whose 1223 keys are state_dict() without `vae.`, and the two tables."""
 
     condition = "vit"   # what RecA conditions on; "vae" is the paper's Table 7 (set for the whole class by --condition)
+    # Where ids, patches or latents enter and leave: few numbers, on which all others depend.
+    unquantized = ("vae.", "vae2llm", "llm2vae", "language_model.lm_head", "vit_model.vision_model.embeddings.")
 
     def __init__(self, config=BagelConfig()):
         super().__init__()
@@ -449,7 +451,7 @@ class Bagel(nn.Module):
 
     def _embed_vit(self, vit):
         """vit [B, rows, columns, width of the ViT] -> [B, M, D]: the understanding embeddings."""
-        x = self.connector["fc1"](vit.flatten(1, 2).to(self.connector["fc1"].weight.dtype))
+        x = self.connector["fc1"](vit.flatten(1, 2).to(self.connector["fc1"].bias.dtype))
         x = self.connector["fc2"](F.gelu(x, approximate="tanh"))
         return x + self.vit_pos_embed(*vit.shape[1:3]).to(x.dtype)
 
@@ -475,13 +477,13 @@ class Bagel(nn.Module):
     # ==== 3. Loading and saving =======================================================================
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
-        dtype: of the weights that RecA trains, see _fill. Every tensor goes from the file to its device by itself, in
-        its final precision: the host never holds a copy of the model (the original builds two float32 copies per
+        dtype: of the weights that RecA trains, quantize: None or "int8", see _fill. Every tensor goes from the file to
+        its device by itself: nobody ever holds a second copy of the model (the original builds two float32 copies per
         process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
-            return cls.random(source, device, dtype)
+            return cls.random(source, device, dtype, quantize)
         small = ["*.json", "*.txt", "ae.safetensors"]
         weights = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, small, NEEDED)
         folder = base = weights.parent
@@ -500,8 +502,8 @@ class Bagel(nn.Module):
                           for key, name in names.items()}
                 shapes |= {key: tensor.to("meta") for key, tensor in vae.items()}
                 common.load_strictly(model, shapes, folder)                         # before 29 GB are read
-                model._fill(((key, vae[key] if key in vae else file.get_tensor(names[key])) for key in shapes),
-                            device, dtype)
+                tensors = ((key, vae[key] if key in vae else file.get_tensor(names[key])) for key in shapes)
+                model._fill(tensors, device, dtype, quantize)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
         if any(base.glob("tokenizer*.json")):
@@ -509,32 +511,42 @@ class Bagel(nn.Module):
         return model
 
     @classmethod
-    def random(cls, name, device="cpu", dtype=torch.float32):
+    def random(cls, name, device="cpu", dtype=torch.float32, quantize=None):
         """Random weights, made on the device: for tiny, and (any other name: the released sizes) for --bench."""
         tokenizer = common.tiny_tokenizer(MARKERS)
         with torch.device("meta"):
             tiny = replace(TINY, llm=TINY.llm | {"vocab_size": len(tokenizer)})
             model = cls(tiny if name == "tiny" else CONFIGS[DEFAULT])
+        parameters = list(model.named_parameters())                 # before _fill, which may turn some into buffers
 
         def initial():
-            for name, p in model.named_parameters():
+            for name, p in parameters:
                 if name.endswith("bias") or name == "llm2vae.weight":                 # the latter as in the original
                     yield name, torch.zeros(p.shape, device=device)
                 elif p.dim() == 1:                                                                # norms
                     yield name, torch.ones(p.shape, device=device)
                 else:
                     yield name, torch.randn(p.shape, device=device) * p[0].numel() ** -0.5
-        model._fill(initial(), device, dtype)
+        model._fill(initial(), device, dtype, quantize)
         model._set_tokenizer(tokenizer)
         return model
 
-    def _fill(self, tensors, device, dtype):
+    def _fill(self, tensors, device, dtype, quantize=None):
         """Gives every weight, until now without memory, its tensor. tensors: (name, tensor), made one at a time. The
-        precision is float32 in the VAE, as it is released (0.3 GB), bf16 where frozen on a GPU, dtype elsewhere."""
-        state, frozen = {}, {name for name, p in self.named_parameters() if not p.requires_grad}
+        precision is float32 in the VAE, as it is released (0.3 GB), bf16 where frozen on a GPU, dtype elsewhere.
+        quantize="int8": what common.quantize turns into int8 becomes int8 here, one matrix at a time: 16 GB, not 30."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        common.quantize(self, quantize)
+        in_int8 = {name for name, buffer in self.named_buffers() if buffer.dtype == torch.int8}
+        state = {}
         for name, tensor in tensors:
             precision = torch.bfloat16 if tensor.is_cuda and name in frozen else dtype
-            state[name] = tensor.to(device, torch.float32 if name.startswith("vae.") else precision)
+            precision = torch.float32 if name.startswith("vae.") else precision
+            if name in in_int8:
+                state[name], scale = common.int8_rows(tensor.to(device))
+                state[name.removesuffix("weight") + "scale"] = scale.to(precision)
+            else:
+                state[name] = tensor.to(device, precision)
         self.load_state_dict(state, assign=True)
         self.to(device).eval()
 

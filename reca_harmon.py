@@ -256,8 +256,11 @@ class MAR(nn.Module):
         buffer, places = self.positions(self.encoder_pos_embed_learned, grid).expand(B, -1, -1).tensor_split([E], dim=1)
         if visible is not None:
             latents, places = take(latents, visible), take(places, visible)
-        x = self.z_proj(latents.to(self.z_proj.weight.dtype)) + places
-        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x], dim=1))
+        x = self.z_proj(latents.to(self.z_proj.weight.dtype))
+        precision = x.dtype
+        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x + places], dim=1))
+        # Under autocast position tables and norms give float32, in which all blocks would then keep their rows.
+        x = x.to(precision)
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
@@ -268,7 +271,8 @@ class MAR(nn.Module):
         buffer, seen = self.decoder_embed(x).tensor_split([E], dim=1)
         image = self.mask_token.to(seen.dtype).expand(len(x), grid[0] * grid[1], -1)
         image = image.scatter(1, visible[..., None].expand(-1, -1, seen.shape[-1]), seen)                   # [B, N, Dd]
-        x = torch.cat([buffer, image], dim=1) + self.positions(self.decoder_pos_embed_learned, grid)
+        x = torch.cat([buffer, image], dim=1)
+        x = x + self.positions(self.decoder_pos_embed_learned, grid).to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)[:, E:] + self.positions(self.diffusion_pos_embed_learned, grid)
@@ -335,11 +339,14 @@ def masked_after(N, num_steps):
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")                  # what the user's words must not say
 LEAST_MASKED = 0.7      # of the tokens, in training
-LABELS_AT_ONCE = 512    # that meet the language model's head
+LABELS_AT_ONCE = 128    # that meet the language model's head: float32 logits of 78 MB
 IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
 
 class Harmon(nn.Module):
     """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights and no tokenizer."""
+    # Where ids or latents enter and leave: few numbers, on which all others depend.
+    unquantized = ("vae.", "llm.lm_head", "mar.z_proj", "mar.diffloss.net.input_proj",
+                   "mar.diffloss.net.final_layer.linear")
 
     def __init__(self, config):
         super().__init__()
@@ -465,12 +472,13 @@ class Harmon(nn.Module):
     # ==== 3. Loading and saving (what reads files, sizes and names stands below the class) ============
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
-        there are several), a file, or "tiny". Weights are .pth, .bin or .safetensors, whole or in shards. What is not
-        there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
+        there are several), a file, or "tiny". quantize: None or "int8", before anything is on the device. Weights are
+        .pth, .bin or .safetensors, whole or in shards. What is not there is fetched: kl16.ckpt, unless the weights hold
+        `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
-            return cls.random(source, device).to(dtype)
+            return common.quantize(cls.random(source, device), quantize).to(dtype)
         path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES], NEEDED)
         folder, state = path.parent, dict(common.load_state(path))
         vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
@@ -482,7 +490,7 @@ class Harmon(nn.Module):
             model.tokenizer = common.load_tokenizer(folder)
         elif model.config.llm_width in TOKENIZERS:          # other sizes do without: they take ids only
             model.tokenizer = common.load_tokenizer(common.hub_folder(TOKENIZERS[model.config.llm_width], SMALL_FILES))
-        return model.to(device, dtype).eval()
+        return common.quantize(model, quantize).to(device, dtype).eval()
 
     @classmethod
     def random(cls, name, device="cpu"):

@@ -212,6 +212,8 @@ class OpenUni(nn.Module):
     """The parts in the picture on top of the file, under the released names, with random weights and no tokenizer:
     `lmm` (InternVL3) and `vae` (DC-AE), frozen; `meta_queries`, `connector`, `projector` and `transformer` (SANA)."""
     base_overrides = {}                                      # --lmm, --sana, --vae: see from_pretrained
+    # The heads. SANA's patches enter through a convolution.
+    unquantized = ("vae.", "lmm.lm_head", "transformer.proj_out")
 
     def __init__(self, config):
         super().__init__()
@@ -355,7 +357,7 @@ class OpenUni(nn.Module):
     def _condition(self, ids, mask, und=None):
         """Prompts [B, L] and understanding embeddings [B, N, D] or None -> what SANA is conditioned on, [B, Q, T]."""
         mask = common.to_device(mask, self.device)
-        states = self._query_states(self._embed(ids, und), mask).to(self.projector.weight.dtype)
+        states = self._query_states(self._embed(ids, und), mask).to(self.projector.bias.dtype)
         return self.projector(self.connector["layers"](states))
 
     def _velocity(self, latents, condition, t):
@@ -373,12 +375,13 @@ class OpenUni(nn.Module):
     # converted for transformers (-hf): the same numbers under other names, and both load.
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, bases=None):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, bases=None, quantize=None):
         """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
         there are several), a file, or "tiny". bases: {"lmm": ..., "sana": ..., "vae": ...}, hub ids or folders to use
-        instead of those that the checkpoint names. Every key must fit, or InputError names what does not."""
+        instead of those that the checkpoint names. quantize: None or "int8", before anything is on the device. Every
+        key must fit, or InputError names what does not."""
         if source == "tiny":
-            return cls.random(source, device).to(dtype)
+            return common.quantize(cls.random(source, device), quantize).to(dtype)
         path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["*.json"], ["meta_queries"])
         state = dict(common.load_state(path))
         settings = read_settings(path, state)
@@ -395,10 +398,10 @@ class OpenUni(nn.Module):
         lmm = internvl_to_transformers({key[4:]: state.pop(key) for key in list(state) if key.startswith("lmm.")})
         with torch.device("meta"):                           # drawing 4 billion random numbers would take a minute
             model = cls(config)
-        model.to(dtype).to_empty(device=device)
+        model.to(dtype).to_empty(device="cpu" if quantize else device)
         common.load_strictly(model, state | {f"lmm.{key}": value for key, value in lmm.items()}, str(path))
         model.set_tokenizer(common.load_tokenizer(folders["lmm"]))
-        return model.eval()
+        return common.quantize(model, quantize).to(device).eval()
 
     @classmethod
     def random(cls, name, device="cpu"):

@@ -265,6 +265,7 @@ class Rows:
 
 class Showo(nn.Module):
     """`showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit`."""
+    unquantized = ("showo.lm_head", "magvit.")
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -375,7 +376,7 @@ class Showo(nn.Module):
         embeds = self.showo.model.embed_tokens(rows.ids.clamp(min=0))
         if und is None or not self.config.w_clip_vit:
             return embeds
-        image = self.mm_projector(und.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
+        image = self.mm_projector(und.to(self.mm_projector[0].bias.dtype)).to(embeds.dtype)
         return embeds.masked_scatter((rows.ids == IGNORED)[..., None], image)
 
     def hidden(self, embeds, mask, positions, cache=None):
@@ -388,14 +389,16 @@ class Showo(nn.Module):
     # ==== 3. Loading and saving =======================================================================
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """A model in eval mode with its tokenizer. source: a hub id (those in CONFIGS, sanaka87/Show-o-RecA,
         sanaka87/Show-o-512x512-RecA), a folder in that layout (config.json and pytorch_model.safetensors or .bin), or
         "tiny", "tiny-vq". Tokenizer, CLIP and MAGVIT-v2 come from the sub-folders that save_pretrained writes, else
-        from the hub. dtype: of all but MAGVIT-v2, which stays float32. InputError for keys that do not fit."""
+        from the hub. dtype: of all but MAGVIT-v2, which stays float32. quantize: None or "int8", before anything is on
+        the device. InputError for keys that do not fit."""
         if source in ("tiny", "tiny-vq"):
-            return cls.random(source, device).eval()
-        path = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, ["config.json", "*unwrapped_model/config.json"], NEEDED)
+            return common.quantize(cls.random(source, device), quantize).eval()
+        path = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, ["config.json", "*unwrapped_model/config.json"],
+                                      NEEDED)
         # A repository with nothing but the weights has the sizes of the name it goes by.
         folder, config = path.parent, CONFIGS.get(source)
         if config is None or (folder / "config.json").is_file():
@@ -416,7 +419,7 @@ class Showo(nn.Module):
             common.load_strictly(model.clip, clip_keys(state), "CLIP")
             # Buffers that no checkpoint holds, here and below.
             model.clip.embeddings.position_ids.copy_(torch.arange(config.num_clip + 1))
-        model.to(device).parts("showo", "mm_projector", "clip").to(dtype)
+        common.quantize(model, quantize).to(device).parts("showo", "mm_projector", "clip").to(dtype)
         # After the cast: rounded rotary frequencies would turn tokens wrongly.
         model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.showo.config).to(device)
         return model.eval()
