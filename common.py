@@ -1867,12 +1867,12 @@ def sampler_options(args):
 def origin(model, args, task, **what):
     """What an output of `task` is made from, as JSON holds it. what: prompt, source, seed ..."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         numbers = weight.detach().flatten()
         some = numbers[::max(1, len(numbers) // 64)][:64]          # training moves them all
         digest.update(f"{name} {weight.dtype}".encode() + some.float().cpu().numpy().tobytes())
 
-    settings = {name: getattr(args, name, None) for name in ("precision", "und_size", "blur", "condition")}
+    settings = {name: getattr(args, name, None) for name in ("precision", "quantize", "und_size", "blur", "condition")}
     made_from = {"task": task, "weights": digest.hexdigest()[:16], **settings, **sampler_options(args), **what}
     return json.loads(json.dumps(made_from))
 
