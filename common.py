@@ -66,8 +66,8 @@ class InputError(Exception):
     """Something the user gave cannot work. The message is one line: what is wrong, and what to do."""
 
 def print_anything():
-    """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is printed as its code,
-    and ends nothing."""
+    """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is
+    printed as its code, and ends nothing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -128,8 +128,8 @@ def atomic(path):
         remove(temporary)
 
 def write(path, content, made_from=None):
-    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file, atomically.
-    made_from: an object that a .png keeps within itself, see origin_of."""
+    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file,
+    atomically. made_from: an object that a .png keeps within itself, see origin_of."""
     with atomic(path) as temporary:
         if isinstance(content, Image.Image) and made_from:
             note = PngImagePlugin.PngInfo()
@@ -151,7 +151,8 @@ PREVIEW = re.compile(r"(step_\d{6,}|(before|input)_\d+)\.png")
 
 
 def named_checkpoints(folder):
-    """The folders in `folder` that are called like a run's checkpoints, by their step, lowest first.
+    """The folders in `folder` that are called like a run's checkpoints, by their step, lowest
+    first.
 
     The number is compared as a number, and nothing else counts: not checkpoint-best, not
     checkpoint-000002-keep, no file.
@@ -228,7 +229,8 @@ def read_text(path):
 
 
 def read_json(path, lines=False):
-    """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the malformed line."""
+    """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the
+    malformed line."""
     text = read_text(path)
     rows, parts = [], text.split("\n") if lines else [text]  # not splitlines: it also cuts at U+2028, which JSON allows
     for number, part in enumerate(parts):
@@ -239,7 +241,8 @@ def read_json(path, lines=False):
     return rows if lines else rows[0]
 
 def read_object(path):
-    """A .json file that must hold an object: a config, a run's record. InputError if it does not."""
+    """A .json file that must hold an object: a config, a run's record. InputError if it does
+    not."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object {{...}}, but a {type(content).__name__}")
@@ -262,7 +265,8 @@ def mend_lines(path, keep=lambda row: True):
 
 
 def read_whole_lines(path):
-    """The objects in a .jsonl that runs append to, without the lines that are none; [] if there is no such file."""
+    """The objects in a .jsonl that runs append to, without the lines that are none; [] if there is
+    no such file."""
     text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
     rows = []
     for line in text.split("\n"):
@@ -283,7 +287,8 @@ def newest_in(folder):
 
 
 def check_model(model, names):
-    """InputError for a --model that is no name, no file, no folder and no hub id either; the nearest name is told."""
+    """InputError for a --model that is no name, no file, no folder and no hub id either; the
+    nearest name is told."""
     place = model.partition(":")[0]
     if model in names or Path(model).expanduser().exists() or Path(place).expanduser().exists():
         return
@@ -298,8 +303,8 @@ def check_model(model, names):
 
 def hub_folder(source, patterns):
     """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
-    the glob patterns; of a run's folder its newest checkpoint. Weights are fetched, code is never executed. InputError
-    where neither is to be had."""
+    the glob patterns; of a run's folder its newest checkpoint. Weights are fetched, code is never
+    executed. InputError where neither is to be had."""
     if Path(source).expanduser().is_dir():
         return newest_in(Path(source).expanduser())
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -335,8 +340,8 @@ def load_state(path):
 
 
 def unwrapped(state):
-    """A dict whose keys are names of tensors, without what wrappers put in front of all of them: module. is
-    DistributedDataParallel's, _orig_mod. torch.compile's."""
+    """A dict whose keys are names of tensors, without what wrappers put in front of all of them:
+    module. is DistributedDataParallel's, _orig_mod. torch.compile's."""
     for wrapper in ("module.", "_orig_mod.", "module."):
         if all(key.startswith(wrapper) for key in state):
             state = {key.removeprefix(wrapper): value for key, value in state.items()}
@@ -344,8 +349,8 @@ def unwrapped(state):
 
 
 def load_training(folder, mmap=False):
-    """What a checkpoint holds beside the weights, as Trainer.save wrote it. InputError where it is damaged.
-    mmap: only look, without reading all of it."""
+    """What a checkpoint holds beside the weights, as Trainer.save wrote it. InputError where it is
+    damaged. mmap: only look, without reading all of it."""
     path = folder / "trainer.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
@@ -358,7 +363,8 @@ def load_training(folder, mmap=False):
 
 @contextlib.contextmanager
 def resuming(folder):
-    """with resuming(checkpoint): read it. Where that fails, the error offers the checkpoint before it."""
+    """with resuming(checkpoint): read it. Where that fails, the error offers the checkpoint before
+    it."""
     try:
         yield
     except torch.OutOfMemoryError:         # a RuntimeError, too
@@ -377,7 +383,8 @@ def shards_of(index):
 
 
 def tensor_names(path):
-    """What a checkpoint file holds, by its header alone where it has one; nothing where it cannot be read."""
+    """What a checkpoint file holds, by its header alone where it has one; nothing where it cannot
+    be read."""
     try:
         if path.name.endswith(".index.json"):
             return set(shards_of(path))
@@ -396,12 +403,13 @@ def is_average(path):
 
 def find_checkpoint(source, released, kinds, beside, needs=()):
     """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
-    with ":FILE" where it holds several. kinds: lists of glob patterns, in the order of preference; beside: patterns of
-    what else a download needs. InputError where there is not exactly one.
+    with ":FILE" where it holds several. kinds: lists of glob patterns, in the order of preference;
+    beside: patterns of what else a download needs. InputError where there is not exactly one.
 
-    Among several files what they hold decides, not what they are called: only those count that have the tensors
-    `needs`. An average of the weights (EMA, in whose 0.9999 the old model outlives a post-training) comes last, unless
-    its very name is asked for. What is taken and what is left is said in a line.
+    Among several files what they hold decides, not what they are called: only those count that have
+    the tensors `needs`. An average of the weights (EMA, in whose 0.9999 the old model outlives a
+    post-training) comes last, unless its very name is asked for. What is taken and what is left is
+    said in a line.
     """
     source, file = released.get(source, source), ""
     path = Path(source).expanduser()
@@ -437,7 +445,8 @@ def find_checkpoint(source, released, kinds, beside, needs=()):
 
 
 def choose(found, needs, folder, source):
-    """Of (place in the order of preference, file) the file with the tensors `needs`, for find_checkpoint."""
+    """Of (place in the order of preference, file) the file with the tensors `needs`, for
+    find_checkpoint."""
     if len(found) == 1:
         return found[0][1]
     indexes = [path for _, path in found if path.name.endswith(".index.json")]
@@ -703,8 +712,8 @@ def decode(data):
     return image.convert("RGB")
 
 def plain(text, markers):
-    """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" -> "< IMG_CONTEXT>".
-    It then stands for itself, and not for an image or for the end of a turn."""
+    """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" ->
+    "< IMG_CONTEXT>". It then stands for itself, and not for an image or for the end of a turn."""
     for marker in markers:
         text = text.replace(marker, f"{marker[0]} {marker[1:]}")
     return text
@@ -743,7 +752,8 @@ def shrunk(image, longest):
 
 
 def stretch_square(image, size):
-    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's original."""
+    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's
+    original."""
     side = min(max(image.size), MAX_SIDE)
     return image.resize((side, side)).resize((size, size))
 
@@ -768,7 +778,8 @@ def pad_square(image, size):
     return square.resize((size, size))
 
 def check_blur(factor, side):
-    """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before training."""
+    """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before
+    training."""
     if factor and not 1 <= factor <= side // 2:
         raise InputError(f"--blur {factor}: at most {side // 2}, half of the image's side")
 
@@ -853,12 +864,14 @@ def counted(counts):
 
 
 def image_rows(source, out=None):
-    """Rows of unlabelled images, with a name for each that no other has: those of a folder (recursive), and of the
-    uncompressed .tar files in it (WebDataset); or of one .tar, or one image. out: the folder of a run, which does not
-    count; the run says in a line what was found and what was left out, and why.
+    """Rows of unlabelled images, with a name for each that no other has: those of a folder
+    (recursive), and of the uncompressed .tar files in it (WebDataset); or of one .tar, or one
+    image. out: the folder of a run, which does not count; the run says in a line what was found and
+    what was left out, and why.
 
-    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path
-    inside an archive has no effect on the disk. InputError where there is no image.
+    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never
+    extracted, so a path inside an archive has no effect on the disk. InputError where there is no
+    image.
     """
     source, left, loose, packed = Path(source).expanduser(), collections.Counter(), [], []
     if not source.exists():
@@ -877,7 +890,8 @@ def image_rows(source, out=None):
         else:
             loose.append((name, path, None))
 
-    # Shards number their images alike: a name that is there more than once gets its archive's in front.
+    # Shards number their images alike: a name that is there more than once gets its archive's in
+    # front.
     often = collections.Counter(name for name, *_ in [*loose, *packed])
     rows = [(name if often[name] == 1 else f"{archive}/{name}", place, None) for name, archive, place in packed] + loose
     aside = f"; left out: {counted(left)}" if +left else ""
@@ -914,8 +928,9 @@ ANSWERING = ("gpt", "assistant", "model")
 
 
 def paired_turns(turns):
-    """[{"from": who, "value": text}, ...] -> [(question, answer), ...] by who speaks, and how many turns are in no
-    pair: those of a system, answers to nothing, questions without an answer. (Some files say role and content.)"""
+    """[{"from": who, "value": text}, ...] -> [(question, answer), ...] by who speaks, and how many
+    turns are in no pair: those of a system, answers to nothing, questions without an answer. (Some
+    files say role and content.)"""
     pairs, question, single = [], None, 0
     for turn in turns:
         who = turn["from"] if "from" in turn else turn["role"]
@@ -934,8 +949,9 @@ def paired_turns(turns):
 
 def conversation_rows(path, folder):
     """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
-    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's).
-    Turns that cannot be paired are left out, and rows without a pair or with several images; a line says how many."""
+    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images
+    (None: the file's). Turns that cannot be paired are left out, and rows without a pair or with
+    several images; a line says how many."""
     left = collections.Counter()
 
     def read(i, row):
@@ -1304,8 +1320,8 @@ class MicroBatch:
 
 @contextlib.contextmanager
 def own_options(optimizer):
-    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this run: a state has its
-    own, which would count instead of what the command line says."""
+    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this
+    run: a state has its own, which would count instead of what the command line says."""
     kept = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
     yield
     for group, options in zip(optimizer.param_groups, kept):
@@ -1855,8 +1871,8 @@ def prompt_jobs(source, out, images):
     return jobs
 
 def sampler_options(args):
-    """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults.
-    args.sampler: those that only one architecture has."""
+    """The sampler's settings that the command line gives; the others keep the script's (the
+    paper's) defaults. args.sampler: those that only one architecture has."""
     options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps, **getattr(args, "sampler", {})}
     return {name: value for name, value in options.items() if value is not None}
 
@@ -1895,8 +1911,8 @@ def fingerprint(source):
 
 
 def check_outputs(outputs, source):
-    """outputs: (what it is made for, path) of each file. InputError where two inputs of `source` would write one file,
-    or where a file is in the way that these scripts have not made."""
+    """outputs: (what it is made for, path) of each file. InputError where two inputs of `source`
+    would write one file, or where a file is in the way that these scripts have not made."""
     known = {}
     for name, path in outputs:
         if path in known:
@@ -1911,8 +1927,9 @@ def check_outputs(outputs, source):
 def output_paths(names, out):
     """Names of images -> {name: where in `out` the picture made from it belongs}.
 
-    That is <name without its suffix>.png; with its suffix where this alone tells two names apart (cat.jpg and cat.png),
-    or where a run has a file of its own there. InputError where a name leads out of the folder.
+    That is <name without its suffix>.png; with its suffix where this alone tells two names apart
+    (cat.jpg and cat.png), or where a run has a file of its own there. InputError where a name leads
+    out of the folder.
     """
     short = {name: str(Path(name).with_suffix(".png")) for name in names}
     often = collections.Counter(short.values())
@@ -1954,7 +1971,8 @@ class Outputs:
         return self.counts["made"] + self.counts["made again"]
 
     def report(self):
-        """": 3 kept, 1 made, 2 made again", and of how many earlier pictures nobody has asked now."""
+        """": 3 kept, 1 made, 2 made again", and of how many earlier pictures nobody has asked
+        now."""
         paths = {job[0] for job in self.jobs}
         beside = {path for folder in {path.parent for path in paths} for path in folder.glob("*.png")}
         others = [origin_of(path) for path in beside - paths]
@@ -1994,7 +2012,8 @@ def generate_files(model, args, jobs):
         prompts = [made_from["prompt"] for _, made_from, _ in chunk]
         seeds = [seed for _, _, seed in chunk]
         for (path, made_from, _), image in zip(chunk, model.generate(prompts, seed=seeds, **sampler_options(args))):
-            # DPG-Bench wants four in one file, as a square: it is written when all of them are there.
+            # DPG-Bench wants four in one file, as a square: it is written when all of them are
+            # there.
             made = waiting.setdefault(path, [])
             made.append(image)
             if len(made) == len(made_from["seeds"]):
@@ -2005,7 +2024,8 @@ def generate_files(model, args, jobs):
 
 
 def reconstruct_jobs(source, out):
-    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError for what cannot be."""
+    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError for what
+    cannot be."""
     rows = image_rows(source, out)
     paths = output_paths([name for name, *_ in rows], out)
     overview = Path(out) / "reconstructions.png"
@@ -2067,8 +2087,9 @@ def check_answers(out):
 
 
 def describe_files(model, args, rows):
-    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line, and from what it was made;
-    a rerun goes on. Benchmarks have several questions of one id: question and image belong to what identifies a row."""
+    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line, and
+    from what it was made; a rerun goes on. Benchmarks have several questions of one id: question
+    and image belong to what identifies a row."""
     common_origin = origin(model, args, "describe", max_new_tokens=args.max_new_tokens)
     wanted = {}
     for key, source, question, image in rows:
@@ -2113,8 +2134,9 @@ def describe_first(model, args, rows, path):
 
 
 def described(rows, path):
-    """The rows of L_i2t from what describe_first has kept. By the images' names: files may have come or gone since.
-    Descriptions of images that are not there are left out; InputError where none is left."""
+    """The rows of L_i2t from what describe_first has kept. By the images' names: files may have
+    come or gone since. Descriptions of images that are not there are left out; InputError where
+    none is left."""
     wanted = {}
     for said in read_json(path, lines=True):
         try:
@@ -2293,7 +2315,8 @@ def toy_stage(title, parameters, loss, steps, fraction, lr=1e-3, batch=32, warmu
 
 # ==== 8. The command line =============================================================================
 
-# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so (--data=~/x).
+# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so
+# (--data=~/x).
 expanded = os.path.expanduser
 
 
@@ -2468,8 +2491,8 @@ def build_rows(args):
     return rows
 
 def launched_ranks():
-    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not torchrun's: InputError
-    where the other variables are missing."""
+    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not
+    torchrun's: InputError where the other variables are missing."""
     count = os.environ.get("WORLD_SIZE") or "1"
     if count == "1":
         return 1
@@ -2519,7 +2542,8 @@ def past_runs(out):
 
 
 def last_training(out):
-    """What run.json says of the last run in `out` that trained (inference may have followed), or {}."""
+    """What run.json says of the last run in `out` that trained (inference may have followed), or
+    {}."""
     trained = [run for run in past_runs(out) if run.get("arguments", {}).get("steps")]
     return trained[-1] if trained else {}
 
@@ -2534,9 +2558,9 @@ FIXED = {
 
 
 def reconcile(args, given):
-    """--resume: what the command line does not give comes from run.json, as the run in --out was started or last gone
-    on with. given: {flag: value} of what it does give. What differs counts from here on, and is said in a line, or
-    cannot be changed: InputError."""
+    """--resume: what the command line does not give comes from run.json, as the run in --out was
+    started or last gone on with. given: {flag: value} of what it does give. What differs counts
+    from here on, and is said in a line, or cannot be changed: InputError."""
     run = last_training(args.out)
     if not run:
         say(f"--resume: {args.out}/run.json does not say how the run was started; the command line alone counts")
@@ -2610,8 +2634,8 @@ def check_out(args):
 
 
 def cache_home():
-    """Where programs of this user keep what can be made again: XDG_CACHE_HOME if it is an absolute path (else the
-    standard wants it ignored), or ~/.cache."""
+    """Where programs of this user keep what can be made again: XDG_CACHE_HOME if it is an absolute
+    path (else the standard wants it ignored), or ~/.cache."""
     given = os.environ.get("XDG_CACHE_HOME", "")
     if os.path.isabs(given):
         return Path(given)
@@ -2753,7 +2777,8 @@ def post_train(model, args, rows, prepare, trainer, resume):
             write(previews / f"step_{step:06d}.png", picture)
 
     def score(when):
-        """out/scores.json: the toy world's scores now, under `when`, beside those that are there."""
+        """out/scores.json: the toy world's scores now, under `when`, beside those that are
+        there."""
         known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
         with inference(model, args):
             known[when] = score_toy(model, size, 128, 7, sampler_options(args))
@@ -2784,8 +2809,9 @@ def post_train(model, args, rows, prepare, trainer, resume):
         print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
 
 def kept_previews(folder):
-    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists where that is not whole:
-    then other images are shown, and none before RecA, as the model that could paint it is gone."""
+    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists
+    where that is not whole: then other images are shown, and none before RecA, as the model that
+    could paint it is gone."""
     images, before = [], []
     with contextlib.suppress(UnreadableImage):
         while (folder / f"before_{len(images)}.png").exists():

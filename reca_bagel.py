@@ -835,8 +835,9 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-# In this order. The official trainer writes model and ema, an average with 0.9999 of which its authors advise against:
-# after 1000 steps it is 90% the old model. (The release has one file, called ema, as what save_pretrained writes.)
+# In this order. The official trainer writes model and ema, an average with 0.9999 of which its
+# authors advise against: after 1000 steps it is 90% the old model. (The release has one file,
+# called ema, as what save_pretrained writes.)
 WEIGHT_FILES = [["model_bf16.safetensors"], ["model.safetensors"], ["ema.safetensors"], ["*.safetensors"]]
 NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")                     # what only BAGEL's has
 OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
@@ -1101,8 +1102,8 @@ def edit_jobs(path, sources, out):
     return jobs
 
 def edit_files(model, args, jobs):
-    """Makes what is missing or was made from something else. (The original crops black borders off its results; we do
-    not.)"""
+    """Makes what is missing or was made from something else. (The original crops black borders off
+    its results; we do not.)"""
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
     edit_origin = common.origin(model, args, "edit", seed=args.seed, image_guidance_scale=args.image_guidance_scale)
     wanted = []

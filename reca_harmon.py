@@ -109,7 +109,8 @@ CONFIGS = {
 # What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
 RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
             "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth"}
-# And what the authors' RecA has made of them (plus: fine-tuned on BLIP3o-60k first), with the size of each.
+# And what the authors' RecA has made of them (plus: fine-tuned on BLIP3o-60k first), with the size
+# of each.
 RECA = {"harmon-1.5b-reca": "sanaka87/Harmon-1.5B-RecA", "harmon-1.5b-reca-plus": "sanaka87/Harmon-1.5B-RecA-plus",
         "harmon-0.5b-reca": "sanaka87/Harmon-0.5B-RecA"}
 CONFIGS |= {name: CONFIGS[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
