@@ -766,7 +766,7 @@ def test_bagel_two_ranks_equal_one_and_resume_on_one(workplace, monkeypatch):
     run_main(monkeypatch, *base, "--batch", 4, "--steps", 4, "--out", workplace / "one")
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
-    command += [HERE.parent / "reca_bagel.py", *base, "--batch", 2, "--steps", 2, "--out", workplace / "two"]
+    command += [HERE.parent / "reca_bagel.py", *base, "--batch", 4, "--steps", 2, "--out", workplace / "two"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "FSDP2 over 2 ranks" in done.stdout

@@ -787,7 +787,7 @@ def test_bench_runs_on_tiny(reca, capsys):
 def test_what_bad_input_gets(reca, tmp_path):
     for arguments, words in ((["--lambda-i2t", 1], "L_i2t trains nothing"),
                              (["--i2t-data", "shapes"], "L_i2t trains nothing"),
-                             (["--model", tmp_path / "none", "--data", tmp_path], "no image"),
+                             (["--model", tmp_path, "--data", tmp_path], "no image"),
                              (["--und-size", 30, "--steps", 1], "multiples of 8")):
         with pytest.raises(common.InputError, match=words):
             reca(*arguments)
