@@ -1705,6 +1705,15 @@ def worst_case_bytes(trainer, name, count):
     return torch.cuda.max_memory_allocated() - resident
 
 
+def agreed(sizes, device):
+    """The least that any process has found: sharded weights need equally many passes everywhere."""
+    if not dist.is_initialized():
+        return sizes
+    least = torch.tensor(list(sizes.values()), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return dict(zip(sizes, least.tolist()))
+
+
 def fit_micro_batches(trainer):
     """--micro-batch auto on a GPU -> {name: images}, the most that fit, and a line that says why.
 
@@ -1742,7 +1751,7 @@ def fit_micro_batches(trainer):
     trainer.optimizer.zero_grad(set_to_none=True)
     reason = (f"{'; '.join(told)}; {room / 1e9:.1f} GB are left beside weights, gradients, moments and "
               f"{SPARE_BYTES / 1e9:.0f} GB to spare")
-    return sizes, reason
+    return agreed(sizes, trainer.model.device), reason
 
 
 def float32_fits(model, sharded):
@@ -1786,7 +1795,6 @@ def set_up_training(model, streams, args, prepare, trainer_class, show=None):
             trainer.micro_batch, reason = fit_micro_batches(trainer)
         if not all(trainer.micro_batch.values()):
             raise InputError(f"one image at a time does not fit into this GPU's memory: {reason}")
-        trainer.micro_batch = agreed(trainer.micro_batch, model.device)
     elif args.micro_batch is not None:
         reason = "given"
     args.micro_batch = trainer.micro_batch
@@ -1800,15 +1808,6 @@ def set_up_training(model, streams, args, prepare, trainer_class, show=None):
               + (", checkpointing" if args.checkpointing else ""))
         print(f"micro-batches of {trainer.micro_batch} of {args.batch} images a step ({reason})")
     return trainer
-
-
-def agreed(sizes, device):
-    """The least that any process has found: sharded weights need equally many passes everywhere."""
-    if not dist.is_initialized():
-        return sizes
-    least = torch.tensor(list(sizes.values()), device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return dict(zip(sizes, least.tolist()))
 
 
 def draw_losses(out):
