@@ -31,34 +31,40 @@ static const c10::Device CUDA(c10::DeviceType::CUDA, 0);
 
 // ---- 1. Events ----------------------------------------------------------------------------------
 
-// kind: "allocate", "free", "peak", or the name of a synchronisation; address: of the memory.
-using Listener = void (*)(const char* kind, int64_t bytes, int64_t address);
+// kind: "allocate", or what makes the host wait. It gives the number of the line that is running.
+using Listener = int64_t (*)(const char* kind);
 static Listener listener = nullptr;
 
-static void tell(const char* kind, int64_t bytes, const void* address = nullptr) {
-  if (listener) listener(kind, bytes, reinterpret_cast<int64_t>(address));
-}
+static int64_t tell(const char* kind) { return listener ? listener(kind) : 0; }
 
 
 // ---- 2. Memory ----------------------------------------------------------------------------------
 
 static const int64_t GRANULE = 512;        // torch's caching allocator rounds up to it
-static const int64_t LARGE = 1 << 20;      // bytes: blocks from here on are told to the listener
-static int64_t total = INT64_MAX, used = 0, peak = 0, told_peak = 0;
+static const int64_t LARGE = 1 << 20;      // bytes: of blocks from here on we know the line
+static int64_t total = INT64_MAX;
+static int64_t used = 0;
+static int64_t peak = 0;
+static int64_t noted_peak = 0;
+static std::vector<int64_t> held;           // bytes of large blocks, by the line that allocated them
+static std::vector<int64_t> held_at_peak;
 
 struct Block {
   void* memory;
   int64_t bytes;
+  int64_t line;      // that allocated it
   bool known;        // whether the numbers in it are those that a GPU would have
 };
 
 static void release(void* context) {
   auto block = static_cast<Block*>(context);
   used -= block->bytes;
-  if (block->bytes >= LARGE) tell("free", block->bytes, block->memory);
-
-  if (block->bytes >= LARGE) munmap(block->memory, block->bytes);
-  else free(block->memory);
+  if (block->bytes >= LARGE) {
+    held[block->line] -= block->bytes;
+    munmap(block->memory, block->bytes);
+  } else {
+    free(block->memory);
+  }
   delete block;
 }
 
@@ -72,21 +78,23 @@ struct CardAllocator : c10::Allocator {
 
     // New memory counts as known: it is all zeros here, and whoever reads it before writing to it
     // finds arbitrary numbers on a GPU, too.
-    auto block = new Block{nullptr, bytes, true};
+    auto block = new Block{nullptr, bytes, 0, true};
     const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
     block->memory = bytes >= LARGE ? mmap(nullptr, bytes, PROT_READ | PROT_WRITE, flags, -1, 0)
                                    : calloc(1, bytes);
     TORCH_CHECK(block->memory != nullptr && block->memory != MAP_FAILED, "no address space left");
 
     used += bytes;
-    if (bytes >= LARGE) tell("allocate", bytes, block->memory);
-    if (used > peak) {
-      peak = used;
-      // A peak is told when it is 0.3% above the last one that was: often enough for a table.
-      if (peak > told_peak + told_peak / 333 + LARGE) {
-        told_peak = peak;
-        tell("peak", peak);
-      }
+    if (bytes >= LARGE) {
+      block->line = tell("allocate");
+      if (held.size() <= size_t(block->line)) held.resize(block->line + 1);
+      held[block->line] += bytes;
+    }
+    peak = std::max(peak, used);
+    // Often enough for a table: whenever the peak is 0.3% above the one that was noted last.
+    if (peak > noted_peak + noted_peak / 333 + LARGE) {
+      noted_peak = peak;
+      held_at_peak = held;
     }
     return {block->memory, block, release, CUDA};
   }
@@ -275,7 +283,7 @@ static IValue expand_masks(const IValue& indices) {
   c10::List<std::optional<Tensor>> expanded;
   for (const std::optional<Tensor>& index : indices.toOptionalTensorVector()) {
     bool mask = index && (index->scalar_type() == at::kBool || index->scalar_type() == at::kByte);
-    if (index && !index->is_cuda()) tell("copy to the GPU (index)", index->nbytes());
+    if (index && !index->is_cuda()) tell("copy to the GPU (index)");
     if (!mask) {
       expanded.push_back(index);
       continue;
@@ -331,7 +339,7 @@ static void transfer(const c10::OperatorHandle& op, const std::vector<IValue>& a
   Tensor from = arguments[1].toTensor();
   const Tensor& host = to.is_cuda() ? from : to;
   bool waits = !arguments[2].toBool() || !pinned.count(host.storage().data());
-  if (waits) tell(to.is_cuda() ? "copy to the GPU" : "copy to the host", from.nbytes());
+  if (waits) tell(to.is_cuda() ? "copy to the GPU" : "copy to the host");
 
   bool known = is_known(from) && is_small(from) && is_small(to);
   StandIns cpu{c10::DeviceType::CPU};
@@ -345,7 +353,7 @@ static void transfer(const c10::OperatorHandle& op, const std::vector<IValue>& a
 static void read_numbers(const c10::OperatorHandle& op, const std::vector<IValue>& arguments,
                          c10::Stack* stack) {
   const std::string& name = op.schema().name();
-  tell(name.c_str() + strlen("aten::"), 0);
+  tell(name.c_str() + strlen("aten::"));
   bool known = true;
   for (const Tensor& tensor : tensors_in(arguments)) known = known && is_known(tensor);
 
@@ -391,6 +399,47 @@ static std::vector<IValue> ready_outputs(const c10::OperatorHandle& op,
   return outputs;
 }
 
+static Tensor empty_like(const Tensor& tensor, c10::ScalarType type) {
+  return at::detail::empty_generic(tensor.sizes(), &card, DispatchKeySet(DispatchKey::CUDA), type,
+                                   tensor.suggest_memory_format());
+}
+
+static Tensor empty_float(at::IntArrayRef sizes) {
+  return at::detail::empty_generic(sizes, &card, DispatchKeySet(DispatchKey::CUDA), at::kFloat, {});
+}
+
+// The results of some frequent operators that Meta composes of many others, in Python: for these alone
+// a step would take twice as long. Otherwise nothing.
+static std::vector<IValue> frequent_outputs(const std::string& name,
+                                            const std::vector<IValue>& arguments) {
+  static const Names frequent = {
+      "aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::native_group_norm",
+      "aten::native_dropout", "aten::native_dropout_backward"};
+  if (!frequent.count(name)) return {};
+
+  Tensor x = arguments[0].toTensor();
+  Tensor result = empty_like(x, x.scalar_type());
+  if (name == "aten::native_dropout") return {result, empty_like(x, at::kBool)};
+  if (name == "aten::native_dropout_backward") return {result};
+  if (name == "aten::native_group_norm") {
+    std::vector<int64_t> groups = {arguments[3].toInt(), arguments[6].toInt()};
+    return {result, empty_float(groups), empty_float(groups)};
+  }
+  if (name == "aten::native_layer_norm") {
+    std::vector<int64_t> rows = x.sizes().vec();
+    for (size_t k = 0; k < arguments[1].toDimVector().size(); k++) rows[rows.size() - 1 - k] = 1;
+    return {result, empty_float(rows), empty_float(rows)};
+  }
+  // native_layer_norm_backward: gradients of the input, the weight and the bias, as far as wanted.
+  auto wanted = arguments[7].toBoolList();
+  std::vector<IValue> gradients;
+  for (size_t k = 0; k < 3; k++) {
+    const Tensor of = k == 0 ? x : arguments[4 + k].toTensor();
+    gradients.push_back(wanted[k] ? empty_like(of, of.scalar_type()) : Tensor());
+  }
+  return gradients;
+}
+
 // Every operator on a CUDA tensor arrives here.
 static void run(const c10::OperatorHandle& op, c10::Stack* stack) {
   const std::string& name = op.schema().name();
@@ -414,6 +463,7 @@ static void run(const c10::OperatorHandle& op, c10::Stack* stack) {
 
   StandIns meta{c10::DeviceType::Meta};
   std::vector<IValue> results = ready_outputs(op, arguments);
+  if (results.empty()) results = frequent_outputs(name, arguments);
   if (results.empty()) {
     for (const IValue& value : arguments) {
       IValue twin = map_tensors(value, [&](const Tensor& tensor) { return meta.of(tensor); });
@@ -429,10 +479,12 @@ static void run(const c10::OperatorHandle& op, c10::Stack* stack) {
 
   // What the operator made or changed has known numbers, or not. Views share those of their base.
   bool known = compute(op, arguments, results);
-  auto fresh = tensors_in(inner);
-  auto made = tensors_in(results);
-  for (size_t k = 0; k < fresh.size(); k++) {
-    if (!meta.originals.count(fresh[k].storage().unsafeGetStorageImpl())) set_known(made[k], known);
+  std::set<c10::StorageImpl*> given;
+  for (const Tensor& tensor : tensors_in(arguments)) {
+    given.insert(tensor.storage().unsafeGetStorageImpl());
+  }
+  for (const Tensor& made : tensors_in(results)) {
+    if (!given.count(made.storage().unsafeGetStorageImpl())) set_known(made, known);
   }
   for (size_t k = 0; k < count; k++) {
     auto alias = op.schema().arguments()[k].alias_info();
@@ -533,5 +585,12 @@ void listen(Listener function) { listener = function; }
 void set_total(int64_t bytes) { total = bytes; }
 int64_t used_bytes() { return used; }
 int64_t peak_bytes() { return peak; }
-void reset_peak() { peak = told_peak = used; }
+int64_t bytes_at_peak(int64_t line) {
+  return size_t(line) < held_at_peak.size() ? held_at_peak[line] : 0;
+}
+void reset_peak() {
+  peak = used;
+  noted_peak = used;
+  held_at_peak = held;
+}
 }

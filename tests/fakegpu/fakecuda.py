@@ -13,6 +13,7 @@ waits for the GPU. It does not show numbers, speed, the kernels' own workspaces,
 import collections
 import contextlib
 import ctypes
+import functools
 import hashlib
 import importlib.util
 import os
@@ -25,7 +26,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent.parent
-LISTENER = ctypes.CFUNCTYPE(None, ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64)
+LISTENER = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
 
 
 # ==== 1. The device ===================================================================================
@@ -56,9 +57,10 @@ def build():
 
 assert "torch" not in sys.modules or __name__ == "__main__", "import fakecuda before torch"
 DEVICE = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
-for name in ("used_bytes", "peak_bytes"):
+for name in ("used_bytes", "peak_bytes", "bytes_at_peak"):
     getattr(DEVICE, name).restype = ctypes.c_int64
 DEVICE.set_total.argtypes = [ctypes.c_int64]
+DEVICE.bytes_at_peak.argtypes = [ctypes.c_int64]
 DEVICE.install()
 
 import torch  # noqa: E402
@@ -76,16 +78,20 @@ CARDS = {24: int(23.6 * GIB), 48: int(47.4 * GIB), 80: int(79.1 * GIB)}
 
 # ==== 2. What is counted ==============================================================================
 
+@functools.cache
+def project_file(path):
+    """The name of one of the project's files, None for others."""
+    return Path(path).name if Path(path).parent == PROJECT else None
+
+
 def line_of_project():
     """The innermost line of the project that is running, and in a backward the autograd node."""
     frame = sys._getframe(1)
-    where = "?"
-    while frame is not None:
-        path = Path(frame.f_code.co_filename)
-        if path.parent == PROJECT:
-            where = f"{path.name}:{frame.f_lineno}"
-            break
+    while frame is not None and project_file(frame.f_code.co_filename) is None:
         frame = frame.f_back
+    where = "elsewhere"
+    if frame is not None:
+        where = f"{project_file(frame.f_code.co_filename)}:{frame.f_lineno}"
     node = torch._C._current_autograd_node()
     return where if node is None else f"{where} [{node.name()}]"
 
@@ -100,9 +106,9 @@ class Card:
 
     def __init__(self, gigabytes=80):
         self.total = CARDS[gigabytes]
-        self.live = {}
+        self.lines = {}
         self.listener = LISTENER(self._listen)
-        DEVICE.set_total(ctypes.c_int64(self.total))
+        DEVICE.set_total(self.total)
         DEVICE.listen(self.listener)
         self.reset()
         pretend(self)
@@ -111,7 +117,6 @@ class Card:
         """Counters to 0, the peak to what is in use."""
         self.synchronisations = collections.Counter()
         self.flops = collections.Counter()
-        self.at_peak = {}
         DEVICE.reset_peak()
 
     @property
@@ -122,23 +127,17 @@ class Card:
     def peak(self):
         return DEVICE.peak_bytes()
 
-    def _listen(self, kind, size, address):
-        """Called by device.cpp; the addresses are those of blocks of 1 MB or more."""
-        if kind == b"allocate":
-            self.live[address] = (size, line_of_project())
-        elif kind == b"free":
-            self.live.pop(address, None)
-        elif kind == b"peak":
-            self.at_peak = dict(self.live)
-        else:
-            self.synchronisations[kind.decode(), line_of_project()] += 1
+    def _listen(self, kind):
+        """Called by device.cpp when a large block is allocated and when the host waits. -> the line's number"""
+        line = line_of_project()
+        if kind != b"allocate":
+            self.synchronisations[kind.decode(), line] += 1
+        return self.lines.setdefault(line, len(self.lines))
 
     def peak_table(self, rows=12):
-        """Who held memory at the peak: [(bytes, line), ...], the largest first."""
-        held = collections.Counter()
-        for size, line in self.at_peak.values():
-            held[line] += size
-        return [(size, line) for line, size in held.most_common(rows)]
+        """Who held memory at the peak, blocks of 1 MB or more: [(bytes, line), ...], the largest first."""
+        held = [(DEVICE.bytes_at_peak(number), line) for line, number in self.lines.items()]
+        return sorted(held, reverse=True)[:rows]
 
     @contextlib.contextmanager
     def counting_flops(self):
