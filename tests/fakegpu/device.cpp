@@ -46,6 +46,7 @@ static int64_t total = INT64_MAX;
 static int64_t used = 0;
 static int64_t peak = 0;
 static int64_t noted_peak = 0;
+static double flops = 0;
 static std::vector<int64_t> held;           // bytes of large blocks, by the line that allocated them
 static std::vector<int64_t> held_at_peak;
 
@@ -339,7 +340,7 @@ static void transfer(const c10::OperatorHandle& op, const std::vector<IValue>& a
   Tensor from = arguments[1].toTensor();
   const Tensor& host = to.is_cuda() ? from : to;
   bool waits = !arguments[2].toBool() || !pinned.count(host.storage().data());
-  if (waits) tell(to.is_cuda() ? "copy to the GPU" : "copy to the host");
+  if (waits && from.numel()) tell(to.is_cuda() ? "copy to the GPU" : "copy to the host");
 
   bool known = is_known(from) && is_small(from) && is_small(to);
   StandIns cpu{c10::DeviceType::CPU};
@@ -440,6 +441,33 @@ static std::vector<IValue> frequent_outputs(const std::string& name,
   return gradients;
 }
 
+// FLOPs of matrix products, convolutions and attention; a multiplication and an addition are two.
+static void count_flops(const std::string& name, const std::vector<IValue>& arguments,
+                        const std::vector<IValue>& results) {
+  static const Names products = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"};
+  auto tensor = [&](size_t k) { return arguments[k].toTensor(); };
+  auto places = [](const Tensor& x) { return double(x.numel()) / x.size(1); };   // images times pixels
+
+  if (products.count(name)) {
+    size_t first = name.find("add") == std::string::npos ? 0 : 1;
+    flops += 2.0 * tensor(first).numel() * tensor(first + 1).size(-1);
+  } else if (name == "aten::convolution") {
+    bool transposed = arguments[6].toBool();
+    flops += 2 * places(transposed ? tensor(0) : results[0].toTensor()) * tensor(1).numel();
+  } else if (name == "aten::convolution_backward") {
+    bool transposed = arguments[7].toBool();
+    auto wanted = arguments[10].toBoolList();
+    double forward = 2 * places(tensor(transposed ? 1 : 0)) * tensor(2).numel();
+    flops += forward * (int(wanted[0]) + int(wanted[1]));
+  } else if (name.rfind("aten::_scaled_dot_product_", 0) == 0) {
+    // Scores and their sum; the backward computes the scores again, and four gradients.
+    bool backward = name.find("_backward") != std::string::npos;
+    Tensor q = tensor(backward ? 1 : 0);
+    double product = 2.0 * q.numel() * tensor(backward ? 2 : 1).size(-2);
+    flops += (backward ? 5 : 2) * product;
+  }
+}
+
 // Every operator on a CUDA tensor arrives here.
 static void run(const c10::OperatorHandle& op, c10::Stack* stack) {
   const std::string& name = op.schema().name();
@@ -476,6 +504,8 @@ static void run(const c10::OperatorHandle& op, c10::Stack* stack) {
       results.push_back(map_tensors(value, [&](const Tensor& result) { return meta.back(result); }));
     }
   }
+
+  count_flops(name, arguments, results);
 
   // What the operator made or changed has known numbers, or not. Views share those of their base.
   bool known = compute(op, arguments, results);
@@ -585,6 +615,7 @@ void listen(Listener function) { listener = function; }
 void set_total(int64_t bytes) { total = bytes; }
 int64_t used_bytes() { return used; }
 int64_t peak_bytes() { return peak; }
+double flops_done() { return flops; }
 int64_t bytes_at_peak(int64_t line) {
   return size_t(line) < held_at_peak.size() ? held_at_peak[line] : 0;
 }

@@ -1,13 +1,15 @@
 """Runs the project's own code at a released size on the fake GPU, and prints what a GPU would have shown.
 
     python tests/fakegpu/driver.py harmon-1.5b                                  a training step by default
-    python tests/fakegpu/driver.py openuni-l-512 --card 24 --flops
+    python tests/fakegpu/driver.py openuni-b-512 openuni-l-512 --cards 24 80
     python tests/fakegpu/driver.py showlab/show-o --jobs generate describe      inference
     python tests/fakegpu/driver.py harmon-0.5b --flags="--micro-batch 4 --lambda-i2t 0"
 
-The last line is JSON: for each job its figures, or {"error": ...}. Bytes are bytes, not GB.
+Prints a line of JSON for each model, card and job: figures in bytes, or an error. Random weights,
+worst-case inputs.
 """
 import argparse
+import gc
 import importlib
 import json
 import sys
@@ -39,18 +41,21 @@ def find_script(model):
 
 # ==== 1. A training step ==============================================================================
 
-def worst_items(model, name, count):
+def worst_items(model, loss, count):
     """Items of a stream that hold the largest inputs which the model can meet."""
-    samples, texts, draws = model.worst_case(name, count)
+    samples, texts, _ = model.worst_case(loss, count)
     items = []
     for k, (sample, text) in enumerate(zip(samples, texts)):
         items.append({"name": "worst case", "sample": sample, "text": text, "position": k, "skipped": []})
-    return items, draws
+    return items
 
 
-def train(name, card, flags, count_flops):
-    """A step of the recipe's batch on worst-case inputs, in the middle of an accumulation: moments and
-    gradients are there. -> figures"""
+def train(name, card, flags, passes):
+    """A step on worst-case inputs in the middle of an accumulation: moments and gradients are there.
+
+    Of the recipe's batch `passes` micro-batches are taken (0: all): they are equal, and each frees its
+    memory before the next. FLOPs are scaled to the whole batch. -> figures
+    """
     module, model_class = find_script(name)
     argv = ["--bench", "--model", name, *flags]
     args = common.parse_args("", module.RECIPES, module.DEFAULT, argv=argv,
@@ -68,18 +73,17 @@ def train(name, card, flags, count_flops):
                                      getattr(module, "BagelTrainer", common.Trainer))
     fitted = card.peak
 
-    worst_draws = {}
     draw = model.draw
-    model.draw = lambda task, features, rng: draw(task, features, rng) | worst_draws[task]
+
+    def draw_the_worst(task, features, rng):
+        return draw(task, features, rng) | model.worst_case(task, len(features))[2]
+
+    model.draw = draw_the_worst
 
     def step(batch, accum):
         args.batch = batch
         args.accum = accum
-        loaders = {}
-        for loss in streams:
-            items, worst_draws[loss] = worst_items(model, loss, batch)
-            loaders[loss] = iter([items])
-        trainer.take_step(loaders)
+        trainer.take_step({loss: iter([worst_items(model, loss, batch)]) for loss in streams})
 
     # The first update makes the moments, the next step leaves its gradients.
     batch = args.batch
@@ -89,15 +93,15 @@ def train(name, card, flags, count_flops):
     card.reset()
 
     trainer.pending = 0
+    taken = batch
+    if passes:
+        taken = min(batch, passes * max(trainer.micro_batch.values()))
     began = time.time()
-    if count_flops:
-        with card.counting_flops():
-            step(batch, accum=1)
-    else:
-        step(batch, accum=1)
-    return {"batch": batch, "micro_batch": trainer.micro_batch, "optimizer": args.optimizer,
-            "losses": list(streams), "resident": resident, "peak_while_fitting": fitted,
-            **measured(card, began)}
+    step(taken, accum=1)
+    figures = measured(card, began)
+    figures["flops"] *= batch / taken
+    return {"batch": batch, "taken": taken, "micro_batch": trainer.micro_batch, "optimizer": args.optimizer,
+            "losses": list(streams), "resident": resident, "peak_while_fitting": fitted, **figures}
 
 
 def no_preparation(model, args):
@@ -109,7 +113,7 @@ def measured(card, began):
     waits = [[kind, line, count] for (kind, line), count in card.synchronisations.most_common()]
     return {"peak": card.peak, "peak_lines": card.peak_table(),
             "synchronisations": sum(card.synchronisations.values()), "waits": waits,
-            "flops": sum(card.flops.values()), "seconds": round(time.time() - began, 1)}
+            "flops": card.flops, "seconds": round(time.time() - began, 1)}
 
 
 # ==== 2. Inference ====================================================================================
@@ -152,34 +156,46 @@ def infer(model, job, card, images, steps):
 
 # ==== 3. The command line =============================================================================
 
+def attempt(what, card, function, *arguments):
+    """Prints a line of JSON: `what` was done, and its figures, or the error with who held memory."""
+    card.reset()
+    try:
+        figures = function(*arguments)
+    except (Exception, SystemExit) as error:
+        traceback.print_exc()
+        figures = {"error": f"{type(error).__name__}: {error}", "peak_lines": card.peak_table()}
+    print(json.dumps(what | figures), flush=True)
+    # What the error's frames and the model's cycles hold would count as used in the next attempt.
+    gc.collect()
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model")
-    parser.add_argument("--card", type=int, choices=fakecuda.CARDS, default=80, help="GB")
+    parser.add_argument("models", nargs="+")
     parser.add_argument("--jobs", nargs="+", default=["train"],
                         choices=("train", "generate", "reconstruct", "describe", "edit"))
+    parser.add_argument("--cards", nargs="+", type=int, choices=fakecuda.CARDS, default=[80],
+                        help="GB, to train on each; inference is on the first")
     parser.add_argument("--flags", default="", help="of the training script")
-    parser.add_argument("--flops", action="store_true", help="count FLOPs, too")
+    parser.add_argument("--passes", type=int, default=0, help="train on as many micro-batches (0: all)")
     parser.add_argument("--images", type=int, default=1, help="of an inference batch")
     parser.add_argument("--steps", type=int, default=2, help="of the sampler")
     options = parser.parse_args()
 
-    card = fakecuda.Card(options.card)
-    figures = {}
-    loaded = None
-    # Inference first: training makes the weights float32, and leaves the largest peak.
-    for job in sorted(options.jobs, key=lambda job: job == "train"):
-        try:
-            if job == "train":
-                loaded = None
-                figures[job] = train(options.model, card, options.flags.split(), options.flops)
-            else:
-                loaded = loaded or load_for_inference(options.model)
-                figures[job] = infer(loaded, job, card, options.images, options.steps)
-        except (Exception, SystemExit) as error:
-            traceback.print_exc()
-            figures[job] = {"error": f"{type(error).__name__}: {error}", "peak_lines": card.peak_table()}
-    print(json.dumps(figures))
+    for name in options.models:
+        inference = [job for job in options.jobs if job != "train" and hasattr(find_script(name)[1], job)]
+        if inference:
+            card = fakecuda.Card(options.cards[0])
+            model = load_for_inference(name)
+            for job in inference:
+                what = {"model": name, "card": options.cards[0], "job": job}
+                attempt(what, card, infer, model, job, card, options.images, options.steps)
+            del model
+
+        for gigabytes in options.cards if "train" in options.jobs else ():
+            card = fakecuda.Card(gigabytes)
+            what = {"model": name, "card": gigabytes, "job": "train"}
+            attempt(what, card, train, name, card, options.flags.split(), options.passes)
 
 
 if __name__ == "__main__":

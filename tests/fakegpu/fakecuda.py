@@ -1,7 +1,7 @@
 """A CPU build of torch that believes in one GPU: device="cuda" works, at the released sizes, in little memory.
 
     import fakecuda                              # before torch; needs g++
-    card = fakecuda.Card(gigabytes=80)
+    card = fakecuda.Card(80)
     model = Model.random("name", torch.device("cuda", 0))
     ...
     card.peak, card.peak_table(), card.synchronisations, card.flops
@@ -11,7 +11,6 @@ step shows errors of devices and types, the peak of memory and who holds it, FLO
 waits for the GPU. It does not show numbers, speed, the kernels' own workspaces, or fragmentation.
 """
 import collections
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -60,14 +59,13 @@ DEVICE = ctypes.CDLL(str(build()), mode=ctypes.RTLD_GLOBAL)
 for name in ("used_bytes", "peak_bytes", "bytes_at_peak"):
     getattr(DEVICE, name).restype = ctypes.c_int64
 DEVICE.set_total.argtypes = [ctypes.c_int64]
+DEVICE.flops_done.restype = ctypes.c_double
 DEVICE.bytes_at_peak.argtypes = [ctypes.c_int64]
 DEVICE.install()
 
 import torch  # noqa: E402
 import torch._meta_registrations  # noqa: E402, F401  (shapes of operators, registered by their import)
 import torch.nn.functional as F  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils.flop_counter import flop_registry  # noqa: E402
 
 aten = torch.ops.aten
 
@@ -96,17 +94,19 @@ def line_of_project():
     return where if node is None else f"{where} [{node.name()}]"
 
 
+LINES = {}       # {line of the project: its number in device.cpp}
+
+
 class Card:
     """The fake GPU's memory and counters. One at a time.
 
-    flops              {type of the numbers: FLOPs} while `counting_flops()` is active
+    used, peak         bytes now, and at most since the last reset()
+    flops              since then, of matrix products, convolutions and attention
     synchronisations   {(what, line): how often} the host waited for the GPU
-    peak               bytes since the last reset()
     """
 
     def __init__(self, gigabytes=80):
         self.total = CARDS[gigabytes]
-        self.lines = {}
         self.listener = LISTENER(self._listen)
         DEVICE.set_total(self.total)
         DEVICE.listen(self.listener)
@@ -116,7 +116,7 @@ class Card:
     def reset(self):
         """Counters to 0, the peak to what is in use."""
         self.synchronisations = collections.Counter()
-        self.flops = collections.Counter()
+        self.flops_before = DEVICE.flops_done()
         DEVICE.reset_peak()
 
     @property
@@ -127,54 +127,22 @@ class Card:
     def peak(self):
         return DEVICE.peak_bytes()
 
+    @property
+    def flops(self):
+        return DEVICE.flops_done() - self.flops_before
+
     def _listen(self, kind):
         """Called by device.cpp when a large block is allocated and when the host waits. -> the line's number"""
         line = line_of_project()
         if kind != b"allocate":
             self.synchronisations[kind.decode(), line] += 1
-        return self.lines.setdefault(line, len(self.lines))
+        return LINES.setdefault(line, len(LINES))
 
     def peak_table(self, rows=12):
         """Who held memory at the peak, blocks of 1 MB or more: [(bytes, line), ...], the largest first."""
-        held = [(DEVICE.bytes_at_peak(number), line) for line, number in self.lines.items()]
+        held = [(DEVICE.bytes_at_peak(number), line) for line, number in LINES.items()]
+        held = [entry for entry in held if entry[0]]
         return sorted(held, reverse=True)[:rows]
-
-    @contextlib.contextmanager
-    def counting_flops(self):
-        with CountFlops(self.flops):
-            yield
-
-
-class CountFlops(TorchDispatchMode):
-    """Adds the FLOPs of what runs on the GPU to a Counter, by torch's own formulas but for one."""
-
-    def __init__(self, counter):
-        super().__init__()
-        self.counter = counter
-
-    def __torch_dispatch__(self, function, classes, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
-        packet = function._overloadpacket
-        if packet not in flop_registry:
-            return result
-
-        operand = next(x for x in args if torch.is_tensor(x))
-        if operand.device.type == "cuda":
-            flops = flop_registry[packet](*args, **kwargs, out_val=result)
-            if packet is aten.convolution_backward:
-                flops = convolution_backward_flops(*args)
-            self.counter[str(operand.dtype).removeprefix("torch.")] += flops
-        return result
-
-
-def convolution_backward_flops(grad, x, weight, bias, stride, padding, dilation, transposed,
-                               output_padding, groups, wanted):
-    """As many FLOPs for each wanted gradient (of x, of the weight) as for the forward. torch's formula
-    for the weight's forgets the groups."""
-    places = (x if transposed else grad).shape[2:].numel() * x.shape[0]
-    forward = 2 * places * weight.numel()
-    return forward * (bool(wanted[0]) + bool(wanted[1]))
 
 
 # ==== 3. What torch says of the GPU ===================================================================
