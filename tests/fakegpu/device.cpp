@@ -414,8 +414,9 @@ static Tensor empty_float(at::IntArrayRef sizes) {
 static std::vector<IValue> frequent_outputs(const std::string& name,
                                             const std::vector<IValue>& arguments) {
   static const Names frequent = {
-      "aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::native_group_norm",
-      "aten::native_dropout", "aten::native_dropout_backward"};
+      "aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::_fused_rms_norm",
+      "aten::_fused_rms_norm_backward", "aten::native_group_norm", "aten::native_dropout",
+      "aten::native_dropout_backward"};
   if (!frequent.count(name)) return {};
 
   Tensor x = arguments[0].toTensor();
@@ -426,17 +427,23 @@ static std::vector<IValue> frequent_outputs(const std::string& name,
     std::vector<int64_t> groups = {arguments[3].toInt(), arguments[6].toInt()};
     return {result, empty_float(groups), empty_float(groups)};
   }
-  if (name == "aten::native_layer_norm") {
+
+  bool backward = name.find("_backward") != std::string::npos;
+  bool rms = name == "aten::_fused_rms_norm" || name == "aten::_fused_rms_norm_backward";
+  if (!backward) {
+    // One mean (not of the RMS norm) and one deviation for each row.
     std::vector<int64_t> rows = x.sizes().vec();
     for (size_t k = 0; k < arguments[1].toDimVector().size(); k++) rows[rows.size() - 1 - k] = 1;
+    if (rms) return {result, empty_float(rows)};
     return {result, empty_float(rows), empty_float(rows)};
   }
-  // native_layer_norm_backward: gradients of the input, the weight and the bias, as far as wanted.
-  auto wanted = arguments[7].toBoolList();
+  // Gradients of the input, the weight and (not of the RMS norm) the bias, as far as wanted.
+  std::vector<Tensor> inputs = {arguments[1].toTensor(), arguments[rms ? 4 : 5].toTensor()};
+  if (!rms) inputs.push_back(arguments[6].toTensor());
+  auto wanted = arguments[rms ? 5 : 7].toBoolList();
   std::vector<IValue> gradients;
-  for (size_t k = 0; k < 3; k++) {
-    const Tensor of = k == 0 ? x : arguments[4 + k].toTensor();
-    gradients.push_back(wanted[k] ? empty_like(of, of.scalar_type()) : Tensor());
+  for (size_t k = 0; k < inputs.size(); k++) {
+    gradients.push_back(wanted[k] ? empty_like(inputs[k], inputs[k].scalar_type()) : Tensor());
   }
   return gradients;
 }
@@ -552,7 +559,7 @@ TORCH_LIBRARY_IMPL(aten, CUDA, library) {
   // CUDA has kernels of its own for these, other devices compose them of several operators.
   for (const char* name :
        {"copy_", "convolution", "convolution_backward", "native_layer_norm", "native_group_norm",
-        "_fused_rms_norm"}) {
+        "_fused_rms_norm", "_fused_rms_norm_backward"}) {
     library.impl(name, torch::CppFunction::makeFromBoxedFunction<&run>());
   }
 }
