@@ -124,8 +124,13 @@ def test_out_of_memory_halves_the_micro_batch_once_and_loses_nothing(tmp_path, m
     assert [row["step"] for row in again] == [row["step"] for row in rows] == list(range(1, 7))
     for a, b in zip(rows, again):
         assert a["recon"] == pytest.approx(b["recon"], rel=1e-5)
-    for a, b in zip(expected.parameters(), model.parameters()):
-        assert torch.allclose(a, b, atol=1e-6)
+    # AdamW divides by the gradients' size: rounding in a tiny gradient becomes a step. A lost or doubled one would be 1.
+    start = dict(tiny("showo")[1].named_parameters())
+    moved, apart = 0, 0
+    for (name, a), b in zip(expected.named_parameters(), model.parameters()):
+        moved += (a - start[name]).square().sum().item()
+        apart += (a - b).square().sum().item()
+    assert moved > 0 and apart < 0.01 ** 2 * moved
     with pytest.raises(torch.OutOfMemoryError):
         run(tmp_path / "hopeless", limit=1)
 
@@ -182,7 +187,7 @@ def test_averaging_in_buckets_is_averaging(tmp_path):
     """Two processes, buckets smaller than some tensors, two types, and a parameter without a gradient on one of them."""
     program = tmp_path / "program.py"
     program.write_text(f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist, common
 dist.init_process_group("gloo")
@@ -197,9 +202,10 @@ common.average_gradients(parameters)
 for k, p in enumerate(parameters):
     expected = 3.0 if k == 3 else 2.0 * k + 2.0
     assert (p.grad == expected).all(), (k, p.grad)
+print("equal", flush=True)
 dist.barrier()
-print("equal")
+os._exit(0)             # past Python's own exit, where gloo's threads abort now and then
 """)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29977"]
-    result = subprocess.run([*launcher, str(program)], capture_output=True, text=True)
+    result = subprocess.run([*launcher, str(program)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and result.stdout.count("equal") == 2, result.stderr[-1500:]
