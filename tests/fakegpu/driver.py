@@ -54,7 +54,7 @@ def train(name, card, flags, passes):
     """A step on worst-case inputs in the middle of an accumulation: moments and gradients are there.
 
     Of the recipe's batch `passes` micro-batches are taken (0: all): they are equal, and each frees its
-    memory before the next. FLOPs are scaled to the whole batch. -> figures
+    memory before the next. FLOPs and synchronisations are scaled to the whole batch. -> figures
     """
     module, model_class = find_script(name)
     argv = ["--bench", "--model", name, *flags]
@@ -87,19 +87,26 @@ def train(name, card, flags, passes):
 
     # The first update makes the moments, the next step leaves its gradients.
     batch = args.batch
+    card.reset()
     step(batch=1, accum=1)
+    waits_of_one = sum(card.synchronisations.values())
     step(batch=1, accum=10 ** 9)
     resident = card.used
     card.reset()
 
     trainer.pending = 0
-    taken = batch
-    if passes:
-        taken = min(batch, passes * max(trainer.micro_batch.values()))
+    micro_batch = max(trainer.micro_batch.values())
+    taken = min(batch, passes * micro_batch) if passes else batch
     began = time.time()
     step(taken, accum=1)
     figures = measured(card, began)
+
+    # What the micro-batches that were left out would add.
     figures["flops"] *= batch / taken
+    more = -(-taken // micro_batch) - 1
+    if more:
+        a_pass = (figures["synchronisations"] - waits_of_one) / more
+        figures["synchronisations"] = waits_of_one + a_pass * (-(-batch // micro_batch) - 1)
     return {"batch": batch, "taken": taken, "micro_batch": trainer.micro_batch, "optimizer": args.optimizer,
             "losses": list(streams), "resident": resident, "peak_while_fitting": fitted, **figures}
 
