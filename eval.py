@@ -416,11 +416,11 @@ class Endpoint:
     address, an empty account or a redirect stops the run.
 
     Not through huggingface_hub.InferenceClient, which comes with transformers. It lacks these
-    guarantees (tried with 2.4.0): its time limit counts from byte to byte, so that a server that
-    drips held a request of 0.5 s for 3 s, and nothing bounds a body's size; it follows redirects,
-    and so carries the pictures to another host; without a key it sends the token that is stored for
-    the Hub to whatever host --judge-url names; it does not ask again after 429 or 503, nor hand out
-    Retry-After. What would be left of it is one call.
+    guarantees (tried with 2.4.0 on a local server): its time limit counts from byte to byte, so
+    that a server that drips held a request of 0.5 s for 3 s, and nothing bounds a body's size; it
+    follows redirects, and so carries the pictures wherever they lead; without a key it sends the
+    Hub's token (HF_TOKEN) to whatever host --judge-url names; it does not ask again after a 503.
+    What would be left of it is one call.
     """
 
     def __init__(self, args):

@@ -200,13 +200,18 @@ class ConnectorLayer(nn.Module):
 class PrefixCache(DynamicCache):
     """Keys and values of the prompt, written once. With `read_only` set, it returns [prompt's, queries'] and does not
     keep the queries', so that activation checkpointing can run the layers again on the same cache."""
-    read_only = False
+
+    def __init__(self):
+        super().__init__()
+        self.read_only = False
+        self.prompt = {}        # {number of the layer: (keys, values)}
 
     def update(self, keys, values, layer_idx, *args, **kwargs):                   # [B, kv heads, tokens, head dim]
         if not self.read_only:
-            return super().update(keys, values, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
-        return torch.cat([layer.keys, keys], dim=2), torch.cat([layer.values, values], dim=2)
+            self.prompt[layer_idx] = keys, values
+            return keys, values
+        prompt_keys, prompt_values = self.prompt[layer_idx]
+        return torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
 
 class OpenUni(nn.Module):
     """The parts in the picture on top of the file, under the released names, with random weights and no tokenizer:
@@ -305,9 +310,12 @@ class OpenUni(nn.Module):
     def _vit_input(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> [B, 3, und_size, und_size] with ImageNet's mean and deviation. Resized without
         antialiasing: 512 -> 448 px loses a little by that, but so it was trained."""
-        mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
-        return F.interpolate(((pixels + 1) / 2 - mean) / std, self.und_size, mode="bilinear")
+        # Channel by channel, with Python's numbers: a tensor of three would be a copy for which the host waits.
+        planes = []
+        for plane, mean, std in zip(pixels.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)):
+            planes.append(((plane + 1) / 2 - mean) / std)
+        return F.interpolate(torch.stack(planes, dim=1), self.und_size, mode="bilinear")
 
     def _und(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> understanding embeddings [B, N, D]: last ViT layer without the class token, 2x2

@@ -205,7 +205,9 @@ class MagVit2(nn.Module):
 
     def codes(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> int64 [B, N], rows of the grid one after the other. A zero counts as negative."""
-        bits = (self.encoder(pixels) > 0).flatten(2)                                                    # [B, bits, N]
+        few = max(1, 2 ** 19 // pixels[0, 0].numel())       # 2 of 512 px: the first layers of more would be the peak
+        signs = torch.cat([self.encoder(some) > 0 for some in pixels.split(few)])
+        bits = signs.flatten(2)                                                                         # [B, bits, N]
         return (bits * self.quantize.power_vals[:, None]).sum(1)
 
     def decode(self, codes):
@@ -937,6 +939,8 @@ def prepare(model, args):
     """Before training: what the flags set."""
     if args.flex and model.device.type != "cuda":
         raise InputError("--flex needs a GPU: on a CPU flex_attention has no backward pass")
+    if args.precision == "bf16" and model.device.type == "cuda" and model.config.w_clip_vit:
+        model.clip.to(torch.bfloat16)           # frozen; MAGVIT-v2 stays float32: rounding would change its codes
     model.train_embeddings_in_recon = args.recon_trains_embeddings
     model.flex = args.flex
     return {}

@@ -693,8 +693,8 @@ def imgedit_args(root, *ratings_of):
     for k, name in enumerate(edits):
         save(root / f"out/{name}.png", k)
     return [
-        "imgedit", root / "out", "--prompts", root / "edits.json", "--judge-prompt", root /
-        "judge.json", "--sources", root / "sources"
+        "imgedit", root / "out", "--prompts", root / "edits.json", "--judge-prompt",
+        root / "judge.json", "--sources", root / "sources"
     ]
 
 

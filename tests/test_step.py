@@ -144,16 +144,45 @@ def test_bf16_weights_learn_as_float32_weights_do(name):
         args = arguments(module, name, losses, micro_batch=BATCH, lr=1e-3, warmup=2, horizon=0, precision="bf16",
                          optimizer=optimizer, checkpointing=False)
         streams = streams_of(model, losses)
+        items = {loss: next(streams[loss].batches(0, BATCH)) for loss in losses}
+        for loss in losses:
+            common.encode_batch(model, items[loss], loss)           # once, in float32: it is frozen
         trainer = common.set_up_training(model, streams, args, lambda model, args: {}, common.Trainer)
         kinds = {p.dtype for p in trainer.parameters}
         assert kinds == {torch.bfloat16 if optimizer == "bf16" else torch.float32}
-        loaders = trainer.loaders()
-        return [trainer.take_step(loaders)[0]["loss"] for _ in range(24)]
+        loaders = {loss: iter([items[loss]] * 14) for loss in losses}
+        return [trainer.take_step(loaders)[0]["loss"] for _ in range(14)]
 
     exact, low = np.array(curve("fp32")), np.array(curve("bf16"))
-    assert exact[-8:].mean() < 0.9 * exact[:4].mean()                                        # there is something to learn
-    noise = exact[-8:].std() + 0.02 * exact[-8:].mean()
-    assert abs(exact[-8:].mean() - low[-8:].mean()) < 2 * noise
+    assert exact[-5:].mean() < 0.9 * exact[:2].mean()                                        # there is something to learn
+    noise = exact[-5:].std() + 0.02 * exact[-5:].mean()
+    assert abs(exact[-5:].mean() - low[-5:].mean()) < 2 * noise
+
+
+@pytest.mark.parametrize("name", ["harmon", "showo", "openuni", "bagel"])
+def test_blocks_are_compiled_under_checkpointing(name, monkeypatch):
+    """Compiled first, wrapped then: a compiled graph cannot hold the call of a checkpoint, and none was compiled."""
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
+
+    def step(compiled):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        module, model = tiny(name)
+        args = arguments(module, name, ["recon"], micro_batch=2, batch=2, accum=10 ** 6, checkpointing=True,
+                         optimizer="fp32")
+        if compiled:
+            common.compile_blocks(model)
+        trainer = common.set_up_training(model, streams_of(model, ["recon"]), args, lambda model, args: {},
+                                         common.Trainer)
+        row, _ = trainer.take_step(trainer.loaders())
+        norm = sum(p.grad.square().sum().item() for p in trainer.parameters if p.grad is not None)
+        return row["recon"], norm, torch._dynamo.utils.counters["frames"]["ok"]
+
+    loss, norm, frames = step(compiled=True)
+    plain_loss, plain_norm, none = step(compiled=False)
+    assert frames > 0 and none == 0
+    assert loss == pytest.approx(plain_loss, rel=1e-5) and norm == pytest.approx(plain_norm, rel=1e-3)
 
 
 def test_the_cosine_ends_with_the_run():
