@@ -1,5 +1,5 @@
-// The device "cuda" for a CPU build of torch. Its tensors are ordinary torch tensors, so dispatcher,
-// autograd and autocast treat them as on a real GPU, but nothing is computed:
+// The device "cuda" for a CPU build of torch. Its tensors are ordinary torch tensors, which
+// dispatcher, autograd and autocast treat as on a real GPU, but nothing is computed:
 //
 //   * memory is counted, against the size of a card, and only reserved: pages that nobody writes
 //     to cost nothing, so tensors of many GB fit into any machine;
@@ -47,7 +47,7 @@ static int64_t used = 0;
 static int64_t peak = 0;
 static int64_t noted_peak = 0;
 static double flops = 0;
-static std::vector<int64_t> held;           // bytes of large blocks, by the line that allocated them
+static std::vector<int64_t> held;           // bytes of large blocks, by the line that made them
 static std::vector<int64_t> held_at_peak;
 
 struct Block {
@@ -143,8 +143,8 @@ static void set_known(const Tensor& tensor, bool known) {
 
 // ---- 3. Tensors of a call on another device -----------------------------------------------------
 
-// Stand-ins for the tensors of a call: the same shapes, strides and aliases, on Meta (without memory)
-// or on the CPU (on the very memory of the CUDA tensor).
+// Stand-ins for the tensors of a call: the same shapes, strides and aliases, on Meta (without
+// memory) or on the CPU (on the very memory of the CUDA tensor).
 struct StandIns {
   c10::DeviceType type;
   std::unordered_map<c10::StorageImpl*, c10::Storage> storages;      // of originals -> stand-ins
@@ -292,9 +292,12 @@ static IValue expand_masks(const IValue& indices) {
     static auto nonzero = c10::Dispatcher::singleton()
         .findSchemaOrThrow("aten::nonzero", "").typed<Tensor(const Tensor&)>();
     static auto select = c10::Dispatcher::singleton()
-        .findSchemaOrThrow("aten::select", "int").typed<Tensor(const Tensor&, int64_t, c10::SymInt)>();
+        .findSchemaOrThrow("aten::select", "int")
+        .typed<Tensor(const Tensor&, int64_t, c10::SymInt)>();
     Tensor places = nonzero.call(*index);
-    for (int64_t dim = 0; dim < index->dim(); dim++) expanded.push_back(select.call(places, 1, dim));
+    for (int64_t dim = 0; dim < index->dim(); dim++) {
+      expanded.push_back(select.call(places, 1, dim));
+    }
   }
   return expanded;
 }
@@ -385,8 +388,8 @@ static void read_numbers(const c10::OperatorHandle& op, const std::vector<IValue
   }
 }
 
-// The results of a call such as add.out(a, b, out=c) whose c has its shape already. torch's own C++ has
-// checked it: on its way here it turned add(a, b) into this call. Otherwise nothing.
+// The results of a call such as add.out(a, b, out=c) whose c has its shape already. torch's own C++
+// has checked it: on its way here it turned add(a, b) into this call. Otherwise nothing.
 static std::vector<IValue> ready_outputs(const c10::OperatorHandle& op,
                                          const std::vector<IValue>& arguments) {
   std::vector<IValue> outputs;
@@ -409,8 +412,8 @@ static Tensor empty_float(at::IntArrayRef sizes) {
   return at::detail::empty_generic(sizes, &card, DispatchKeySet(DispatchKey::CUDA), at::kFloat, {});
 }
 
-// The results of some frequent operators that Meta composes of many others, in Python: for these alone
-// a step would take twice as long. Otherwise nothing.
+// The results of some frequent operators that Meta composes of many others, in Python: for these
+// alone a step would take twice as long. Otherwise nothing.
 static std::vector<IValue> frequent_outputs(const std::string& name,
                                             const std::vector<IValue>& arguments) {
   static const Names frequent = {
@@ -453,7 +456,7 @@ static void count_flops(const std::string& name, const std::vector<IValue>& argu
                         const std::vector<IValue>& results) {
   static const Names products = {"aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm"};
   auto tensor = [&](size_t k) { return arguments[k].toTensor(); };
-  auto places = [](const Tensor& x) { return double(x.numel()) / x.size(1); };   // images times pixels
+  auto places = [](const Tensor& x) { return double(x.numel()) / x.size(1); };   // of all images
 
   if (products.count(name)) {
     size_t first = name.find("add") == std::string::npos ? 0 : 1;
@@ -508,7 +511,7 @@ static void run(const c10::OperatorHandle& op, c10::Stack* stack) {
     op.redispatchBoxed(DispatchKeySet(DispatchKey::Meta), &inner);
     meta.follow_resizes();
     for (const IValue& value : inner) {
-      results.push_back(map_tensors(value, [&](const Tensor& result) { return meta.back(result); }));
+      results.push_back(map_tensors(value, [&](const Tensor& made) { return meta.back(made); }));
     }
   }
 

@@ -1,8 +1,8 @@
-"""Runs the project's own code at a released size on the fake GPU, and prints what a GPU would have shown.
+"""Runs the project's own code at a released size on the fake GPU, and prints what a GPU would show.
 
-    python tests/fakegpu/driver.py harmon-1.5b                                  a training step by default
+    python tests/fakegpu/driver.py harmon-1.5b                              the default step
     python tests/fakegpu/driver.py openuni-b-512 openuni-l-512 --cards 24 80
-    python tests/fakegpu/driver.py showlab/show-o --jobs generate describe      inference
+    python tests/fakegpu/driver.py showlab/show-o --jobs generate describe  inference
     python tests/fakegpu/driver.py harmon-0.5b --flags="--micro-batch 4 --lambda-i2t 0"
 
 Prints a line of JSON for each model, card and job: figures in bytes, or an error. Random weights,
@@ -39,22 +39,24 @@ def find_script(model):
     raise SystemExit(f"no such model: {model}")
 
 
-# ==== 1. A training step ==============================================================================
+# ==== 1. A training step ==========================================================================
 
 def worst_items(model, loss, count):
     """Items of a stream that hold the largest inputs which the model can meet."""
     samples, texts, _ = model.worst_case(loss, count)
     items = []
     for k, (sample, text) in enumerate(zip(samples, texts)):
-        items.append({"name": "worst case", "sample": sample, "text": text, "position": k, "skipped": []})
+        items.append({"name": "worst case", "position": k, "sample": sample, "text": text,
+                      "skipped": []})
     return items
 
 
 def train(name, card, flags, passes):
-    """A step on worst-case inputs in the middle of an accumulation: moments and gradients are there.
+    """A step on worst-case inputs in the middle of an accumulation: moments and gradients are
+    there. -> figures
 
-    Of the recipe's batch `passes` micro-batches are taken (0: all): they are equal, and each frees its
-    memory before the next. FLOPs and synchronisations are scaled to the whole batch. -> figures
+    Of the recipe's batch `passes` micro-batches are taken (0: all): they are equal, and each frees
+    its memory before the next. FLOPs and synchronisations are scaled to the whole batch.
     """
     module, model_class = find_script(name)
     argv = ["--bench", "--model", name, *flags]
@@ -68,9 +70,11 @@ def train(name, card, flags, passes):
     streams = {}
     for loss, weight in weights.items():
         if weight:
-            streams[loss] = common.Stream(loss, [("none", picture, "")], model.preprocess, args.seed)
-    trainer = common.set_up_training(model, streams, args, getattr(module, "prepare", no_preparation),
-                                     getattr(module, "BagelTrainer", common.Trainer))
+            rows = [("none", picture, "")]
+            streams[loss] = common.Stream(loss, rows, model.preprocess, args.seed)
+    prepare = getattr(module, "prepare", no_preparation)
+    trainer_class = getattr(module, "BagelTrainer", common.Trainer)
+    trainer = common.set_up_training(model, streams, args, prepare, trainer_class)
     fitted = card.peak
 
     draw = model.draw
@@ -107,8 +111,9 @@ def train(name, card, flags, passes):
     if more:
         a_pass = (figures["synchronisations"] - waits_of_one) / more
         figures["synchronisations"] = waits_of_one + a_pass * (-(-batch // micro_batch) - 1)
-    return {"batch": batch, "taken": taken, "micro_batch": trainer.micro_batch, "optimizer": args.optimizer,
-            "losses": list(streams), "resident": resident, "peak_while_fitting": fitted, **figures}
+    return {"batch": batch, "taken": taken, "micro_batch": trainer.micro_batch,
+            "optimizer": args.optimizer, "losses": list(streams), "resident": resident,
+            "peak_while_fitting": fitted, **figures}
 
 
 def no_preparation(model, args):
@@ -123,7 +128,7 @@ def measured(card, began):
             "flops": card.flops, "seconds": round(time.time() - began, 1)}
 
 
-# ==== 2. Inference ====================================================================================
+# ==== 2. Inference ================================================================================
 
 def load_for_inference(name):
     """A released size with random weights, in bf16 as the command line has it with --steps 0."""
@@ -140,7 +145,8 @@ def load_for_inference(name):
 
 
 def infer(model, job, card, images, steps):
-    """generate, reconstruct, describe or edit. steps: of the sampler, and words of a description."""
+    """generate, reconstruct, describe or edit -> figures. steps: of the sampler, and tokens of a
+    description."""
     size = model.config.image_size
     noise = np.random.default_rng(0).integers(0, 255, (size, size, 3), dtype=np.uint8)
     pictures = [Image.fromarray(noise)] * images
@@ -161,10 +167,10 @@ def infer(model, job, card, images, steps):
     return {"images": images, **measured(card, began)}
 
 
-# ==== 3. The command line =============================================================================
+# ==== 3. The command line =========================================================================
 
 def attempt(what, card, function, *arguments):
-    """Prints a line of JSON: `what` was done, and its figures, or the error with who held memory."""
+    """Prints a line of JSON: `what` was done, and its figures, or the error and who held memory."""
     card.reset()
     try:
         figures = function(*arguments)
@@ -177,20 +183,23 @@ def attempt(what, card, function, *arguments):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--jobs", nargs="+", default=["train"],
                         choices=("train", "generate", "reconstruct", "describe", "edit"))
     parser.add_argument("--cards", nargs="+", type=int, choices=fakecuda.CARDS, default=[80],
                         help="GB, to train on each; inference is on the first")
     parser.add_argument("--flags", default="", help="of the training script")
-    parser.add_argument("--passes", type=int, default=0, help="train on as many micro-batches (0: all)")
+    parser.add_argument("--passes", type=int, default=0, help="micro-batches of a step (0: all)")
     parser.add_argument("--images", type=int, default=1, help="of an inference batch")
     parser.add_argument("--steps", type=int, default=2, help="of the sampler")
     options = parser.parse_args()
 
     for name in options.models:
-        inference = [job for job in options.jobs if job != "train" and hasattr(find_script(name)[1], job)]
+        # Only BAGEL edits; no model has a method "train" of this meaning.
+        model_class = find_script(name)[1]
+        inference = [job for job in options.jobs if job != "train" and hasattr(model_class, job)]
         if inference:
             card = fakecuda.Card(options.cards[0])
             model = load_for_inference(name)

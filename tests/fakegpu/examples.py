@@ -1,5 +1,5 @@
-"""Small cases whose figures can be counted by hand, and faults that must be found: tests/test_fakegpu.py
-runs this file, and compares the JSON that it prints."""
+"""Small cases whose figures can be counted by hand, and faults that must be found:
+tests/test_fakegpu.py runs this file, and compares the JSON that it prints."""
 import json
 import sys
 
@@ -44,7 +44,7 @@ figures["one more"] = message(torch.empty, 512, device="cuda")
 del fits, a, view
 figures["after all"] = card.used
 
-# ---- FLOPs: a product of [8, 16] and [16, 4]; a convolution of 6 channels in 3 groups, with its backward.
+# ---- FLOPs: a product of [8, 16] and [16, 4]; a convolution of 6 channels in 3 groups.
 x = torch.randn(8, 16, device="cuda")
 w = torch.randn(16, 4, device="cuda")
 card.reset()

@@ -1,4 +1,4 @@
-"""A CPU build of torch that believes in one GPU: device="cuda" works, at the released sizes, in little memory.
+"""A CPU build of torch that believes in one GPU: device="cuda" works, in little memory.
 
     import fakecuda                              # before torch; needs g++
     card = fakecuda.Card(80)
@@ -6,9 +6,10 @@
     ...
     card.peak, card.peak_table(), card.synchronisations, card.flops
 
-CUDA tensors have shapes, types and devices as on a GPU, but no numbers (see device.cpp); so a training
-step shows errors of devices and types, the peak of memory and who holds it, FLOPs, and where the host
-waits for the GPU. It does not show numbers, speed, the kernels' own workspaces, or fragmentation.
+CUDA tensors have shapes, types and devices as on a GPU, but no numbers (see device.cpp); so a
+training step at a released size shows errors of devices and types, the peak of memory and who holds
+it, FLOPs, and where the host waits for the GPU. It does not show numbers, speed, the kernels' own
+workspaces, or fragmentation.
 """
 import collections
 import ctypes
@@ -28,14 +29,15 @@ PROJECT = HERE.parent.parent
 LISTENER = ctypes.CFUNCTYPE(ctypes.c_int64, ctypes.c_char_p)
 
 
-# ==== 1. The device ===================================================================================
+# ==== 1. The device ===============================================================================
 
 def build():
     """device.cpp -> the path of the library, compiled once for this torch (about 20 s).
     RuntimeError where there is no g++ or it fails."""
     torch_home = Path(importlib.util.find_spec("torch").origin).parent
     source = HERE / "device.cpp"
-    key = hashlib.sha256((torch_home / "version.py").read_bytes() + source.read_bytes()).hexdigest()[:16]
+    contents = (torch_home / "version.py").read_bytes() + source.read_bytes()
+    key = hashlib.sha256(contents).hexdigest()[:16]
     library = Path(tempfile.gettempdir()) / f"fakegpu-{os.getuid()}-{key}.so"
     if library.exists():
         return library
@@ -64,7 +66,7 @@ DEVICE.bytes_at_peak.argtypes = [ctypes.c_int64]
 DEVICE.install()
 
 import torch  # noqa: E402
-import torch._meta_registrations  # noqa: E402, F401  (shapes of operators, registered by their import)
+import torch._meta_registrations  # noqa: E402, F401  (its import registers shapes of operators)
 import torch.nn.functional as F  # noqa: E402
 
 aten = torch.ops.aten
@@ -74,7 +76,7 @@ GIB = 2 ** 30
 CARDS = {24: int(23.6 * GIB), 48: int(47.4 * GIB), 80: int(79.1 * GIB)}
 
 
-# ==== 2. What is counted ==============================================================================
+# ==== 2. What is counted ==========================================================================
 
 @functools.cache
 def project_file(path):
@@ -132,20 +134,22 @@ class Card:
         return DEVICE.flops_done() - self.flops_before
 
     def _listen(self, kind):
-        """Called by device.cpp when a large block is allocated and when the host waits. -> the line's number"""
+        """Called by device.cpp when a large block is allocated and when the host waits. -> the
+        number of the line that is running"""
         line = line_of_project()
         if kind != b"allocate":
             self.synchronisations[kind.decode(), line] += 1
         return LINES.setdefault(line, len(LINES))
 
     def peak_table(self, rows=12):
-        """Who held memory at the peak, blocks of 1 MB or more: [(bytes, line), ...], the largest first."""
+        """Who held memory at the peak, in blocks of 1 MB or more: [(bytes, line), ...], the largest
+        first."""
         held = [(DEVICE.bytes_at_peak(number), line) for line, number in LINES.items()]
         held = [entry for entry in held if entry[0]]
         return sorted(held, reverse=True)[:rows]
 
 
-# ==== 3. What torch says of the GPU ===================================================================
+# ==== 3. What torch says of the GPU ===============================================================
 
 def pretend(card):
     """The functions of torch.cuda that ask a driver ask `card`."""
@@ -186,11 +190,16 @@ def pretend(card):
 dense_attention = F.scaled_dot_product_attention
 
 
-def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """scaled_dot_product_attention with the kernel that torch chooses on an H100: what its source says
-    in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp. q [B, H, n, d], k and v [B, K, S, d]."""
+def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None,
+              enable_gqa=False):
+    """scaled_dot_product_attention with the kernel that torch chooses on an H100: what its source
+    says in aten/src/ATen/native/transformers/cuda/sdp_utils.cpp.
+
+    q [B, H, n, d], k [B, K, S, d] and v [B, K, S, e] -> [B, H, n, e]
+    """
     if q.device.type != "cuda":
-        return dense_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+        return dense_attention(q, k, v, attn_mask, dropout_p, is_causal, scale=scale,
+                               enable_gqa=enable_gqa)
 
     if torch.is_autocast_enabled("cuda"):
         low = torch.get_autocast_dtype("cuda")
@@ -198,7 +207,7 @@ def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=Non
         if attn_mask is not None and attn_mask.is_floating_point():
             attn_mask = attn_mask.to(low)
     if not q.dtype == k.dtype == v.dtype:
-        raise RuntimeError(f"query, key and value must have one dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
+        raise RuntimeError(f"query, key and value have the dtypes {q.dtype}, {k.dtype}, {v.dtype}")
     if attn_mask is not None and attn_mask.dtype not in (torch.bool, q.dtype):
         raise RuntimeError(f"attn_mask has dtype {attn_mask.dtype}, the query {q.dtype}")
     devices = {x.device for x in (q, k, v, attn_mask) if x is not None}

@@ -1,5 +1,6 @@
-"""Writes docs/memory.md: which optimizer and micro-batch each released size takes on cards of 24, 48 and 80 GB, the peak
-of memory and the FLOPs of a step, and the peaks of inference; all computed on the fake GPU, in some minutes.
+"""Writes docs/memory.md: which optimizer and micro-batch each released size takes on cards of 24,
+48 and 80 GB, the peak of memory and the FLOPs of a step, and the peaks of inference; all computed
+on the fake GPU, in some minutes.
 
     python tests/fakegpu/table.py
 """
@@ -18,19 +19,20 @@ JOBS = ("generate", "reconstruct", "describe", "edit")
 INTRODUCTION = """# Memory, computed and not measured
 
 Nobody has run these steps on a GPU yet. They ran at their full size on a GPU that is not there
-(`tests/fakegpu`): CUDA tensors of the right shapes and types without numbers, whose memory is counted
-as torch's allocator would. It cannot show the kernels' own workspaces nor fragmentation (4 GB are left
-free for them), nor how fast anything is. `python tests/fakegpu/table.py` writes this file again;
-`python tests/fakegpu/driver.py MODEL` shows one step, and which lines hold the memory.
+(`tests/fakegpu`): CUDA tensors of the right shapes and types without numbers, whose memory is
+counted as torch's allocator would. It cannot show the kernels' own workspaces nor fragmentation
+(4 GB are left free for them), nor how fast anything is. `python tests/fakegpu/table.py` writes this
+file again; `python tests/fakegpu/driver.py MODEL` shows one step, and which lines hold the memory.
 
 ## A training step
 
-The scripts' defaults on one card: `--optimizer auto`, `--micro-batch auto`, checkpointing, each loss of
-the recipe. Largest inputs, gradients and moments there. GB are 10^9 bytes; cards of 24, 48 and 80 GB offer
-25.3, 50.9 and 84.9. FLOPs are those of a whole step, with what checkpointing computes twice. "waits": how
-often in a step the host waits for the GPU.
+The scripts' defaults on one card: `--optimizer auto`, `--micro-batch auto`, checkpointing, each
+loss of the recipe. Largest inputs, gradients and moments there. GB are 10^9 bytes; cards of 24, 48
+and 80 GB offer 25.3, 50.9 and 84.9. "before": what is held when the step begins. TFLOP are those of
+a whole step, with what checkpointing computes twice. "waits": how often in a step the host waits
+for the GPU.
 
-| model | card | optimizer | images a step | micro-batch | before the step, GB | peak, GB | TFLOP a step | waits |
+| model | card | optimizer | images a step | micro-batch | before, GB | peak, GB | TFLOP | waits |
 |---|---|---|---|---|---|---|---|---|
 """
 
@@ -48,15 +50,16 @@ def released_models():
     """The names of all released sizes, from the scripts."""
     code = ("import reca_bagel, reca_harmon, reca_openuni, reca_showo\n"
             "for script in (reca_showo, reca_openuni, reca_harmon, reca_bagel):\n"
-            "    print(*(name for name in script.CONFIGS if not name.startswith('tiny')), sep='\\n')")
-    return subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True, capture_output=True,
-                          text=True).stdout.split()
+            "    print(*(name for name in script.CONFIGS if not name.startswith('tiny')))")
+    done = subprocess.run([sys.executable, "-c", code], cwd=PROJECT, check=True,
+                          capture_output=True, text=True)
+    return done.stdout.split()
 
 
 def run(model):
     """Each card and job of a model -> rows of figures."""
-    command = [sys.executable, str(HERE / "driver.py"), model, "--jobs", "train", *JOBS, "--passes", "2",
-               "--cards", *map(str, CARDS)]
+    command = [sys.executable, str(HERE / "driver.py"), model, "--jobs", "train", *JOBS,
+               "--passes", "2", "--cards", *map(str, CARDS)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
     print(model, file=sys.stderr)
@@ -69,7 +72,8 @@ def training_row(row):
         return f"{name} {row['error'].split(':')[1].strip()} | | | | | | |"
     micro = ", ".join(f"{loss} {size}" for loss, size in row["micro_batch"].items())
     return (f"{name} {row['optimizer']} | {row['batch']} | {micro} | {row['resident'] / 1e9:.1f} |"
-            f" {row['peak'] / 1e9:.1f} | {row['flops'] / 1e12:.0f} | {row['synchronisations']:.0f} |")
+            f" {row['peak'] / 1e9:.1f} | {row['flops'] / 1e12:.0f} |"
+            f" {row['synchronisations']:.0f} |")
 
 
 def inference_row(model, rows):
