@@ -2555,6 +2555,9 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     if extend:
         extend(parser)
     args = parser.parse_args(argv)
+    if args.quantize and (args.steps != 0 or args.resume or args.bench):        # not given: the recipe's steps
+        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
+                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
     args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
     if args.resume and not args.bench:
         unset = object()
@@ -2584,9 +2587,6 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         )
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
-    if args.quantize and (args.steps or args.resume or args.bench):
-        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
-                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
     ranks = launched_ranks()
