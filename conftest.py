@@ -16,6 +16,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config):
     """Two processes unless -n says otherwise; a file stays in one of them, with what its tests share."""
-    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None and not config.option.usepdb:
+    if hasattr(config, "workerinput") or config.option.usepdb:
+        return                                          # one of the two comes by here as well
+    if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
