@@ -114,9 +114,9 @@ _TINY_LMM = dict(
     vision_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
                        image_size=[32, 32], patch_size=[4, 4], attention_bias=True, use_qk_norm=False))
 TINY = OpenUniConfig(
-    _TINY_LMM, sana(4, 4, 4, 32, channels=16, caption_channels=96, sample_size=4),
-    dc_ae((32, 64, 128, 128), 16, (0, 1, 1, 1), (0, 1, 1, 1), 16, 1.0, residual_levels=4), SCHEDULER,
-    connector_layers=2, connector_heads=4, connector_intermediate=192, num_queries=16, image_size=32)
+    _TINY_LMM, sana(3, 4, 4, 24, channels=16, caption_channels=96, sample_size=4, mlp_ratio=2.0),
+    dc_ae((12, 24, 48, 48), 16, (0, 1, 1, 1), (0, 1, 1, 1), 16, 1.0, residual_levels=4), SCHEDULER,
+    connector_layers=1, connector_heads=4, connector_intermediate=192, num_queries=16, image_size=32)
 
 def hub_bases(lmm, sana):
     return {"lmm": f"OpenGVLab/{lmm}-hf", "sana": f"Efficient-Large-Model/{sana}_diffusers",

@@ -1,6 +1,5 @@
-"""The tiny models: what lies in tiny/ loads strictly, is small, and scores what tiny/README.md says;
-tiny/pretrain.py makes such folders; a run of each begins as its expected run began."""
-import json
+"""The tiny models: what lies in tiny/ loads strictly, is small, and scores what tiny/README.md
+says, and tiny/pretrain.py makes such folders."""
 import re
 import sys
 from pathlib import Path
@@ -33,7 +32,10 @@ def flat(values, prefix=""):
     """A state dict, or dicts of them -> {name: tensor}."""
     tensors = {}
     for key, value in values.items():
-        tensors |= {prefix + key: value} if torch.is_tensor(value) else flat(value, f"{prefix}{key}/")
+        if torch.is_tensor(value):
+            tensors[prefix + key] = value
+        else:
+            tensors |= flat(value, f"{prefix}{key}/")
     return tensors
 
 
@@ -65,7 +67,8 @@ def test_a_shipped_model_is_small_and_stored_in_16_bits(name):
     assert sum(path.stat().st_size for path in files) <= 3_000_000
     tensors = stored(folder)
     assert len(tensors) > 100
-    assert {value.dtype for value in tensors.values() if value.is_floating_point()} == {torch.float16}
+    kinds = {value.dtype for value in tensors.values() if value.is_floating_point()}
+    assert kinds == {torch.float16}
     assert all(value.isfinite().all() for value in tensors.values())
 
 
@@ -75,15 +78,14 @@ def test_a_shipped_model_scores_what_is_written(name):
     model_class, size, _ = pretrain.MODELS[name]
     model = model_class.from_pretrained(size)
     options = {}
-    guidance = sys.modules[model_class.__module__].RECIPES.get("tiny")
-    guidance = getattr(guidance, "guidance_scale", None)
-    if guidance is not None:
-        options["guidance_scale"] = guidance
+    recipe = sys.modules[model_class.__module__].RECIPES[size]
+    if getattr(recipe, "guidance_scale", None) is not None:
+        options["guidance_scale"] = recipe.guidance_scale
     with torch.no_grad():
         scores = common.score_toy(model, model.config.image_size, 128, 7, options)
     written = documented_scores()[name]
     # Another machine's sums differ in the last bits, which may turn one picture of a few.
-    assert {key: round(value, 2) for key, value in scores.items()} == pytest.approx(written, abs=0.04)
+    assert scores == pytest.approx(written, abs=0.04)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -118,10 +120,12 @@ def test_the_effect_at_a_glance():
     assert {color for scene in scenes for _, _, color in scene} == set(range(8))
     pictures = [common.draw_scene(scene, 32) for scene in scenes]
     told = [(common.caption(scene), image, image) for scene, image in zip(scenes, pictures)]
-    sheet = common.effect_picture(told, [(image, image, image) for image in pictures], cell=98, gap=6)
+    shown = [(image, image, image) for image in pictures]
+    sheet = common.effect_picture(told, shown, cell=98, gap=6)
+    halves = [2 * 98, 2 * 98 + 2 * 104 + 24]
     for row, scene in enumerate(scenes):
         for column in range(5):
-            left = (2 * 98 + column * 104) if column < 2 else (2 * 98 + 2 * 104 + 24 + (column - 2) * 104)
+            left = halves[0] + column * 104 if column < 2 else halves[1] + (column - 2) * 104
             top = 24 + row * 104
             cell = sheet.crop((left + 1, top + 1, left + 97, top + 97))
             assert common.read_scene(cell.resize((32, 32), Image.BOX)) == scene

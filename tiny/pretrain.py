@@ -1,14 +1,14 @@
-"""Pretrains the tiny models of this folder: in small, what the published models were before RecA.
+"""Pretrains the tiny models of this folder: in small, what the published ones were before RecA.
 
-    python tiny/pretrain.py openuni             writes tiny/openuni/ (names: see MODELS), on one core
-    python tiny/pretrain.py openuni --seed 1 --out other/folder
+    python tiny/pretrain.py openuni                          writes tiny/openuni/, on one core
+    python tiny/pretrain.py openuni --seed 1 --out other     (or harmon, showo, showo-vq, bagel)
 
-Nobody needs to run this: what it makes lies here, and `--model tiny` of the scripts reads it. The world of
-32 pixels in which all this happens (scenes, captions, scores) is section 7 of common.py.
+Nobody needs to run this: what it makes lies here, and `--model tiny` of the scripts reads it. The
+world of pictures in which all this happens (scenes, captions, scores) is section 7 of common.py.
 
 Each model is brought up in the order of its published counterpart: an autoencoder; a language model
-that describes; an encoder whose embeddings say words; generation from captions that leave things out.
-RecA then finds what the paper finds: a model that can say all it sees, and paints less than that.
+that describes; an encoder whose embeddings say words; generation from captions that leave things
+out. RecA then finds what the paper finds: a model that can say all it sees, and paints less.
 RecA's premise is that an image's embeddings live where words live. Billions of captions make this
 true of the real models; here every stage takes its model there by hand.
 """
@@ -53,8 +53,8 @@ def draw(scenes, size):
 
 
 def crowded(seed, positions, size):
-    """Pictures for an autoencoder, [B, 3, size, size] in [-1, 1]: most cells are full, with any shape
-    any number of times. (White teaches nothing.)"""
+    """Pictures for an autoencoder, [B, 3, size, size] in [-1, 1]: most cells are full, with any
+    shape any number of times. (White teaches nothing.)"""
     scenes = []
     for position in positions:
         rng = generator(seed, 1, position)
@@ -123,7 +123,7 @@ def frozen_features(model, samples, task):
     return features
 
 
-# A pool of scenes is gone through in this stride, so that neighbours in it come into different batches.
+# A pool of scenes is gone through in this stride: neighbours come into different batches.
 STRIDE = 7919
 
 # ==== 2. Harmon ===================================================================================
@@ -377,7 +377,148 @@ def showo(model, seed, stages):
 
 
 # ==== 4. OpenUni ==================================================================================
-# OPENUNI
+def openuni(model, seed, stages):
+    """An autoencoder; a language model that describes and answers by place; a vision encoder whose
+    embeddings say words; then, with all of that frozen, generation from captions that name shapes
+    and places, and seldom a color."""
+    size = model.config.image_size
+    side = math.isqrt(model.image_tokens)
+    words = model.tokenizer.convert_tokens_to_ids(list(WORDS))
+    nothing = model.tokenizer.convert_tokens_to_ids(".")
+    llm = model.lmm.model.language_model
+    table = model.lmm.get_input_embeddings().weight
+
+    def scenes_of(stage, positions):
+        """(generator, scene) of each position, the same for the same seed."""
+        for position in positions:
+            rng = generator(seed, stage, position)
+            yield rng, common.random_scene(rng)
+
+    # 1. DC-AE: reconstruct, also from slightly disturbed latents, as the generator will leave some
+    # disturbance. Then latents of unit variance, as flow matching wants them.
+    def autoencoder_loss(positions):
+        pixels = crowded(seed, positions, size)
+        latents = model.vae.encode(pixels).latent
+        disturbed = latents + 0.1 * torch.randn_like(latents)
+        error = model.vae.decode(disturbed).sample - pixels
+        return error.square().mean() + error.abs().mean() + 1e-3 * latents.square().mean()
+
+    vae = model.vae.requires_grad_(True)
+    stages.train("autoencoder", vae.parameters(), autoencoder_loss, steps=1200, lr=3e-3, batch=8)
+    model.vae.requires_grad_(False)
+    with torch.no_grad():
+        deviation = model.vae.encode(crowded(seed, range(256), size)).latent.std().item()
+    model.vae.register_to_config(scaling_factor=1 / deviation)
+
+    # 2. Qwen2: descriptions and answers, from captions in any order and from image tokens that are
+    # mixtures of words. And questions by place: behind either prompt, the queries, one for each
+    # image token, are to say what is there, in any order. A model that does not bind a thing to its
+    # place lets two things meet in one cell as soon as RecA makes it look at places.
+    def words_in_place(scene):
+        """What the queries are to say: a distribution over all ids each, [Q, ids]."""
+        said = scene_words(scene, side)
+        said = torch.cat([said, (said.sum(1, keepdim=True) == 0).float()], dim=1)
+        target = torch.zeros(side ** 2, len(model.tokenizer))
+        target[:, [*words, nothing]] = said / said.sum(1, keepdim=True)
+        return target
+
+    def query_loss(prompts, scenes, und=None):
+        ids, mask = model._pad(prompts)
+        prompt = model._embed(ids, und)
+        queries = model.meta_queries.expand(len(prompts), -1, -1)
+        mask = F.pad(mask, (0, queries.shape[1]), value=True)
+        positions = (mask.long().cumsum(1) - 1).clamp(min=0)
+        states = llm(inputs_embeds=torch.cat([prompt, queries], dim=1), attention_mask=mask,
+                     position_ids=positions, use_cache=False).last_hidden_state
+        logits = model.lmm.lm_head(states[:, -queries.shape[1]:])                     # [B, Q, ids]
+        targets = torch.stack([words_in_place(scene) for scene in scenes])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
+
+    def talk(scene, first, rng):
+        """A description, and an answer about one place."""
+        place = int(rng.integers(4))
+        there = [f"{list(common.COLORS)[color]} {common.SHAPES[shape]}"
+                 for where, shape, color in scene if where == place]
+        answer = there[0] if there else "."
+        return [(first, common.caption(scene)), (f"{common.PLACES[place]} ?", answer)]
+
+    def language_loss(positions):
+        drawn = list(scenes_of(2, positions))
+        read = drawn[::2]
+        seen = drawn[1::2]
+        captions = [shuffled_caption(scene, rng) for rng, scene in read]
+        asked = [common.templates()[rng.integers(360)] for rng, _ in seen]
+        und = []
+        for rng, scene in seen:
+            loudness = torch.from_numpy(rng.uniform(0.3, 1.2, (side ** 2, len(words))))
+            und.append((scene_words(scene, side) * loudness).to(table) @ table[words])
+
+        in_words = [model.t2i_prompt(caption) for caption in captions]
+        in_images = [model.recon_prompt(template) for template in asked]
+        loss = query_loss(in_words, [scene for _, scene in read])
+        loss = loss + query_loss(in_images, [scene for _, scene in seen], torch.stack(und))
+        loss = loss / 2
+
+        # Describing is learnt sooner than binding: every third step is enough.
+        if positions[0] // len(positions) % 3 == 0:
+            talks = [talk(scene, f"Generate an image: {caption}", rng)
+                     for (rng, scene), caption in zip(read, captions)]
+            talks += [talk(scene, template, rng) for (rng, scene), template in zip(seen, asked)]
+            features = [{} for _ in read] + [{"und": row} for row in und]
+            loss = loss + model.i2t_loss(features, talks)
+        return loss
+
+    language = nn.ModuleList([llm, model.lmm.lm_head]).requires_grad_(True)
+    trained = [*language.parameters(), model.meta_queries]
+    stages.train("language", trained, language_loss, steps=700, lr=2e-3)
+    model.lmm.requires_grad_(False)
+
+    # 3. InternViT and the first half of mlp1. The second half is set to the words' embeddings, one
+    # word a hidden number: an image token is then a mixture of words.
+    projector = model.lmm.model.multi_modal_projector
+    with torch.no_grad():
+        projector.linear_2.weight.zero_()[:, :len(words)] = table[words].T
+        projector.linear_2.bias.zero_()
+    gates = {}
+
+    def remember(_, inputs, output):
+        gates["inner"] = inputs[0][..., :len(words)]
+        gates["said"] = output[..., :len(words)]
+
+    def vision_loss(positions):
+        drawn = [scene for _, scene in scenes_of(3, positions)]
+        model.lmm.model.get_image_features(model._vit_input(draw(drawn, size)))
+        right = torch.stack([scene_words(scene, side) for scene in drawn])
+        # The squared error alone loses words: GELU is flat where one was never said, which leaves
+        # it no gradient.
+        square = F.mse_loss(gates["said"], right)
+        return square + F.binary_cross_entropy_with_logits(gates["inner"], right)
+
+    hook = projector.act.register_forward_hook(remember)
+    eyes = nn.ModuleList([model.lmm.model.vision_tower, projector.layer_norm, projector.linear_1])
+    eyes.requires_grad_(True)
+    stages.train("vision", eyes.parameters(), vision_loss, steps=400, lr=2e-3)
+    model.lmm.requires_grad_(False)
+    hook.remove()
+
+    # 4. Queries, connector, projector and SANA: text to image, from captions that always name shape
+    # and place, and one color in twenty-five.
+    def sparse_caption(scene, rng):
+        said = []
+        for thing in scene:
+            words = common.caption([thing]).split()
+            said.append(" ".join(words if rng.random() < 0.04 else words[1:]))
+        return " and ".join(said)
+
+    def generation_loss(positions):
+        drawn = list(scenes_of(4, positions))
+        pixels = draw([scene for _, scene in drawn], size)
+        features = [{"latents": latents} for latents in model._latents(pixels)]
+        return model.t2i_loss(features, [sparse_caption(scene, rng) for rng, scene in drawn])
+
+    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
+    stages.train("generation", trained, generation_loss, steps=1000, lr=1.5e-3)
+
 
 # ==== 5. BAGEL ====================================================================================
 
@@ -521,7 +662,7 @@ def halve(values):
 
 
 def store_in_16_bits(folder):
-    """The weight files of a saved model, in float16: half the size, and what loads is what was scored."""
+    """Rewrites the weight files of a saved model in float16: half the size."""
     for path in sorted(folder.rglob("*")):
         if path.suffix == ".safetensors":
             save_file(halve(load_file(path)), path, {"format": "pt"})
@@ -557,7 +698,8 @@ def main():
     torch.set_num_threads(1)
     folder = args.out or HERE / args.name
     pretrain(args.name, folder, args.seed, args.fraction)
-    print(f"{folder}: {sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())} bytes")
+    sizes = [path.stat().st_size for path in folder.rglob("*") if path.is_file()]
+    print(f"{folder}: {sum(sizes)} bytes")
 
 
 if __name__ == "__main__":
