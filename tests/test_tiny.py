@@ -135,3 +135,25 @@ def test_what_is_said_about_text_to_image():
     assert "+20 points, and no caption" in common.effect_words({"overall": 0.5}, {"overall": 0.7})
     assert "not better" in common.effect_words({"overall": 0.5}, {"overall": 0.52})
     assert "-10 points" in common.effect_words({"overall": 0.5}, {"overall": 0.4})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_first_fifth_of_a_run_is_as_expected(name, tmp_path, monkeypatch):
+    """The losses of the first steps beside those that were written down, and the scores before them
+    beside the README's. (The whole runs take a minute and a half each.)"""
+    expected = ROOT / "tiny" / name / "expected"
+    model_class, size, _ = pretrain.MODELS[name]
+    script = sys.modules[model_class.__module__]
+    losses = common.read_json(expected / "losses.json")
+    assert len(losses) >= script.RECIPES[size].steps // 5
+    assert common.read_json(expected / "scores.json")["before"] == \
+        pytest.approx(documented_scores()[name], abs=0.006)
+
+    # The pictures that a run is scored with take longer than its first steps.
+    monkeypatch.setattr(common, "score_toy", lambda *_: {"overall": 0.0})
+    flags = ["--model", size, "--steps", len(losses), "--precision", "fp32", "--out", tmp_path]
+    monkeypatch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+    script.main()
+    ours = [row["recon"] for row in common.read_json(tmp_path / "log.jsonl", lines=True)]
+    assert ours[0] == pytest.approx(losses[0], rel=1e-3)
+    assert sum(ours) == pytest.approx(sum(losses), rel=0.05)

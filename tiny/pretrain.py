@@ -142,7 +142,7 @@ def harmon(model, seed, stages):
         return error.square().mean() + error.abs().mean() + 1e-3 * latents.square().mean()
 
     vae = model.vae.requires_grad_(True)
-    stages.train("VAE", vae.parameters(), vae_loss, steps=800, lr=2e-3, batch=8)
+    stages.train("VAE", vae.parameters(), vae_loss, steps=600, lr=2e-3, batch=8)
     model.vae.requires_grad_(False)
     with torch.no_grad():
         latents = model.vae.encode(crowded(seed, range(256), c.image_size)).latent_dist.mean
@@ -196,7 +196,7 @@ def harmon(model, seed, stages):
     stages.train("understanding", trained, understanding, steps=150, lr=1.5e-3)
     model.mar.decode = decode_and_remember
     trained += probe.parameters()
-    stages.train("understanding and generation", trained, both, steps=800, lr=2e-3)
+    stages.train("understanding and generation", trained, both, steps=700, lr=2e-3)
     del model.mar.decode                                          # the method of the class again
 
 
@@ -238,7 +238,7 @@ def showo(model, seed, stages):
         return loss
 
     magvit = model.magvit.requires_grad_(True)
-    stages.train("image tokenizer", magvit.parameters(), tokenizer_loss, 600, lr=2e-3, batch=16)
+    stages.train("image tokenizer", magvit.parameters(), tokenizer_loss, 400, lr=2e-3, batch=16)
     model.magvit.requires_grad_(False)
 
     scenes = [common.random_scene(generator(seed, 2, i)) for i in range(pool)]
@@ -301,7 +301,7 @@ def showo(model, seed, stages):
         return loss + model._cross_entropy(rows, shift=True)
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    stages.train("language", trained, language_loss, steps=400, lr=2e-3)
+    stages.train("language", trained, language_loss, steps=300, lr=2e-3)
 
     # 3. CLIP and projector learn to say the words. CLIP sees images with its own statistics, and in
     # RecA with the tokenizer's (see `shown`).
@@ -332,7 +332,7 @@ def showo(model, seed, stages):
             return alignment(torch.cat(rows), picked[::2] + picked[1::2])
 
         seeing = [*model.clip.requires_grad_(True).parameters(), *model.mm_projector.parameters()]
-        stages.train("CLIP and projector", seeing, seeing_loss, steps=400, lr=2e-3)
+        stages.train("CLIP and projector", seeing, seeing_loss, steps=300, lr=2e-3)
         model.clip.requires_grad_(False)
 
     # 4. Understanding from full captions, generation from sparse ones, some of them in the places
@@ -373,7 +373,7 @@ def showo(model, seed, stages):
         projected = torch.stack([row["und"] for row in understood])
         return loss + model._cross_entropy(rows) + alignment(projected, some)
 
-    stages.train("understanding and generation", trained, joint_loss, steps=1200, lr=2e-3)
+    stages.train("understanding and generation", trained, joint_loss, steps=700, lr=2e-3)
 
 
 # ==== 4. OpenUni ==================================================================================
