@@ -14,8 +14,11 @@ What a script provides (to write one for another architecture, start from the ne
                                      one image. task: recon, i2t, t2i. rng: numpy Generator for crops, None: central
   .encode(samples, task)             what FROZEN parts say of each image, a dict each: runs without a graph, and is all
                                      that --cache stores; whatever is trained belongs into the loss
+  .draw(task, features, rng)         every random number of a loss, {} where nothing is drawn; rng: an Rng of section 2
+  .count_targets(task, features, texts, draws)    of how many terms the loss is the mean, counted on the host
   .recon_loss(features, templates, draws=None, rng=None), .i2t_loss(features, conversations, ...), .t2i_loss(features,
-        captions, ...)               -> scalar, global_mean(sum, count). rng: an Rng of section 2; draws: replay these
+        captions, ...)               -> scalar, the mean over its targets. draws: from draw, or None: drawn from rng
+  .worst_case(task, count)           (samples, texts, draws to replace) of the largest inputs: what must fit
   .generate(prompts, seed=, guidance_scale=, num_steps=)   .reconstruct(images, seed=, ...)   .describe(images,
         question=, max_new_tokens=)  seed: an int, or one per image. What the command line does not give is not passed
   Recipe       the dataclass whose fields are the defaults of the flags with the same names
@@ -24,6 +27,7 @@ Legend of the shape comments: B images in a batch, H W pixels.
 """
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
 import hashlib
@@ -65,8 +69,8 @@ def cli(main):
             sys.stderr.flush()
             os._exit(0)
     except (InputError, torch.OutOfMemoryError) as error:
-        full = ("the batch does not fit into the GPU's memory: lower --batch (and raise --accum) or add "
-                "--checkpointing; for inference lower --batch-images")
+        full = ("this does not fit into the GPU's memory: lower --micro-batch, or try --optimizer bf16; for "
+                "inference lower --batch-images")
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
@@ -314,15 +318,29 @@ def world():
     """(rank, number of ranks): (0, 1) without torchrun."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def global_mean(total, count):
-    """total / count, with `count` averaged over the ranks: the mean of the ranks' losses, and so of their gradients, is
-    then the mean over all ranks' tokens, however many of them each rank has."""
-    count = torch.as_tensor(count, dtype=torch.float32, device=total.device)
-    if dist.is_initialized():
-        count = count.clone()
-        dist.all_reduce(count)
-        count = count / dist.get_world_size()
-    return total / count.clamp(min=1e-8)
+def mean(total, count):
+    """total / count for a count known on the host; 0 where a micro-batch holds no target at all."""
+    return total / max(1, count)
+
+
+def cross_entropy_sum(head, hidden, labels, at_once=1024):
+    """Sum of the cross-entropies of labels [n] under head(hidden [n, D]) -> scalar, float32.
+
+    The logits, a column for each of up to 150,000 words, would be the largest tensors of a step:
+    they are made for `at_once` labels at a time, and once more in the backward where these are not all.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    def piece(hidden, labels):
+        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
+
+    if len(labels) <= at_once:
+        return piece(hidden, labels)
+    total = 0
+    for part in zip(hidden.split(at_once), labels.split(at_once)):
+        total = total + checkpoint(piece, *part, use_reentrant=False)
+    return total
+
 
 # ==== 3. Templates and images =========================================================================
 
@@ -372,9 +390,20 @@ def load_image(source):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
+def to_uint8(image):
+    """PIL RGB -> uint8 [3, H, W]: a quarter of the bytes of a float image on its way to the device."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def normalize(pixels):
+    """uint8 [..., H, W] -> float32 in [-1, 1], on whatever device they are. Floats are given back."""
+    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
+
+
 def to_tensor(image):
     """PIL RGB -> float32 [3, H, W] in [-1, 1]."""
-    return torch.from_numpy(np.asarray(image, dtype=np.float32).copy()).permute(2, 0, 1) / 127.5 - 1
+    return normalize(to_uint8(image))
+
 
 def to_pil(pixels):
     """[3, H, W] in [-1, 1] -> PIL RGB. clamp(127.5 x + 128), truncated: the rounding of the original repositories."""
@@ -530,50 +559,150 @@ class Stream(torch.utils.data.Dataset):
         raise InputError(f"no row of {self.name} could be used" + (f", the first was {skipped[0]}" if skipped else ""))
 
     def batches(self, start, batch, workers=0):
-        """Lists of `batch` items from position `start` on: rank r of W has the r-th `batch` of each W * batch."""
-        rank, ranks = world()
-        starts = itertools.count(start + rank * batch, ranks * batch)
+        """An endless generator of lists of items, a list a step: this rank's share of the `batch`
+        images at the positions start, start + 1, ... Its close() ends the workers.
+
+        A worker hands over one image at a time, packed into one tensor. Each tensor on its way is
+        an open file of this process (Linux allows 1024 by default), so it is copied as soon as it
+        arrives; a step's images never wait in shared memory.
+        """
+        first, last = own_share(batch)
+        positions = (begin + k for begin in itertools.count(start, batch) for k in range(first, last))
 
         def set_up_worker(_):
             torch.set_num_threads(1)
-            for number in (signal.SIGINT, signal.SIGTERM):      # they go to all processes: the main one saves, and then
-                signal.signal(number, signal.SIG_IGN)           # ends its workers
-        return iter(torch.utils.data.DataLoader(
-            self, batch_sampler=(range(first, first + batch) for first in starts), collate_fn=list,
-            num_workers=workers, worker_init_fn=set_up_worker, prefetch_factor=2 if workers else None,
-            multiprocessing_context="fork" if workers else None))
+            # The signals go to all processes: the main one saves, and then ends its workers.
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+
+        loader = torch.utils.data.DataLoader(
+            self, batch_size=None, sampler=positions, collate_fn=pack_item, num_workers=workers,
+            worker_init_fn=set_up_worker, prefetch_factor=8 if workers else None,
+            multiprocessing_context="fork" if workers else None)
+        packed = iter(loader)
+        try:
+            while True:
+                yield [unpack_item(next(packed)) for _ in range(first, last)]
+        finally:
+            if workers:
+                packed._shutdown_workers()
+
+
+def own_share(batch):
+    """(first, last) of the images 0 .. batch - 1 that are this rank's; shares differ by one at most."""
+    rank, ranks = world()
+    return batch * rank // ranks, batch * (rank + 1) // ranks
+
+
+ALIGNMENT = 16      # bytes: tensors of every type may begin here
+
+
+def pack(tensors):
+    """A list of CPU tensors -> one uint8 tensor with all of them, and [(begin, shape, dtype), ...]."""
+    places = []
+    end = 0
+    for tensor in tensors:
+        places.append((end, tuple(tensor.shape), tensor.dtype))
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+    buffer = torch.empty(end, dtype=torch.uint8)
+    for tensor, (begin, _, _) in zip(tensors, places):
+        buffer[begin:begin + tensor.nbytes] = tensor.contiguous().flatten().view(torch.uint8)
+    return buffer, places
+
+
+def unpack(buffer, places):
+    """The inverse of pack: views into the buffer, on its device."""
+    tensors = []
+    for begin, shape, dtype in places:
+        nbytes = math.prod(shape) * dtype.itemsize
+        tensors.append(buffer[begin:begin + nbytes].view(dtype).view(shape))
+    return tensors
+
+
+def pack_item(item):
+    """An item of a Stream, in the worker -> (what is no tensor, [(part, key)], buffer, places)."""
+    tensors = {(part, key): tensor for part in ("sample", "features")
+               for key, tensor in (item.pop(part, None) or {}).items()}
+    item["parts"] = list(tensors)
+    return item, *pack(list(tensors.values()))
+
+
+def unpack_item(packed):
+    """The item again, in the main process. The clone lets go of the worker's shared memory."""
+    item, buffer, places = packed
+    item["sample"] = {}
+    for (part, key), tensor in zip(item.pop("parts"), unpack(buffer.clone(), places)):
+        item.setdefault(part, {})[key] = tensor
+    return item
+
+
+def map_tensors(function, tree):
+    """`tree` of nested dicts, lists and tuples (which become lists), its tensors replaced by function(tensor)."""
+    if torch.is_tensor(tree):
+        return function(tree)
+    if isinstance(tree, dict):
+        return {key: map_tensors(function, value) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [map_tensors(function, value) for value in tree]
+    return tree
+
+
+def to_device(tree, device):
+    """A tree of tensors -> the same tree on the device. What lies on the CPU goes in one transfer
+    from pinned memory, for which the host does not wait: an ordinary copy makes it wait until the
+    GPU has finished everything before, and then the GPU waits for the host's next command."""
+    if device.type == "cpu":
+        return tree
+
+    on_cpu = []
+    map_tensors(lambda tensor: on_cpu.append(tensor) if tensor.device.type == "cpu" else None, tree)
+    if not on_cpu:
+        return tree
+    buffer, places = pack(on_cpu)
+    moved = iter(unpack(buffer.pin_memory().to(device, non_blocking=True), places))
+    return map_tensors(lambda tensor: next(moved) if tensor.device.type == "cpu" else tensor, tree)
+
 
 def encode_batch(model, items, task, cache=None):
-    """Items of a stream -> features on the model's device, a dict an image. Adds to the cache what it lacks."""
+    """Items of a stream -> what the frozen parts say of each, a dict of tensors on the model's
+    device. Adds to the cache what it lacks."""
     todo = [item for item in items if item.get("features") is None]
     if todo:
         with torch.no_grad():
-            for item, features in zip(todo, model.encode([item["sample"] for item in todo], task)):
+            samples = to_device([item["sample"] for item in todo], model.device)
+            for item, features in zip(todo, model.encode(samples, task)):
                 item["features"] = features
                 if cache is not None and "path" in item:
                     cache.write(item["path"], features)
-    return [{k: v.to(model.device, non_blocking=True) for k, v in item["features"].items()} for item in items]
+    return to_device([item["features"] for item in items], model.device)
+
 
 # ==== 5. Training =====================================================================================
 
 LOSSES = ("recon", "i2t", "t2i")
+
 
 def objective(losses, weights, backward):
     """One evaluation of the paper's equation (3):
 
         L = λ_recon · L_recon  +  λ_i2t · L_i2t  +  λ_t2i · L_t2i
 
-    losses: {"recon": function without arguments -> scalar, ...}; weights: {"recon": λ_recon, ...}. A loss whose λ is 0
-    is never computed. Each loss goes backward as soon as it is there, so that the peak of memory is that of the largest
-    loss and not of their sum. Returns (L, {name: value}) as detached tensors.
+    losses: {"recon": function that yields the shares of its micro-batches, scalars that add up to
+    L_recon, ...}; weights: {"recon": λ_recon, ...}. A loss whose λ is 0 is never computed. Each
+    share goes backward as soon as it is there, so that the peak of memory is that of one
+    micro-batch of one loss. Returns (L, {name: L_name}) as detached tensors.
     """
     values = {}
     for name, loss in losses.items():
-        if weights[name] != 0:
-            value = loss()
-            backward(weights[name] * value)
-            values[name] = value.detach()
+        if weights[name] == 0:
+            continue
+        values[name] = 0
+        for share in loss():
+            backward(weights[name] * share)
+            values[name] += share.detach()
     return sum(weights[name] * value for name, value in values.items()), values
+
 
 def learning_rate(update, peak, warmup, horizon):
     """Linear warm-up over `warmup` weight updates (counted from 0), then a cosine to 0 at `horizon` (0: constant)."""
@@ -582,37 +711,172 @@ def learning_rate(update, peak, warmup, horizon):
     progress = min(1, (update - warmup) / max(1, horizon - warmup)) if horizon else 0
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
+
+BUCKET = 2 ** 25        # numbers in one all_reduce: enough to fill the network, little beside the gradients
+
+
 def average_gradients(parameters):
-    """Data parallelism: every rank gets the mean gradient, once per weight update. DistributedDataParallel expects one
-    forward and one backward per step, while a step here has a backward per loss and each loss leaves other parameters
-    without a gradient (the public Show-o code cannot run on two GPUs for this reason)."""
-    if dist.is_initialized():
-        for parameter in parameters:
-            if parameter.grad is None:                              # all ranks must take part in every all_reduce
-                parameter.grad = torch.zeros_like(parameter)
-            dist.all_reduce(parameter.grad)
-            parameter.grad /= dist.get_world_size()
+    """Data parallelism: every rank gets the mean gradient, once per weight update. In flat buckets:
+    an all_reduce for each of a thousand tensors costs more in latency than in transfer.
+
+    DistributedDataParallel expects one forward and one backward per step, while a step here has a
+    backward per micro-batch and loss, and each loss leaves other parameters without a gradient (the
+    public Show-o code cannot run on two GPUs for this reason).
+    """
+    if not dist.is_initialized():
+        return
+
+    buckets = {}
+    for parameter in parameters:
+        if parameter.grad is None:          # all ranks must bring the same tensors
+            parameter.grad = torch.zeros_like(parameter)
+        bucket = buckets.setdefault(parameter.grad.dtype, [[]])
+        if bucket[-1] and sum(grad.numel() for grad in bucket[-1]) + parameter.numel() > BUCKET:
+            bucket.append([])
+        bucket[-1].append(parameter.grad)
+
+    for gradients in itertools.chain(*buckets.values()):
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and
+    moments in bf16, rounded stochastically: 8 bytes a weight with its gradient, where float32
+    needs 16.
+
+    bf16 keeps 8 bits: rounding to nearest loses an update below 1/256 of a weight, at every step,
+    and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the
+    chance given by what is cut off, is right in the mean. Draws follow from (seed, update, rank),
+    so that a resumed run draws the same.
+    """
+
+    AT_ONCE = 2 ** 24       # numbers that are in float32 at a time: their copies stay below 1 GB
+
+    def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0}
+        super().__init__(groups, defaults)
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["updates"] += 1
+            generator = None
+
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+
+                # Sharded weights are DTensors; everything here is elementwise, so each rank works
+                # on its own part, and on one piece of a large tensor after another.
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+                if generator is None:
+                    key = stable_seed(self.seed, "rounding", group["updates"], world()[0])
+                    generator = torch.Generator(tensors[0].device).manual_seed(key)
+                for pieces in zip(*(t.view(-1).split(self.AT_ONCE) for t in tensors)):
+                    self._update(group, generator, *pieces)
+
+    def _update(self, group, generator, weight, grad, m, v):
+        """One piece of a tensor, all [n]: AdamW's equations in float32."""
+        beta1, beta2 = group["betas"]
+        n = group["updates"]
+
+        grad = grad.float()
+        first = m.float().lerp_(grad, 1 - beta1)
+        second = v.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        step = first / (1 - beta1 ** n) / ((second / (1 - beta2 ** n)).sqrt_().add_(group["eps"]))
+        new = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+
+        self._store(weight, new, generator)
+        self._store(m, first, generator)
+        self._store(v, second, generator)
+
+    @staticmethod
+    def _store(target, value, generator):
+        """float32 value into target, rounded stochastically where target is bf16. bf16 is the upper
+        half of a float32: adding a uniform 16-bit number to the lower half carries into the upper
+        one exactly as often as it should."""
+        if target.dtype == torch.bfloat16:
+            noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device,
+                                  generator=generator)
+            bits = value.contiguous().view(torch.int32) + noise
+            value = bits.bitwise_and_(-65536).view(torch.float32)
+        target.copy_(value)
+
+
+def lower_precision(model):
+    """The trained weights to bf16, one after the other, for StochasticAdamW."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = None
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def make_optimizer(model, args, low_precision):
+    """AdamW for float32 weights, StochasticAdamW for those of lower_precision."""
+    groups = model.parameter_groups(args.weight_decay)
+    options = {"lr": args.lr, "betas": args.betas, "eps": args.eps}
+    if low_precision:
+        return StochasticAdamW(groups, **options, seed=args.seed)
+    return torch.optim.AdamW(groups, **options, fused=model.device.type == "cuda")
+
+
+@dataclasses.dataclass
+class MicroBatch:
+    """Images that go through the model at once. `targets`: of how many terms their loss is the mean
+    (masked tokens, answer tokens, ...)."""
+    features: list
+    texts: list
+    draws: dict
+    targets: int
+
 
 class Trainer:
     """The post-training loop, once for all architectures.
 
-    model    has encode, parameter_groups, <name>_loss, save_pretrained, device (see a script)
+    model    has encode, draw, count_targets, <name>_loss, parameter_groups, save_pretrained, device
     streams  {"recon": Stream, "i2t": Stream, ...}, one for each loss whose λ is not 0
     args     the command line (section 8)
     show     function(step) that draws a preview, or None
     optimizer, average: in place of AdamW and average_gradients, for sharded or low-precision weights
 
-    A step is one evaluation of equation (3): `batch` images for each loss. The weights move every `accum` steps.
+    A *step* is one evaluation of equation (3) on `batch` images for each loss, over all processes.
+    An *update* moves the weights, every `accum` steps. A *micro-batch* is what one process puts
+    through the model at once; it changes memory and speed and, but for rounding, no number: a loss
+    is the mean over all targets of the step, and every draw belongs to the seed and an image's
+    position (the one exception is dropout).
     """
+    sharded = False         # do several processes divide the weights among them?
 
     def __init__(self, model, streams, args, show=None, optimizer=None, average=average_gradients):
-        self.model, self.streams, self.args, self.show, self.average = model, streams, args, show, average
-        self.weights = {name: getattr(args, f"lambda_{name}") for name in LOSSES}
-        groups = model.parameter_groups(args.weight_decay)
-        self.parameters = [p for group in groups for p in group["params"]]
-        self.optimizer = optimizer or torch.optim.AdamW(groups, lr=args.lr, betas=args.betas, eps=args.eps,
-                                                        fused=model.device.type == "cuda")
-        self.out, self.step, self.seen, self.stop, self.skipped = Path(args.out), 0, 0, None, set()
+        self.model = model
+        self.streams = streams
+        self.args = args
+        self.show = show
+        self.average = average
+        self.weights = {"recon": args.lambda_recon, "i2t": args.lambda_i2t, "t2i": args.lambda_t2i}
+        self.optimizer = optimizer or make_optimizer(model, args, low_precision=False)
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        size = args.micro_batch or CPU_MICRO_BATCH      # a number, or as run.json has it: one for each loss
+        self.micro_batch = {name: size[name] if isinstance(size, dict) else size for name in streams}
+        self.halved = False
+
+        self.out = Path(args.out)
+        self.step = 0           # evaluations of equation (3)
+        self.updates = 0        # moves of the weights
+        self.seen = 0           # images of each stream
+        self.pending = 0        # steps whose gradients wait for the next update
+        self.stop = None        # the name of the signal that asked for the end
+        self.skipped = set()
 
     def save(self):
         """out/checkpoint-<step>: the released layout, and beside it what a resume needs. The two newest are kept."""
@@ -620,100 +884,236 @@ class Trainer:
             with atomic(self.out / f"checkpoint-{self.step:06d}") as folder:
                 folder.mkdir(parents=True)
                 self.model.save_pretrained(folder)
-                state = {"step": self.step, "seen": self.seen, "optimizer": self.optimizer.state_dict()}
-                torch.save(state, folder / "trainer.pt")
+                torch.save({**self.progress(), "optimizer": self.optimizer.state_dict()}, folder / "trainer.pt")
             for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
                 shutil.rmtree(old)
         if dist.is_initialized():
             dist.barrier()
 
+    def progress(self):
+        return {"step": self.step, "updates": self.updates, "seen": self.seen}
+
     def resume(self, folder):
         """Reads all but the weights (see from_pretrained). Random numbers need no state (section 2)."""
         state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
-        self.step, self.seen = state["step"], state["seen"]
+        self.go_on_from(state)
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def evaluate(self, name, items):
-        """One loss on one batch: the frozen features (or the cache), then the model's own loss, in --precision."""
-        rng = Rng(self.args.seed, name, self.step, positions=[item["position"] for item in items])
-        with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.args.precision == "bf16"):
-            features = encode_batch(self.model, items, name, self.streams[name].cache)
-            return getattr(self.model, f"{name}_loss")(features, [item["text"] for item in items], rng=rng)
+    def go_on_from(self, progress):
+        self.step = progress["step"]
+        self.updates = progress["updates"]
+        self.seen = progress["seen"]
+        self.pending = 0
+
+    def precision(self):
+        """The context in which the model computes. Autocast would keep the bf16 copy of every float32
+        weight until the end of the forward pass; a block that is recomputed needs its own for a
+        moment only, so with checkpointing they are made anew."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.args.precision == "bf16",
+                              cache_enabled=not self.args.checkpointing)
+
+    def micro_batches(self, name, items):
+        """This process's images of one loss, encoded, with their random numbers -> [MicroBatch].
+
+        Every process makes as many, and none is larger than micro_batch: sharded weights are
+        gathered by all together. One that has no image left repeats its first with 0 targets.
+        """
+        passes = -(-self.largest_share() // self.micro_batch[name])
+        bounds = [len(items) * k // passes for k in range(passes + 1)]
+
+        made = []
+        for begin, end in zip(bounds[:-1], bounds[1:]):
+            chunk = items[begin:end] or items[:1]
+            texts = [item["text"] for item in chunk]
+            rng = Rng(self.args.seed, name, self.step, positions=[item["position"] for item in chunk])
+            with self.precision():
+                features = encode_batch(self.model, chunk, name, self.streams[name].cache)
+            draws = self.model.draw(name, features, rng)
+            targets = self.model.count_targets(name, features, texts, draws) if begin < end else 0
+            made.append(MicroBatch(features, texts, draws, targets))
+        return made
+
+    def largest_share(self):
+        return -(-self.args.batch // world()[1])
+
+    def loss(self, name, batch):
+        """One loss of one micro-batch, the mean over its targets: the model's own function."""
+        losses = {"recon": self.model.recon_loss, "i2t": self.model.i2t_loss, "t2i": self.model.t2i_loss}
+        with self.precision():
+            return losses[name](batch.features, batch.texts, draws=batch.draws)
+
+    def shares(self, name, batches, total):
+        """Yields each micro-batch's share of L_name: its mean, weighted with its part of all targets."""
+        for batch in batches:
+            yield self.loss(name, batch) * (batch.targets / max(1, total))
 
     def take_step(self, loaders):
         """Equation (3), its gradients, every `accum` steps a move of the weights -> row of the log, whether to stop."""
-        args, (rank, ranks) = self.args, world()
+        args = self.args
+        rank, ranks = world()
+        device = self.model.device
         torch.manual_seed(stable_seed(args.seed, "dropout", self.step, rank))
+
         items = {name: next(loader) for name, loader in loaders.items()}
-        losses = {name: functools.partial(self.evaluate, name, batch) for name, batch in items.items()}
-        _, values = objective(losses, self.weights, backward=lambda loss: (loss / args.accum).backward())
-        # One transfer per step: the losses of all ranks, and whether any rank was asked to stop.
-        asked = torch.tensor(float(self.stop is not None), device=self.model.device)
-        numbers = torch.stack([*values.values(), asked]).float()
+        batches = {name: self.micro_batches(name, images) for name, images in items.items()}
+        totals = {name: sum(batch.targets for batch in chunks) for name, chunks in batches.items()}
+        if ranks > 1:
+            counts = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
+            dist.all_reduce(counts)
+            totals = dict(zip(totals, counts.tolist()))
+        losses = {name: functools.partial(self.shares, name, chunks, totals[name])
+                  for name, chunks in batches.items()}
+
+        # The gradients of the processes are averaged below, while their shares add up: hence `ranks`.
+        out_of_memory = False
+        try:
+            _, values = objective(losses, self.weights, lambda share: (share * ranks / args.accum).backward())
+        except torch.OutOfMemoryError:
+            if self.average is not average_gradients:
+                raise                   # in the middle of what sharded processes do together
+            out_of_memory = True
+            values = {name: torch.zeros((), device=device) for name in losses if self.weights[name]}
+
+        # One transfer: the losses, and whether any process ran out of memory or was told to stop.
+        flags = torch.tensor([self.stop is not None, out_of_memory], dtype=torch.float32)
+        numbers = torch.stack([value.float() for value in values.values()])
+        numbers = torch.cat([numbers, to_device(flags, device)])
         if ranks > 1:
             dist.all_reduce(numbers)
-        *numbers, stop = (numbers / ranks).tolist()
+        *numbers, stop, out_of_memory = numbers.tolist()
+        if out_of_memory:
+            raise torch.OutOfMemoryError("a micro-batch does not fit")
+
         values = dict(zip(values, numbers))
         self.step += 1
-        self.seen += args.batch * ranks
-        row = {"step": self.step, "loss": sum(self.weights[name] * value for name, value in values.items()), **values}
-        if self.step % args.accum == 0:
+        self.seen += args.batch
+        self.pending += 1
+        loss = sum(self.weights[name] * value for name, value in values.items())
+        row = {"step": self.step, "loss": loss, **values}
+        if self.pending == args.accum:
             self.average(self.parameters)
-            row["lr"] = learning_rate(self.step // args.accum - 1, args.lr, args.warmup, args.horizon)
-            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, args.clip or float("inf")).item()
-        items = [item for batch in items.values() for item in batch]
-        names = ", ".join(item["name"] for item in items[:8])
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(row.get(name, 0)):
-                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; the last good "
-                                 f"checkpoint is kept in {self.out} (try a lower --lr or --precision fp32)")
+            row["lr"] = learning_rate(self.updates, args.lr, args.warmup, self.horizon())
+            limit = args.clip or float("inf")
+            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+
+        items = [item for images in items.values() for item in images]
+        self.stop_unless_finite(row, items)
         if "lr" in row:
             for group in self.optimizer.param_groups:
                 group["lr"] = row["lr"]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-        row["skipped"] = sorted({name for item in items for name in item["skipped"]} - self.skipped)
-        self.skipped.update(row["skipped"])
+            self.updates += 1
+            self.pending = 0
+
+        unreadable = {name for item in items for name in item["skipped"]}
+        row["skipped"] = sorted(unreadable - self.skipped)
+        self.skipped |= unreadable
         return row, stop > 0
+
+    def horizon(self):
+        """The update at which the cosine reaches 0. None given: the run's last, whatever --steps says,
+        also in a resumed run that goes on for longer."""
+        if self.args.horizon is not None:
+            return self.args.horizon
+        left = self.args.steps - (self.step - self.pending)
+        return self.updates + left // self.args.accum
+
+    def stop_unless_finite(self, row, items):
+        names = ", ".join(item["name"] for item in items[:8])
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(row.get(name, 0)):
+                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; the last good "
+                                 f"checkpoint is kept in {self.out} (try a lower --lr or --precision fp32)")
+
+    def loaders(self):
+        """{name: generator of lists of items} from the position that has been reached."""
+        return {name: stream.batches(self.seen, self.args.batch, self.args.workers)
+                for name, stream in self.streams.items() if self.weights[name] != 0}
+
+    def halve_micro_batches(self, boundary):
+        """After a micro-batch that did not fit: half of it, once, and on from the last update, since
+        nobody knows which gradients the broken backward pass has added to."""
+        self.halved = True
+        self.micro_batch = {name: max(1, size // 2) for name, size in self.micro_batch.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        tqdm.write(f"out of memory in step {self.step + 1}: from now on micro-batches of {self.micro_batch}, "
+                   f"again from step {boundary['step'] + 1}")
+        self.go_on_from(boundary)
+
+    def open_log(self):
+        """out/log.jsonl, without the rows of steps that are taken again: after a kill it may be ahead
+        of the checkpoint."""
+        if world()[0] != 0:
+            return open(os.devnull, "w")
+        mend_lines(self.out / "log.jsonl", lambda row: row["step"] <= self.step)
+        return open(self.out / "log.jsonl", "a", buffering=1)
 
     def train(self):
         """From self.step to --steps, or to a signal; the last checkpoint is written in both cases."""
-        args, first, (rank, ranks) = self.args, self.step, world()
-        boundary, began, stop = (self.step, self.seen), time.time(), False      # boundary: where the weights moved last
-        handlers = {number: signal.signal(number, lambda number, _: setattr(self, "stop", signal.Signals(number).name))
-                    for number in (signal.SIGINT, signal.SIGTERM)}
-        loaders = {name: stream.batches(self.seen, args.batch, args.workers)
-                   for name, stream in self.streams.items() if self.weights[name] != 0}
-        if rank == 0:                                              # after a kill the log may be ahead of the checkpoint
-            mend_lines(self.out / "log.jsonl", lambda row: row["step"] <= self.step)
-        log = open(os.devnull if rank else self.out / "log.jsonl", "a", buffering=1)
-        bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True, disable=rank > 0, desc="RecA")
+        args = self.args
+        first = self.step
+        began = time.time()
+        boundary = self.progress()      # where the weights moved last
+        stop = False
+
+        def ask_to_stop(number, _):
+            self.stop = signal.Signals(number).name
+
+        handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        loaders = self.loaders()
+        log = self.open_log()
+        bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True, disable=world()[0] > 0,
+                   desc="RecA")
         try:
             while self.step < args.steps and not stop:
-                row, stop = self.take_step(loaders)
-                row["images_per_s"] = round((self.step - first) * args.batch * ranks / (time.time() - began), 3)
+                try:
+                    row, stop = self.take_step(loaders)
+                except torch.OutOfMemoryError:
+                    if self.halved or max(self.micro_batch.values()) == 1 or self.average is not average_gradients:
+                        raise
+                    row = None
+                if row is None:         # outside the except: there the exception holds on to the activations
+                    self.halve_micro_batches(boundary)
+                    for loader in loaders.values():
+                        loader.close()
+                    loaders = self.loaders()
+                    log.close()
+                    log = self.open_log()
+                    continue
+
+                seconds = time.time() - began
+                row["images_per_s"] = round((self.step - first) * args.batch / seconds, 3)
                 log.write(json.dumps(row) + "\n")
-                bar.set_postfix({n: f"{row[n]:.4f}" for n in LOSSES if n in row} | {"img/s": row["images_per_s"]})
-                bar.update()
+                losses = {name: f"{row[name]:.4f}" for name in LOSSES if name in row}
+                bar.set_postfix(losses | {"img/s": row["images_per_s"]})
+                bar.update(self.step - bar.n)
                 for name in row["skipped"]:
                     bar.write(f"skipped: {name}")
-                going, updated = not stop and self.step < args.steps, self.step % args.accum == 0
-                boundary = (self.step, self.seen) if updated else boundary
+
+                updated = self.pending == 0
+                if updated:
+                    boundary = self.progress()
+                going = not stop and self.step < args.steps
                 if going and self.show and self.step % args.sample_every == 0:
                     self.show(self.step)
                 if going and updated and self.step % args.save_every < args.accum:
                     self.save()
         finally:
-            for loader in loaders.values():                        # its workers ignore signals, so they are told to end
-                getattr(loader, "_shutdown_workers", lambda: None)()
-            for number, handler in handlers.items():                # scoring and inference may be interrupted as usual
+            for loader in loaders.values():
+                loader.close()
+            for number, handler in handlers.items():    # scoring and inference may be interrupted as usual
                 signal.signal(number, handler)
             log.close()
             bar.close()
+
         # In the middle of an accumulation the weights are those of their last move: a resumed run goes on from there.
-        finished, (self.step, self.seen) = self.step >= args.steps, boundary
+        finished = self.step >= args.steps
+        self.go_on_from(boundary)
         self.save()
-        if rank == 0:
+        self.free()
+        if world()[0] == 0:
             draw_losses(self.out)
             if self.skipped:
                 print(f"{len(self.skipped)} unreadable images were skipped (named in {self.out / 'log.jsonl'})")
@@ -721,6 +1121,144 @@ class Trainer:
             by = self.stop or "another rank"
             print(f"stopped by {by} at step {self.step}, saved; go on with --resume --out {self.out}")
             sys.exit(0)
+
+    def free(self):
+        """Training is over: previews, scores and inference get the memory of gradients and moments."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+
+
+CPU_MICRO_BATCH = 32        # --micro-batch auto without a GPU: main memory holds that many of any tiny model
+SPARE_BYTES = 4e9           # what auto leaves free: fragmentation, kernels' workspaces, previews
+
+
+def free_bytes():
+    """What this process may still allocate on its GPU."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def worst_case_bytes(trainer, name, count):
+    """The peak, above what is resident, of one worst-case micro-batch of `count` images: encoding,
+    loss and backward."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+
+    model = trainer.model
+    samples, texts, worst_draws = model.worst_case(name, count)
+    with trainer.precision(), torch.no_grad():
+        features = model.encode(to_device(samples, model.device), name)
+    draws = model.draw(name, features, Rng(0, positions=range(count))) | worst_draws
+    batch = MicroBatch(features, texts, draws, targets=1)
+    trainer.loss(name, batch).backward()
+    return torch.cuda.max_memory_allocated() - resident
+
+
+def fit_micro_batches(trainer):
+    """--micro-batch auto on a GPU -> {name: images}, the most that fit, and a line that says why.
+
+    Two small micro-batches are measured on the largest inputs that the model can meet, with the
+    gradients there, as in all but the first micro-batch of an update. Memory grows linearly with
+    their size, so what fits into what is left follows; the optimizer's moments, which come with
+    the first update, are counted in. 0 where not even one image fits.
+    """
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    present = sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    moments = max(0, 2 * sum(parameter.grad.nbytes for parameter in trainer.parameters) - present)
+    room = free_bytes() - moments - SPARE_BYTES
+
+    most = trainer.largest_share()
+    sizes = {}
+    told = []
+    for name in trainer.streams:
+        peaks = []
+        for count in (1, 2):
+            try:
+                peaks.append(worst_case_bytes(trainer, name, count))
+            except torch.OutOfMemoryError:
+                peaks.append(math.inf)
+        one, two = peaks
+
+        fits = 0
+        if one <= room:
+            fits = 1
+        if two <= room:
+            fits = min(most, 1 + int((room - one) // max(1, two - one)))
+        # As even as possible: 24 images of which 20 fit are two times 12.
+        sizes[name] = -(-most // -(-most // fits)) if fits else 0
+        told.append(f"{sizes[name]} images for {name} (1 takes {one / 1e9:.2f} GB, 2 take {two / 1e9:.2f})")
+    trainer.optimizer.zero_grad(set_to_none=True)
+    reason = (f"{'; '.join(told)}; {room / 1e9:.1f} GB are left beside weights, gradients, moments and "
+              f"{SPARE_BYTES / 1e9:.0f} GB to spare")
+    return sizes, reason
+
+
+def float32_fits(model, sharded):
+    """Whether float32 AdamW can fit at all: 16 bytes a trained weight (itself, its gradient, two
+    moments), 2 a frozen one. sharded: trained weights and blocks are divided over all processes."""
+    shards = world()[1] if sharded else 1
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    inside = sum(p.numel() for block in model.blocks() for p in block.parameters() if not p.requires_grad)
+    outside = sum(p.numel() for p in model.parameters() if not p.requires_grad) - inside
+    need = (16 * trained + 2 * inside) / shards + 2 * outside + SPARE_BYTES
+    return need <= torch.cuda.get_device_properties(model.device).total_memory
+
+
+def set_up_training(model, streams, args, prepare, trainer_class, show=None):
+    """The trainer, with an optimizer and micro-batches that fit. What auto took is said in a line and
+    stands in `args` from then on, for run.json and a resume."""
+    cuda = model.device.type == "cuda"
+    sharded = trainer_class.sharded and world()[1] > 1
+    automatic = args.optimizer == "auto"
+    if automatic:
+        args.optimizer = "fp32" if not cuda or float32_fits(model, sharded) else "bf16"
+
+    def set_up(low_precision):
+        optimizer = make_optimizer(model, args, low_precision)
+        return trainer_class(model, streams, args, show, optimizer, **prepared)
+
+    if args.optimizer == "bf16":
+        lower_precision(model)
+    prepared = prepare(model, args)
+    speed_up(model, args)
+    trainer = set_up(args.optimizer == "bf16")
+    reason = "no GPU: a constant"
+
+    if args.micro_batch is None and cuda:
+        model.train()
+        trainer.micro_batch, reason = fit_micro_batches(trainer)
+        if automatic and args.optimizer == "fp32" and not sharded and not all(trainer.micro_batch.values()):
+            args.optimizer = "bf16"
+            lower_precision(model)
+            trainer = set_up(low_precision=True)
+            trainer.micro_batch, reason = fit_micro_batches(trainer)
+        if not all(trainer.micro_batch.values()):
+            raise InputError(f"one image at a time does not fit into this GPU's memory: {reason}")
+        trainer.micro_batch = agreed(trainer.micro_batch, model.device)
+    elif args.micro_batch is not None:
+        reason = "given"
+    args.micro_batch = trainer.micro_batch
+
+    if world()[0] == 0:
+        kinds = {"fp32": "float32 weights and AdamW (16 bytes a weight)",
+                 "bf16": "bf16 weights and moments, stochastic rounding (8 bytes a weight)"}
+        count = sum(p.numel() for p in trainer.parameters)
+        print(f"{count / 1e6:,.1f}M trained weights on {world()[1]} x {model.device.type}: {kinds[args.optimizer]}"
+              + (", sharded" if sharded else "") + (", checkpointing" if args.checkpointing else ""))
+        print(f"micro-batches of {trainer.micro_batch} of {args.batch} images a step ({reason})")
+    return trainer
+
+
+def agreed(sizes, device):
+    """The least that any process has found: sharded weights need equally many passes everywhere."""
+    if not dist.is_initialized():
+        return sizes
+    least = torch.tensor(list(sizes.values()), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return dict(zip(sizes, least.tolist()))
+
 
 def draw_losses(out):
     """out/log.jsonl -> out/loss.png: the losses over the steps, smoothed, each between its own low and high."""
@@ -1055,6 +1593,11 @@ def at_least(least):
         return int(text)
     return whole_number
 
+def micro_batch(text):
+    """The type of --micro-batch."""
+    return None if text == "auto" else at_least(1)(text)
+
+
 # Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
 FLAGS = (
     "what",
@@ -1064,17 +1607,23 @@ FLAGS = (
     ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
     "training (defaults: the paper's Table 8, in our steps)",
     ("--steps", at_least(0), None, "evaluations of equation (3); 0: inference only"),
-    ("--batch", at_least(1), None, "images of one loss in a step, per GPU"),
+    ("--batch", at_least(1), None, "images of each loss in a step, over all GPUs"),
     ("--accum", at_least(1), None, "steps per weight update"),
+    ("--micro-batch", micro_batch, None, "images that go through the model at once on one GPU; auto (default): what "
+     "fits, found before training. Changes memory and speed, not the result"),
+    ("--optimizer", ("auto", "fp32", "bf16"), "auto", "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: "
+     "weights and moments in bf16, stochastic rounding, 8 bytes; auto: fp32 where it fits"),
     ("--lr", float, None, "peak learning rate"),
     ("--warmup", at_least(0), None, "weight updates of linear warm-up"),
-    ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant"),
+    ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant. Not given: the "
+     "recipe's, which may be the end of the run"),
     ("--weight-decay", float, None, "of AdamW"),
     ("--clip", float, None, "limit of the gradient's norm; 0: none"),
     ("--seed", int, 0, "of every random number"),
     ("--precision", ("bf16", "fp32"), None, "bf16 (autocast, float32 master weights; default on a GPU) or fp32"),
     ("--compile", bool, None, "torch.compile the repeated blocks"),
-    ("--checkpointing", bool, None, "recompute activations in the backward: less memory, about a third more time"),
+    ("--checkpointing", argparse.BooleanOptionalAction, None, "recompute activations in the backward: a tenth of the "
+     "memory, about a third more time (default: on a GPU)"),
     ("--lambda-recon", float, None, "weight of L_recon in equation (3)"),
     ("--lambda-i2t", float, None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
     ("--lambda-t2i", float, None, "weight of L_t2i; 1 where --captions is given"),
@@ -1097,7 +1646,7 @@ FLAGS = (
     ("--describe", str, None, "folder of images, or a question file (.jsonl)"),
     ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
     ("--max-new-tokens", at_least(1), 256, "of a description"),
-    ("--batch-images", at_least(1), 8, "images of one inference batch"),
+    ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
     ("--guidance-scale", float, None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
     ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
 )
@@ -1122,6 +1671,8 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         text += "" if shown is None else f" (default {shown})"
         if kind is bool:
             group.add_argument(name, action="store_true", help=text)
+        elif kind is argparse.BooleanOptionalAction:
+            group.add_argument(name, action=kind, default=value, help=text)
         else:
             how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
             group.add_argument(name, default=value, help=text, **how)
@@ -1133,7 +1684,12 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     for name, value in vars(recipes.get(args.model, recipes[default])).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
-    args.precision = args.precision or ("bf16" if torch.cuda.is_available() else "fp32")
+    cuda = torch.cuda.is_available()
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    if args.checkpointing is None:
+        args.checkpointing = cuda
+    if args.batch_images is None:
+        args.batch_images = 32 if cuda else 8
     args.data = args.data or ("shapes" if args.model.startswith("tiny") else None)
     args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
     if args.workers is None:
@@ -1143,6 +1699,11 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         raise InputError("--lambda-t2i needs --captions FILE")
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    if args.steps and args.batch < ranks:
+        raise InputError(f"--batch {args.batch} is less than the {ranks} processes: one would have no image")
+    if args.optimizer == "bf16" and args.precision != "bf16":
+        raise InputError("--optimizer bf16 needs --precision bf16")
     if args.steps and not args.data and not args.bench:
         raise InputError("--data is missing: a folder of images (--model tiny draws its own, --steps 0 needs none)")
     return args
@@ -1163,14 +1724,22 @@ def build_rows(args):
 def start_process(args):
     """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
     cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        # On Hopper torch prefers cuDNN's attention, which builds a plan, in milliseconds, for every
+        # new shape. Prompts, masks and images have new lengths at every step: flash attention has no plans.
+        torch.backends.cuda.enable_cudnn_sdp(False)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         # The others wait while rank 0 describes images, paints previews and writes checkpoints: not only 10 minutes.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4))
-    if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        # NCCL is told its device: otherwise it guesses one at the first barrier, and may guess another rank's.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4),
+                                device_id=device if cuda else None)
     torch.manual_seed(args.seed)
-    return torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
+    return device
+
 
 @contextlib.contextmanager
 def inference(model, args):
@@ -1180,14 +1749,33 @@ def inference(model, args):
         yield
     model.train()
 
-def speed_up(model, args):
-    """--checkpointing and --compile, block by block."""
-    from torch.utils.checkpoint import checkpoint
+def compile_blocks(model):
+    """--compile, block by block. Compiled is what the block computes, and what wraps it later (see
+    speed_up) stays outside: a graph cannot hold a checkpoint that another wrapper calls."""
+    # The same code serves all layers, and torch compiles it anew for each kind of input (with and
+    # without a graph, for one length and for any): its limit of 8 versions is too few.
+    limit = 8 * len(model.blocks())
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = limit
     for block in model.blocks():
-        if args.checkpointing:                 # keep only the block's input, compute the block again in the backward
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-        if args.compile:
-            block.compile()
+        block.forward = torch.compile(block.forward)
+
+
+def speed_up(model, args):
+    """--checkpointing: in training keep only each block's input, and compute the block again in the backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    def wrap(forward):
+        @functools.wraps(forward)
+        def run_block(*inputs, **options):
+            if args.checkpointing and torch.is_grad_enabled():
+                return checkpoint(forward, *inputs, use_reentrant=False, **options)
+            return forward(*inputs, **options)
+        return run_block
+
+    for block in model.blocks():
+        block.forward = wrap(block.forward)
+
 
 def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
     """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
@@ -1202,6 +1790,8 @@ def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, infe
         raise InputError(f"nothing to resume: no checkpoint in {out}")
     if args.steps and not args.resume and checkpoints and not toy:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+    if args.resume:
+        take_again(args, out)
     # Bad files fail before anything is downloaded, and not after days of training.
     rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
     if args.generate:
@@ -1216,18 +1806,36 @@ def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, infe
     model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
-    if world()[0] == 0:
-        import diffusers
-        import transformers
-        versions = {module.__name__: module.__version__ for module in (torch, transformers, diffusers, np)}
-        write(out / "run.json", {"arguments": vars(args), "versions": {**versions, "python": sys.version.split()[0]},
-                                 "device": str(device)})
+    if args.compile:
+        compile_blocks(model)
+    record_run(args, device)
     if args.steps:
         post_train(model, args, rows, prepare, trainer, resume)
     if world()[0] == 0:
         with inference(model, args):
             for make_files, jobs in todo.items():
                 make_files(model, args, jobs)
+
+def take_again(args, out):
+    """A resumed run takes the micro-batch and optimizer that `auto` had found, so that it gives the
+    same numbers, bit for bit. What the command line says goes before."""
+    before = read_json(out / "run.json")["arguments"] if (out / "run.json").exists() else {}
+    if args.micro_batch is None:
+        args.micro_batch = before.get("micro_batch")
+    if args.optimizer == "auto":
+        args.optimizer = before.get("optimizer", "auto")
+
+
+def record_run(args, device):
+    """out/run.json: the arguments, with what auto took once it is known, and the versions of all libraries."""
+    if world()[0] != 0:
+        return
+    import diffusers
+    import transformers
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, diffusers, np)}
+    versions["python"] = sys.version.split()[0]
+    write(Path(args.out) / "run.json", {"arguments": vars(args), "versions": versions, "device": str(device)})
+
 
 def post_train(model, args, rows, prepare, trainer, resume):
     """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
@@ -1257,9 +1865,11 @@ def post_train(model, args, rows, prepare, trainer, resume):
     told = [caption(scene) for scene in told_scenes()] if toy else []
 
     def paint():
-        """The preview images, reconstructed by the model as it is now."""
+        """The preview images, reconstructed by the model as it is now: one at a time, since in the
+        middle of an accumulation gradients and moments fill the memory."""
         with inference(model, args):
-            return model.reconstruct(samples, seed=list(range(len(samples))), **sampler_options(args))
+            return [model.reconstruct([sample], seed=[k], **sampler_options(args))[0]
+                    for k, sample in enumerate(samples)]
 
     def paint_told():
         """The captions of effect.png, painted by the model as it is now."""
@@ -1288,10 +1898,10 @@ def post_train(model, args, rows, prepare, trainer, resume):
             for k, image in enumerate(paint_told()):
                 write(previews / f"told_before_{k}.png", image)
             score({})
-    trainer = trainer(model, streams, args, show, **prepare(model, args))
+    trainer = set_up_training(model, streams, args, prepare, trainer, show)
+    record_run(args, model.device)
     if resume:
         trainer.resume(resume)
-    speed_up(model, args)
     model.train()
     trainer.train()
     show(trainer.step)
@@ -1325,52 +1935,87 @@ def preview_images(rows, size, count=6):
 # Dense bf16 peak of common GPUs, in FLOP/s, for the MFU (their makers' data sheets).
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}
 
-def bench(model_class, args, device, prepare, trainer, warmup=2, timed=8):
-    """--bench: full-size steps with random weights on a random image; prints and returns {figure: value}.
+def convolution_backward_flops(grad_shape, x_shape, weight_shape, bias, stride, padding, dilation, transposed,
+                               output_padding, groups, wanted, out_shape=None, **_):
+    """torch's own formula forgets the groups in the weights' gradient: SANA's depthwise convolutions
+    would count a thousandfold. The weights are [out, in / groups, ...]: each meets every output place once."""
+    places = x_shape if transposed else grad_shape
+    once = 2 * math.prod(weight_shape) * places[0] * math.prod(places[2:])
+    return once * (bool(wanted[0]) + bool(wanted[1]))
 
-    MFU = the FLOPs that the step needs (counted by torch on a step with one image, without recomputation, times the
-    batch) per second, over the GPU's dense bf16 peak.
+
+def bench(model_class, args, device, prepare, trainer):
+    """--bench: full-size steps with random weights on random images; prints and returns {figure: value}.
+
+    Time and peak memory are those of whole updates after the first one: moments and gradients are
+    there, as in training. MFU = the FLOPs that the step needs (counted by torch on a step with one
+    image, without recomputation, times the batch) per second, over the GPU's dense bf16 peak.
     """
     import resource
     from torch.utils.flop_counter import FlopCounterMode
+    cuda = device.type == "cuda"
     model = model_class.random(args.model, device)
+    if args.und_size or args.blur:
+        model.set_und(size=args.und_size, blur=args.blur)
+    if args.compile:
+        compile_blocks(model)
     model.train()
-    rng, cuda, seconds = np.random.default_rng(0), device.type == "cuda", []
-    picture = Image.fromarray(rng.integers(0, 255, (640, 512, 3), dtype=np.uint8))
-    words = " ".join(rng.choice([*SHAPES, *COLORS, *PLACES], 80).tolist())   # an answer of the length that LLaVA's have
+
+    # A picture as large as training can meet, and an answer of the length that LLaVA's have.
+    rng = np.random.default_rng(0)
+    size = model.config.image_size
+    picture = Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8))
+    words = " ".join(rng.choice([*SHAPES, *COLORS, *PLACES], 80).tolist())
     texts = {"recon": SEED_TEMPLATE, "i2t": [(SEED_TEMPLATE, words)], "t2i": words}
+    weights = {"recon": args.lambda_recon, "i2t": args.lambda_i2t, "t2i": args.lambda_t2i}
     streams = {name: Stream(name, [("random", picture, texts[name])], model.preprocess, args.seed)
-               for name in LOSSES if getattr(args, f"lambda_{name}")}
-    trainer = trainer(model, streams, args, **prepare(model, args))
+               for name in LOSSES if weights[name]}
 
-    def step(items):
-        """One step on the items of each loss (their copies: a step keeps its features in them)."""
-        began = time.perf_counter()
-        trainer.take_step({name: iter([[{**item} for item in batch]]) for name, batch in items.items()})
-        if cuda:
-            torch.cuda.synchronize()
-        return time.perf_counter() - began
+    def step(batch, accum):
+        args.batch = batch
+        args.accum = accum
+        items = {name: iter([[stream[k] for k in range(*own_share(batch))]]) for name, stream in streams.items()}
+        trainer.take_step(items)
 
-    args.accum = 10 ** 9                                                              # the counted step moves no weight
-    with FlopCounterMode(display=False) as counter:
-        step({name: [stream[0]] for name, stream in streams.items()})
-    args.accum = 1                                                                    # the others do: the slowest case
-    model.zero_grad(set_to_none=True)
-    speed_up(model, args)
-    items = {name: [stream[k] for k in range(args.batch)] for name, stream in streams.items()}
-    for k in tqdm(range(warmup + timed), desc="bench", unit="step", dynamic_ncols=True):
-        if k == warmup and cuda:
-            torch.cuda.reset_peak_memory_stats()
-        seconds.append(step(items))
-    duration, flops = float(np.median(seconds[warmup:])), counter.get_total_flops() * args.batch
+    trainer = set_up_training(model, streams, args, prepare, trainer)
+    batch = args.batch
+    accum = args.accum
+    checkpointing = args.checkpointing
+
+    # What the arithmetic needs: one image without recomputation, and no move of the weights.
+    args.checkpointing = False
+    formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
+    with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        step(batch=world()[1], accum=10 ** 9)
+    flops = counter.get_total_flops() * batch
+    args.checkpointing = checkpointing
+
+    # The first update makes the moments; then come whole updates, at least four steps.
+    trainer.pending = 0
+    step(batch, accum=1)
+    count = accum * -(-4 // accum)
+    if cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    began = time.perf_counter()
+    for _ in tqdm(range(count), desc="bench", unit="step", dynamic_ncols=True):
+        step(batch, accum)
+    if cuda:
+        torch.cuda.synchronize()
+    duration = (time.perf_counter() - began) / count
+
     used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     card = torch.cuda.get_device_name() if cuda else "CPU"
     peak = next((value for name, value in PEAK.items() if name in card), None)
-    figures = {"model": args.model, "device": card, "batch": args.batch, "losses": list(streams),
-               "compile": args.compile, "checkpointing": args.checkpointing, "step_s": round(duration, 4),
-               "images_per_s": round(args.batch / duration, 3), "tflops_per_step": round(flops / 1e12, 3),
-               "mfu": round(flops / duration / peak, 4) if peak else None, "peak_memory_gb": round(used / 2 ** 30, 3),
-               "trainable_parameters": sum(p.numel() for p in trainer.parameters),
-               "parameters": sum(p.numel() for p in model.parameters())}
-    print(json.dumps(figures))
+    figures = {
+        "model": args.model, "device": card, "batch": batch, "accum": accum, "micro_batch": args.micro_batch,
+        "optimizer": args.optimizer, "losses": list(streams), "compile": args.compile,
+        "checkpointing": args.checkpointing, "step_s": round(duration, 4),
+        "images_per_s": round(batch / duration, 3), "tflops_per_step": round(flops / 1e12, 3),
+        "mfu": round(flops / duration / peak / world()[1], 4) if peak else None,
+        "peak_memory_gb": round(used / 1e9, 3),
+        "trainable_parameters": sum(p.numel() for p in trainer.parameters),
+        "parameters": sum(p.numel() for p in model.parameters())}
+    if world()[0] == 0:
+        print(json.dumps(figures))
     return figures

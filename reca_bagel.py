@@ -107,11 +107,10 @@ CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
 
 @dataclass
 class Recipe:
-    """Table 8 of the paper. The public run: 6 GPUs, packs of about 8 images of 1024 px each, 1000 updates, *all of them
-    warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there, 4e-8 here). A step here is a
-    batch of 2 images a GPU, which fit beside the weights on a card of 80 GB; 4 steps make an update. On 6 GPUs that is
-    the public run; on one it is --accum 24 --steps 24000. The original's average of the weights (EMA 0.9999), which it
-    advises against using (90% of it is still the old model), does not exist here."""
+    """Table 8 of the paper: 1000 updates of 48 images. The public run has 6 GPUs with packs of about 8 images of 1024 px,
+    and *all of its updates are warm-up*: the learning rate reaches 4e-5 at the last one (the very first has 0 there,
+    4e-8 here). The original's average of the weights (EMA 0.9999), which it advises against using (90% of it is still
+    the old model), does not exist here."""
     lr: float = 4e-5
     betas: tuple = (0.9, 0.95)
     eps: float = 1e-15
@@ -119,12 +118,13 @@ class Recipe:
     clip: float = 1.0
     warmup: int = 1000
     horizon: int = 0                    # constant after the warm-up
-    steps: int = 4000
-    batch: int = 2
-    accum: int = 4
+    steps: int = 1000
+    batch: int = 48
+    accum: int = 1
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0             # the understanding expert is frozen: there is nothing to hold on to
     lambda_t2i: float = 0.0
+    batch_images: int = 8               # of inference, at 1024 px and with guidance
 
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=300, batch=32, accum=1)}
 IGNORED = -100                          # a label that is not predicted
@@ -267,7 +267,7 @@ class Context:
         """A copy for the noisy block: keys turned back by `position`, so that it stands at 0. shift: of the places."""
         kept = self.kept
         if self.position:
-            rope = rotary(torch.tensor([-self.position], device=kept[0][0].device), config)
+            rope = rotary(torch.full((1,), -self.position, device=kept[0][0].device), config)
             kept = [(turn(keys, *rope), values) for keys, values in kept]
         return Context([i + shift for i in self.images], kept)
 
@@ -338,20 +338,20 @@ class Bagel(nn.Module):
         return [{"params": [p for p in self.parameters() if p.requires_grad], "weight_decay": weight_decay}]
 
     def preprocess(self, image, task, rng=None):
-        """PIL RGB (None: a text without image) -> {"vit": [3, height, width], "vae": [3, height, width]} in [-1, 1];
+        """PIL RGB (None: a text without image) -> {"vit": [3, height, width], "vae": [3, height, width]}, uint8;
         t2i has no "vit", i2t no "vae". Nothing is cropped, so rng is not used. edit: the ViT sees the photo as resized
         for the VAE, as in the original inferencer."""
         c, pixels = self.config, {}
         limits = {"recon": (self.und_size, self.und_size), "i2t": c.vit_limits, "edit": c.edit_limits}
         if image is not None and task != "i2t":
             resized = image.resize(fit(*image.size, *c.vae_limits, c.stride), Image.BICUBIC)
-            pixels["vae"] = common.to_tensor(resized)
+            pixels["vae"] = common.to_uint8(resized)
             image = resized if task == "edit" else image
         if image is not None and task in limits:
             image = image.resize(fit(*image.size, *limits[task], c.vit["patch_size"]), Image.BICUBIC)
-            pixels["vit"] = common.to_tensor(image)
+            pixels["vit"] = common.to_uint8(image)
             if self.und_blur > 1 and task == "recon":
-                pixels["vit"] = common.blur(pixels["vit"][None], self.und_blur)[0]
+                pixels["vit"] = common.blur(common.normalize(pixels["vit"])[None], self.und_blur)[0]
         return pixels
 
     @torch.no_grad()
@@ -364,7 +364,7 @@ class Bagel(nn.Module):
         for kind in ("vit", "vae"):
             for places in alike([sample[kind].shape if kind in sample else None for sample in samples]):
                 if kind in samples[places[0]]:
-                    pixels = torch.stack([samples[i][kind] for i in places]).to(self.device)
+                    pixels = torch.stack([common.normalize(samples[i][kind].to(self.device)) for i in places])
                     said = {"vit": self._vit(pixels)} if kind == "vit" else self._moments(pixels)
                     for k, i in enumerate(places):
                         out[i] |= {name: values[k] for name, values in said.items()}
@@ -421,7 +421,7 @@ class Bagel(nn.Module):
             for k in (1, 2):                                                             # und rows, gen rows
                 inside = [torch.arange(s[k]) if causal else torch.zeros(s[k]) for s in shapes]
                 rows = [(c.position + x).repeat(s[0]) for c, x, s in zip(contexts, inside, shapes)]
-                ropes[k - 1] = rotary(torch.cat(rows).to(self.device), self.config)
+                ropes[k - 1] = rotary(common.to_device(torch.cat(rows), self.device), self.config)
         und = torch.cat([u.flatten(0, 1) for u in und])                                                       # [R, D]
         gen = torch.cat([g.flatten(0, 1) for g in gen]) if gen else None
         for i, layer in enumerate(layers):
@@ -437,7 +437,8 @@ class Bagel(nn.Module):
 
     def _words(self, ids):
         """Token ids (nested list) -> embeddings [..., D]."""
-        return self.language_model["model"]["embed_tokens"](torch.as_tensor(ids, device=self.device))
+        ids = common.to_device(torch.as_tensor(ids, device="cpu"), self.device) if isinstance(ids, list) else ids
+        return self.language_model["model"]["embed_tokens"](ids)
 
     def _markers(self, count):
         """-> [count, 2, D]: the start and the end marker of an image block."""
@@ -463,7 +464,7 @@ class Bagel(nn.Module):
         """The block of the images' latents: x list of [h, w, C], t [images]. read="gen": the noisy block, contexts as
         seen_from_the_latents -> list of velocities [h, w, C]."""
         und = [self._markers(len(c.images)) for c in contexts]
-        gen = [self._embed_latents(c.stack(x), t[c.images]) for c in contexts]
+        gen = [self._embed_latents(c.stack(x), c.stack(t)) for c in contexts]
         rows = self._block(contexts, und, gen, read=read)
         said = {i: v for c, each in zip(contexts, rows or ()) for i, v in zip(c.images, self.llm2vae(each))}
         return [said[i].view(xi.shape) for i, xi in enumerate(x)] if rows else None
@@ -602,61 +603,104 @@ class Bagel(nn.Module):
     # ==== 5. The losses ===============================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """RecA (paper, equation 2): paint the image that these understanding embeddings describe. features: encode(..,
-        "recon"), one dict an image; templates: one text each; draws: see _draws. -> scalar, the velocity's squared
-        error, mean over channels and all latent tokens of all ranks: large images weigh more, as in the original."""
-        return self._flow_loss(features, templates, draws or self._draws(features, rng), self.condition)
+        """RecA (paper, equation 2): paint the image that these understanding embeddings describe.
+
+        features: encode(.., "recon"), one dict an image; templates: one text each; draws: see draw.
+        -> scalar, the velocity's squared error, the mean over channels and all latent tokens: large
+        images weigh more, as in the original.
+        """
+        draws = draws or self.draw("recon", features, rng)
+        return self._flow_loss(features, templates, draws, self.condition)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image: caption, noisy latents. RecA does not use it (lambda_t2i = 0): supervised fine-tuning."""
-        return self._flow_loss(features, captions, draws or self._draws(features, rng), None)
+        draws = draws or self.draw("t2i", features, rng)
+        return self._flow_loss(features, captions, draws, None)
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """Cross-entropy of the answers' tokens, mean over all of all ranks (end markers included): ViT block, then a
+        """Cross-entropy of the answers' tokens, the mean over all of them (end markers included): ViT block, then a
         text block per question and per answer. Conversations are lists of (question, answer); features without "vit"
         are texts without an image. A measure without gradient, unless freeze(train_und=True) opens the expert."""
-        ids, labels, total, count = [[] for _ in conversations], [[] for _ in conversations], 0.0, 0
-        for i, turns in enumerate(conversations):
-            for question, answer in turns:
-                for text, learn in ((question, False), (answer, True)):
-                    block = self._text_ids(text) if text else []
-                    ids[i] += block                                # row j predicts id j + 1 of its block, the last none
-                    labels[i] += [token if learn else IGNORED for token in block[1:]] + [IGNORED] * bool(block)
+        ids, labels = zip(*(self._conversation(turns) for turns in conversations))
         contexts = self._contexts(ids, [f.get("vit") for f in features])
+        total, count = 0.0, 0
         for context, hidden in zip(*self._read_text(contexts, ids, read="und")):                    # hidden [B, L, D]
-            target = torch.tensor([labels[i] for i in context.images], device=self.device)
-            logits = self.language_model["lm_head"](hidden[target != IGNORED])         # only the rows that are asked
-            total = total + F.cross_entropy(logits.float(), target[target != IGNORED], reduction="sum")
-            count += len(logits)
-        return common.global_mean(total, count)
+            target = torch.tensor([labels[i] for i in context.images])
+            row, column = (target != IGNORED).nonzero(as_tuple=True)               # only the rows that are asked
+            count += len(row)
+            row, column, target = common.to_device([row, column, target[row, column]], self.device)
+            total = total + common.cross_entropy_sum(self.language_model["lm_head"], hidden[row, column], target)
+        return common.mean(total, count)
 
-    def _draws(self, features, rng=None):
+    def _conversation(self, turns):
+        """[(question, answer), ...] -> ids and labels, a text block each. Row j predicts id j + 1 of its block, the
+        last row none."""
+        ids, labels = [], []
+        for turn in turns:
+            for text, learn in zip(turn, (False, True)):
+                block = self._text_ids(text) if text else []
+                ids += block
+                labels += [token if learn else IGNORED for token in block[1:]] + [IGNORED] * bool(block)
+        return ids, labels
+
+    def draw(self, task, features, rng=None):
         """Every random number of a generation loss, one entry per image, on the CPU: text_kept (bool), timestep_normal,
         vae_noise and condition_noise [channels, 2 h, 2 w], flow_noise [h, w, C]."""
+        if task == "i2t":
+            return {}
         rows = [{"text_kept": bool(torch.rand((), generator=g) >= TEXT_DROP),
                  "timestep_normal": torch.randn((), generator=g),
                  "vae_noise": torch.randn(f["mean"].shape, generator=g),
-                 "flow_noise": torch.randn(self._tokens(f["mean"]).shape, generator=g),
+                 "flow_noise": torch.randn(self._tokens_shape(f["mean"]), generator=g),
                  "condition_noise": torch.randn(f["mean"].shape, generator=g)}
                 for f, g in zip(features, (rng or Rng.fresh(len(features))).images)]
         return {name: [row[name] for row in rows] for name in rows[0]}
+
+    def _tokens_shape(self, mean):
+        """mean [channels, 2 h, 2 w] -> (h, w, C)."""
+        p = self.config.latent_patch_size
+        return mean.shape[1] // p, mean.shape[2] // p, self.config.latent_dim
+
+    def count_targets(self, task, features, texts, draws):
+        """Of how many terms a loss is the mean: latent tokens, or tokens of answers."""
+        if task == "i2t":
+            labels = [label for turns in texts for label in self._conversation(turns)[1]]
+            return sum(label != IGNORED for label in labels)
+        shapes = [self._tokens_shape(f["mean"]) for f in features]
+        return sum(h * w for h, w, _ in shapes)
+
+    def worst_case(self, task, count):
+        """(samples, texts, draws to replace) of the micro-batch that needs most memory: square images of the largest
+        size, with the longest text."""
+        sides = {"vae": self.config.vae_limits[0], "vit": self.config.vit_limits[0] if task == "i2t" else self.und_size}
+        kinds = {"recon": ("vae", "vit"), "t2i": ("vae",), "i2t": ("vit",)}[task]
+        sample = {kind: torch.zeros(3, sides[kind], sides[kind], dtype=torch.uint8) for kind in kinds}
+        words = "word " * 300
+        texts = {"recon": max(common.templates(), key=len), "t2i": words, "i2t": [(words, words)]}
+        return [sample] * count, [texts[task]] * count, {} if task == "i2t" else {"text_kept": [True] * count}
 
     def _flow_loss(self, features, texts, draws, condition):
         """Rectified flow: x_t = (1 - t) z + t noise, target noise - z, t = sigmoid of a normal (the original's shift is
         1 in training). condition: "vit" (RecA), "vae" (Table 7: the clean latents instead), None (text to image)."""
         ids = [self._text_ids(text) if kept else [] for text, kept in zip(texts, draws["text_kept"])]
-        z, noises = self._latents(features, draws["vae_noise"]), [n.to(self.device) for n in draws["flow_noise"]]
+        wanted = ["vae_noise", "flow_noise", "timestep_normal"] + ["condition_noise"] * (condition == "vae")
+        draws = common.to_device({name: list(draws[name]) for name in wanted}, self.device)
+        z = self._latents(features, draws["vae_noise"])                                            # list of [h, w, C]
+        noises = draws["flow_noise"]
+        t = torch.stack(draws["timestep_normal"]).sigmoid()                                        # [B]
+
         vits = [f["vit"] for f in features] if condition == "vit" else None
         clean = self._latents(features, draws["condition_noise"]) if condition == "vae" else None
         contexts = self._contexts(ids, vits, clean, z)
         self._read_text(contexts, ids)
         contexts = [c.seen_from_the_latents(self.config) for c in contexts]
-        t = torch.stack(list(draws["timestep_normal"])).to(self.device).sigmoid()
+
         x = [(1 - ti) * zi + ti * noise for ti, zi, noise in zip(t, z, noises)]
         velocities = self._latent_block(contexts, x, t, read="gen")
-        errors = torch.cat([(v.float() - (noise - zi)).square().mean(-1).flatten()                # one a latent token
-                            for v, zi, noise in zip(velocities, z, noises)])
-        return common.global_mean(errors.sum(), len(errors))
+        errors = [(v.float() - (noise - zi)).square().mean(-1).flatten()                           # one a latent token
+                  for v, zi, noise in zip(velocities, z, noises)]
+        errors = torch.cat(errors)
+        return common.mean(errors.sum(), len(errors))
 
     # ==== 6. Inference ================================================================================
 
@@ -813,61 +857,18 @@ def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024)
 # ==== 7. main() =======================================================================================
 # Where the bytes go when one 80 GB card (79.6 GiB = 85.5 GB) trains 6.54 billion weights beside 8.07 frozen billions:
 #
-#                                        float32 AdamW     bf16, stochastic rounding (StochasticAdamW)
+#                                        float32 AdamW     bf16, stochastic rounding
 #     frozen weights, bf16                   16.5 GB            16.5 GB      (with the VAE in float32)
 #     trained weights                        26.2 GB            13.1 GB      (float32 masters / bf16, no masters)
-#     their bf16 copies for autocast         13.1 GB               -
 #     gradients                              26.2 GB            13.1 GB
 #     first and second moments               52.3 GB            26.2 GB
-#     sum                                   134.3 GB            68.9 GB
+#     sum                                   121.2 GB            68.9 GB
 #     an image of 1024 px, checkpointing     + 0.9 GB           + 0.9 GB      (28 layers x 4100 rows x 3584 x 2 bytes)
 #     the layer that is being recomputed    + ~1.5 GB an image of the batch   (the MLP: 7 x 4100 x 18944 x 2 bytes)
 #
 # Sharded over n GPUs (FSDP2) all but the frozen 3 GB outside the layers is divided by n: float32 AdamW then needs 2
 # cards of 80 GB, or 8 of 48 GB (each first holds the whole model, 43 GB). The original also trains 7.1 billion
 # parameters that cannot move, in float32: 283 GB.
-
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and moments in bf16, rounded
-    stochastically. bf16 keeps 8 bits: rounding to nearest loses an update below 1/256 of a weight, at every step, and
-    4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the chance given by what is cut
-    off, is right in the mean. Draws follow from (seed, update, rank), so that a resumed run draws the same."""
-
-    def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
-        super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0})
-        self.seed = seed
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["updates"] += 1
-            (beta1, beta2), n, generator = group["betas"], group["updates"], None
-            for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                # Sharded weights are DTensors; everything here is elementwise, so each rank works on its own part.
-                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-                weight, grad, m, v = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
-                if generator is None:
-                    key = common.stable_seed(self.seed, "rounding", n, common.world()[0])
-                    generator = torch.Generator(weight.device).manual_seed(key)
-                grad = grad.float()
-                first = m.float().lerp_(grad, 1 - beta1)
-                second = v.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-                step = first / (1 - beta1 ** n) / ((second / (1 - beta2 ** n)).sqrt_().add_(group["eps"]))
-                new = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
-                for target, value in ((weight, new), (m, first), (v, second)):
-                    self._store(target, value, generator)
-
-    @staticmethod
-    def _store(target, value, generator):
-        """float32 value into target, rounded stochastically where target is bf16. bf16 is the upper half of a float32:
-        adding a uniform 16-bit number to the lower half carries into the upper one exactly as often as it should."""
-        if target.dtype == torch.bfloat16:
-            noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
-            value = (value.contiguous().view(torch.int32) + noise).bitwise_and_(-65536).view(torch.float32)
-        target.copy_(value)
 
 def shard(model):
     """FSDP2: every decoder layer (both experts) and the trained weights outside are divided over all ranks. What is
@@ -889,6 +890,7 @@ class BagelTrainer(common.Trainer):
     """The loop of common.py, with checkpoints that any number of ranks write and read: the files of the release (bf16
     after training on GPUs), and in shards/ the exact trained weights and the optimizer, written by each rank for itself
     with torch.distributed.checkpoint."""
+    sharded = True
 
     def _shards(self):
         warnings.filterwarnings("ignore", "torch.distributed is disabled")          # one process, as it should be
@@ -903,7 +905,7 @@ class BagelTrainer(common.Trainer):
             self.model.save_pretrained(temporary, dtype=torch.bfloat16 if bf16 else None)
             dcp.save(self._shards(), checkpoint_id=temporary / "shards")
             if common.world()[0] == 0:
-                torch.save({"step": self.step, "seen": self.seen}, temporary / "trainer.pt")
+                torch.save(self.progress(), temporary / "trainer.pt")
                 common.remove(folder)
                 temporary.rename(folder)
                 for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
@@ -916,8 +918,8 @@ class BagelTrainer(common.Trainer):
             dist.barrier()
 
     def resume(self, folder):
-        state, shards = torch.load(folder / "trainer.pt", weights_only=True), self._shards()
-        self.step, self.seen = state["step"], state["seen"]
+        self.go_on_from(torch.load(folder / "trainer.pt", weights_only=True))
+        shards = self._shards()
         dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
         set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
 
@@ -933,41 +935,16 @@ def flags(parser):
     add = parser.add_argument_group("BAGEL only").add_argument
     add("--condition", choices=("vit", "vae"), default="vit",
         help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    add("--optimizer", choices=("auto", "bf16", "fp32"), default="auto", help="bf16: weights and moments in bf16, "
-        "stochastic rounding (8 bytes a weight); fp32: float32 masters and AdamW (16 bytes); auto: what fits")
     add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
     add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
     add("--image-guidance-scale", type=float, default=2.0, help="of --edit (the original's command line: 1.5)")
 
 def prepare(model, args):
-    """Called before training: picks what fits, says so, shards. -> arguments for the Trainer."""
-    (rank, ranks), cuda = common.world(), model.device.type == "cuda"
-    trained = [p for p in model.parameters() if p.requires_grad]
-    count, bf16 = sum(p.numel() for p in trained), args.optimizer == "bf16"
-    if args.optimizer == "auto" and cuda:
-        layers = sum(p.numel() for layer in model.blocks() for p in layer.parameters() if not p.requires_grad)
-        whole = sum(p.numel() for p in model.parameters() if not p.requires_grad) - layers
-        copies = 2 * count if ranks == 1 else 0               # autocast's bf16 copies; FSDP makes one layer's at a time
-        need = (16 * count + 2 * layers) / ranks + 2 * whole + copies + 3e9 * args.batch + 3e9
-        bf16 = need >= torch.cuda.get_device_properties(model.device).total_memory
-    for p in trained if bf16 else ():
-        p.data = p.data.to(torch.bfloat16)
-    if cuda and count > 1e9:
-        args.checkpointing = True                     # without it one image of 1024 px keeps about 25 GB of activations
-    if ranks > 1:
-        shard(model)
-    groups, options = model.parameter_groups(args.weight_decay), {"lr": args.lr, "betas": args.betas, "eps": args.eps}
-    if bf16:
-        optimizer = StochasticAdamW(groups, **options, seed=args.seed)
-        told = "bf16 weights and moments with stochastic rounding (8 bytes a weight, gradient included)"
-    else:
-        optimizer = torch.optim.AdamW(groups, **options, fused=cuda)
-        told = "float32 masters and AdamW (16 bytes a weight)"
-    told += (f", FSDP2 over {ranks} ranks" if ranks > 1 else "") + (", checkpointing" if args.checkpointing else "")
-    if rank == 0:
-        print(f"{count / 1e6:,.1f}M trained weights on {ranks} x {model.device.type}: {told} "
-              f"[--optimizer {args.optimizer}]")
-    return {"optimizer": optimizer} | ({"average": lambda parameters: None} if ranks > 1 else {})   # FSDP2 has averaged
+    """Called before training. Several processes divide the weights; FSDP2 then averages the gradients itself."""
+    if common.world()[1] == 1:
+        return {}
+    shard(model)
+    return {"average": lambda parameters: None}
 
 def edit_jobs(path, sources, out):
     """--edit FILE -> [(name, source image, instruction, [output, GEdit's copy of the source])], as scorers read them.

@@ -46,13 +46,12 @@ from diffusers import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 from transformers import DynamicCache, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotate_half
 
 import common
-from common import InputError, Rng, global_mean
+from common import InputError, Rng
 
 # ==== 1. Sizes and hyper-parameters ===================================================================
 
@@ -113,13 +112,15 @@ RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusi
 
 @dataclass
 class Recipe:
-    """The paper's run (Table 8) in our steps. The original counts micro-batches, in the order recon, recon, i2t, i2t,
-    and moves the weights after four. One of our steps is one batch of each loss, so two are one update (accum = 2, as
-    in Table 8), and the paper's "5K" are 2500 steps or 1250 updates. Its warm-up of 500 is 125 updates. Its cosine ends
-    at update 12500, of which the run sees the first tenth: the learning rate stops at 0.98 of its peak."""
-    steps: int = 2500
-    batch: int = 48
-    accum: int = 2
+    """The paper's run (Table 8): 5000 steps, 48 images, accumulation. The original counts micro-batches
+    of 48, in the order recon, recon, i2t, i2t, and moves the weights after four. So a step of ours, one
+    evaluation of equation (3), is 24 images for each of the two losses, and four are one update: 1250
+    updates of 96 + 96 images, as there. (The table says accumulation 2, which are pairs of its
+    micro-batches.) Its warm-up of 500 micro-batches is 125 updates. Its cosine ends at update 12500, of
+    which the run sees the first tenth: the learning rate stops at 0.98 of its peak."""
+    steps: int = 5000
+    batch: int = 24
+    accum: int = 4
     lr: float = 1e-5
     betas: tuple = (0.9, 0.95)
     eps: float = 1e-8
@@ -134,7 +135,7 @@ class Recipe:
 DEFAULT = "harmon-1.5b"
 RECIPES = {
     DEFAULT: Recipe(),
-    "harmon-0.5b": Recipe(steps=1500, batch=96),            # "3K"
+    "harmon-0.5b": Recipe(steps=3000, batch=48),
     "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300, clip=1.0),
 }
 
@@ -327,6 +328,8 @@ def masked_after(N, num_steps):
     return left[1:]
 
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
+LEAST_MASKED = 0.7      # of the tokens, in training
+LABELS_AT_ONCE = 512    # that meet the language model's head
 IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
 
 class Harmon(nn.Module):
@@ -374,9 +377,9 @@ class Harmon(nn.Module):
         return self
 
     def blocks(self):
-        """The repeated layers, for torch.compile and activation checkpointing."""
-        return [*self.llm.model.layers, *self.mar.encoder_blocks, *self.mar.decoder_blocks,
-                *self.mar.diffloss["net"].res_blocks]
+        """What repeats, for torch.compile and activation checkpointing: the layers, and the diffusion head as a whole,
+        which is called once for each of its four timesteps."""
+        return [*self.llm.model.layers, *self.mar.encoder_blocks, *self.mar.decoder_blocks, self.mar.diffloss["net"]]
 
     def parameter_groups(self, weight_decay):
         """AdamW groups of all that is trained. The original's rule: no decay for one-dimensional tensors and the whole
@@ -387,8 +390,8 @@ class Harmon(nn.Module):
                 {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0}]
 
     def preprocess(self, image, task, rng=None):
-        """A PIL RGB image -> {"pixels": float32 [3, S, S] in [-1, 1]}, as the original's data sets do it. rng: a numpy
-        Generator, for t2i's crop along the long side; None: the central one."""
+        """A PIL RGB image -> {"pixels": uint8 [3, S, S]}, as the original's data sets do it. rng: a numpy Generator, for
+        t2i's crop along the long side; None: the central one."""
         size = self.config.image_size
         if image is None:                                   # a conversation without an image: mid grey
             return {"pixels": torch.zeros(3, size, size)}
@@ -396,13 +399,14 @@ class Harmon(nn.Module):
             image = image.resize((max(image.size),) * 2).resize((size, size))
         else:
             image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
-        return {"pixels": common.to_tensor(image)}
+        return {"pixels": common.to_uint8(image)}
 
     @torch.no_grad()
     def encode(self, samples, task):
         """All that is frozen: samples of preprocess -> dicts of float32 [h, w, C], which --cache stores: "latents", for
         set_und's ablations also "und_latents"."""
-        pixels = torch.stack([sample["pixels"] for sample in samples]).to(self.device)                    # [B, 3, S, S]
+        pixels = [common.normalize(sample["pixels"].to(self.device)) for sample in samples]
+        pixels = torch.stack(pixels)                                                                      # [B, 3, S, S]
         features = {"latents": self._latents(pixels)}
         if task == "recon" and (self.und_size or self.und_blur):
             pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
@@ -419,7 +423,8 @@ class Harmon(nn.Module):
 
     def _pixels(self, latents):
         """[B, h, w, C] -> [B, 3, S, S], about in [-1, 1]."""
-        return self.vae.decode((latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.vae.dtype)).sample
+        latents = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.vae.dtype)
+        return torch.cat([self.vae.decode(z).sample for z in latents.split(4)])
 
     def understand(self, features):
         """Understanding embeddings: B dicts of encode -> [B, K, D], K = N + E. MAR's encoder on the whole image, the
@@ -560,85 +565,134 @@ class Harmon(nn.Module):
 
     def _assemble(self, ids, mask, image=None, generated=None):
         """Prompts ids, mask [B, L], image embeddings [B, K, D] in place of their IMAGE_MARKERs, and generated tokens
-        [B, G, D] -> embeddings [B, T, D], length [B] without the padding, places [B, L] of the ids in the sequence.
+        [B, G, D] -> embeddings [B, T, D], length [B] without the padding, places [B, L] of the ids in the sequence
+        (these two on the CPU).
         The original has the padding between prompt and generated tokens, masks it, and lets positions skip it. Here it
         is at the end of the row, to the same effect: positions are plainly 0, 1, 2 ..., and there is no mask."""
-        text = self.llm.model.embed_tokens(ids.clamp(min=0).to(self.device))                              # [B, L, D]
+        text = self.llm.model.embed_tokens(common.to_device(ids.clamp(min=0), self.device))               # [B, L, D]
+        for other in (image, generated):
+            if other is not None:       # joined as float32, words would keep the language model's rows in float32
+                text = text.to(other.dtype)
         marker, rows, K = ids == IMAGE_MARKER, [], 1 if image is None else image.shape[1]
         for i, (end, k) in enumerate(zip(mask.sum(1).tolist(), marker.int().argmax(1).tolist())):
             row = [text[i, :end]] if image is None else [text[i, :k], image[i], text[i, k + 1:end]]
             rows.append(torch.cat(row if generated is None else [*row, generated[i]]))
         places = torch.arange(ids.shape[1], device=ids.device) + (marker.cumsum(1) - marker.long()) * (K - 1)
-        length = torch.tensor([len(row) for row in rows], device=self.device)
-        return pad_sequence(rows, batch_first=True), length, places
+        return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]), places
 
     # ==== 5. The losses ===============================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """RecA: the image from its own understanding embeddings (paper, equation 2). features: B dicts of encode,
-        templates: B instructions -> scalar, the mean over the masked tokens. draws: see _draws."""
-        draws = draws or self._draws(features, rng)
-        rows = [self.recon_prompt(None if drop else text) for drop, text in zip(draws["drop"].tolist(), templates)]
+        """RecA: the image from its own understanding embeddings (paper, equation 2).
+
+        features: B dicts of encode, templates: B instructions -> scalar, the mean over the masked
+        tokens. draws: see draw.
+        """
+        draws = draws or self.draw("recon", features, rng)
+        rows = [self.recon_prompt(None if drop else text)
+                for drop, text in zip(draws["drop"].tolist(), templates)]
         return self._generation_loss(features, *self._pad(rows), draws, self.understand(features))
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself lambda_t2i = 0. A tenth of
-        the captions is dropped, to train what guidance moves away from."""
-        draws = draws or self._draws(features, rng)
-        rows = [self.t2i_prompt(None if drop else text) for drop, text in zip(draws["drop"].tolist(), captions)]
+        """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself
+        lambda_t2i = 0. A tenth of the captions is dropped, to train what guidance moves away from."""
+        draws = draws or self.draw("t2i", features, rng)
+        rows = [self.t2i_prompt(None if drop else text)
+                for drop, text in zip(draws["drop"].tolist(), captions)]
         return self._generation_loss(features, *self._pad(rows), draws)
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """Image to text, which keeps understanding alive: cross-entropy of the answers in B conversations, lists of
-        (question, answer), about an image each -> scalar, the mean over all answer tokens. Nothing is drawn."""
+        """Image to text, which keeps understanding alive: cross-entropy of the answers in B
+        conversations, lists of (question, answer), about an image each -> scalar, the mean over all
+        answer tokens. Nothing is drawn."""
         ids, labels = zip(*(self.conversation(turns) for turns in conversations))
         return self._answer_loss(features, *self._pad(ids), self._pad(labels, IGNORED)[0])
 
-    def _draws(self, features, rng=None):
-        """All random draws of recon_loss or t2i_loss. But for num_masked, an image's do not depend on its batch."""
+    def draw(self, task, features, rng=None):
+        """All random draws of recon_loss or t2i_loss. But for num_masked, which all images of a step
+        share, an image's do not depend on its batch."""
+        if task == "i2t":
+            return {}
         rng = rng or Rng.fresh(len(features))
-        (h, w, C), repeats = features[0]["latents"].shape, self.config.diffusion_repeats
+        h, w, C = features[0]["latents"].shape
+        repeats = self.config.diffusion_repeats
         # The ratio of masked tokens: normal(1, 0.25) in [0.7, 1], one for the batch, so that all images have equal V.
-        ratio = nn.init.trunc_normal_(torch.empty((), dtype=torch.float64), 1.0, 0.25, 0.7, 1.0, generator=rng.batch)
-        return {"drop": rng.uniform() < 0.1,                                            # [B] leave the text out?
-                "orders": rng.permutation(h * w),                                       # [B, N], masked ones first
-                "num_masked": (h * w * ratio).ceil().long(),
-                "t": rng.integers(1000, repeats, h * w).transpose(0, 1).flatten(),      # [4*B*N]: repeat, image, token
-                "noise": rng.normal(repeats, h * w, C).transpose(0, 1).flatten(0, 2)}   # [4*B*N, C]
+        ratio = torch.empty((), dtype=torch.float64)
+        nn.init.trunc_normal_(ratio, 1.0, 0.25, LEAST_MASKED, 1.0, generator=rng.batch)
+        return {
+            # Leave the text out? [B]
+            "drop": rng.uniform() < 0.1,
+            # The places of an image in random order, the masked ones first: [B, N]
+            "orders": rng.permutation(h * w),
+            "num_masked": (h * w * ratio).ceil().long(),
+            # Timesteps and noise of every token and repeat: [4*B*N], [4*B*N, C], in the order repeat, image, token
+            "t": rng.integers(1000, repeats, h * w).transpose(0, 1).flatten(),
+            "noise": rng.normal(repeats, h * w, C).transpose(0, 1).flatten(0, 2)}
+
+    def count_targets(self, task, features, texts, draws):
+        """Of how many terms a loss is the mean: masked tokens, or tokens of answers."""
+        if task == "i2t":
+            labels = [label for turns in texts for label in self.conversation(turns)[1]]
+            return sum(label != IGNORED for label in labels)
+        return len(features) * int(draws["num_masked"].flatten()[0])
+
+    def worst_case(self, task, count):
+        """(samples, texts, draws to replace) of the micro-batch that needs most memory: most tokens are
+        visible to the language model where fewest are masked, and a conversation is cut at 1472."""
+        size = self.config.image_size
+        samples = [{"pixels": torch.zeros(3, size, size, dtype=torch.uint8)}] * count
+        tokens = (size // self.stride) ** 2
+        if task == "i2t":
+            return samples, [[("Describe the image.", "word " * 1500)]] * count, {}
+        longest = max(common.templates(), key=len) if task == "recon" else "word " * 200
+        return samples, [longest] * count, {"num_masked": torch.tensor(math.ceil(LEAST_MASKED * tokens))}
 
     def _generation_loss(self, features, ids, mask, draws, image=None):
         """The masked part of the images, given the visible part and prompts. image [B, K, D] or None: see _assemble."""
         latents = torch.stack([f["latents"] for f in features])
         B, h, w, C = latents.shape
-        N, repeats, M = h * w, self.config.diffusion_repeats, int(draws["num_masked"].flatten()[0])
-        latents, E = latents.view(B, N, C), self.config.buffer_size
-        masked = draws["orders"][:, :M].sort(dim=1).values                              # [B, M] in raster order
-        visible = draws["orders"][:, M:].sort(dim=1).values.to(self.device)             # [B, V]
-        u = self.mar.encode(latents, (h, w), visible)                                   # [B, E+V, De]
-        generated = self.proj_in(u).roll(-E, dims=1)                                    # [B, G = V+E, D], buffer last
+        N, E, repeats = h * w, self.config.buffer_size, self.config.diffusion_repeats
+        M = int(draws["num_masked"].flatten()[0])
+        latents = latents.view(B, N, C)
+
+        # Which tokens are hidden; only these are noised. (The original multiplies the others' loss by zero.)
+        masked = draws["orders"][:, :M].sort(dim=1).values                                  # [B, M] in raster order
+        visible = draws["orders"][:, M:].sort(dim=1).values                                 # [B, V]
+        t = draws["t"].view(repeats, B, N).gather(2, masked.expand(repeats, B, M))          # [4, B, M]
+        noise = take(draws["noise"].view(repeats * B, N, C), masked.repeat(repeats, 1))     # [4*B, M, C]
+        masked, visible, t, noise = common.to_device([masked, visible, t, noise], self.device)
+
+        # The visible tokens behind the prompt, through the language model.
+        u = self.mar.encode(latents, (h, w), visible)                                       # [B, E+V, De]
+        generated = self.proj_in(u).roll(-E, dims=1)                                        # [B, G = V+E, D], buffer last
         embeddings, length, _ = self._assemble(ids, mask, image, generated)
-        rows = length[:, None] + torch.arange(-generated.shape[1], 0, device=self.device)    # [B, G] the last ones
-        hidden = self._hidden_states(embeddings, rows).roll(E, dims=1)                  # buffer first again
-        z = self.mar.decode(u + self.proj_out(hidden), (h, w), visible)                 # [B, N, Dd]
-        # Only masked tokens, each noised `repeats` times. (The original multiplies the others' loss by zero.)
-        t = draws["t"].view(repeats, B, N).gather(2, masked.expand(repeats, B, M)).flatten()                # [4*B*M]
-        noise = take(draws["noise"].view(repeats * B, N, C), masked.repeat(repeats, 1)).flatten(0, 1)       # [4*B*M, C]
-        masked = masked.to(self.device)
-        x_0, z = (take(x, masked).flatten(0, 1).repeat(repeats, 1) for x in (latents, z))             # [4*B*M, C or Dd]
-        mse, vb = diffusion_terms(self.mar.diffloss["net"], x_0, z, t.to(self.device), noise.to(self.device))
-        return global_mean((mse + vb).sum(), mse.numel())
+        rows = length[:, None] + torch.arange(-generated.shape[1], 0)                       # [B, G] the last ones
+        hidden = self._hidden_states(embeddings, common.to_device(rows, self.device))
+        hidden = hidden.roll(E, dims=1)                                                     # buffer first again
+
+        # MAR's decoder fills the hidden places, and the diffusion head is asked which noise is in them.
+        z = self.mar.decode(u + self.proj_out(hidden), (h, w), visible)                     # [B, N, Dd]
+        x_0 = take(latents, masked).flatten(0, 1)                                           # [B*M, C]
+        z = take(z, masked).flatten(0, 1)                                                   # [B*M, Dd]
+        total = 0
+        for t, noise in zip(t.flatten(1), noise.view(repeats, B * M, C)):
+            mse, vb = diffusion_terms(self.mar.diffloss["net"], x_0, z, t, noise)           # [B*M] each
+            total = total + (mse + vb).sum()
+        return common.mean(total, repeats * B * M)
 
     def _answer_loss(self, features, ids, mask, labels):
         embeddings, _, places = self._assemble(ids, mask, self.understand(features))
         # A label is predicted one place before its own. Images with fewer labels than R are filled up with -1.
         wanted = (labels != IGNORED) & mask
-        rows = pad_sequence([place[w] - 1 for place, w in zip(places, wanted)], True, -1).to(self.device)   # [B, R]
-        hidden, labels = self._hidden_states(embeddings, rows.clamp(min=0))[rows >= 0], labels[wanted].to(self.device)
-        # 151936 logits a label would be the largest tensor of the step: 1024 labels at a time, again in the backward.
-        def cross_entropy(hidden, labels):
-            return F.cross_entropy(self.llm.lm_head(hidden).float(), labels, reduction="sum")
-        parts = zip(hidden.split(1024), labels.split(1024))
-        return global_mean(sum(checkpoint(cross_entropy, *part, use_reentrant=False) for part in parts), len(labels))
+        rows = pad_sequence([place[w] - 1 for place, w in zip(places, wanted)], True, -1)   # [B, R]
+        # Found on the CPU: the device would have to stop and say how many there are.
+        read = (rows >= 0).flatten().nonzero()[:, 0]                                        # [labels] of B*R
+        labels = labels[wanted]
+        count = len(labels)
+        rows, read, labels = common.to_device([rows.clamp(min=0), read, labels], self.device)
+        hidden = self._hidden_states(embeddings, rows).flatten(0, 1)[read]                  # [labels, D]
+
+        return common.mean(common.cross_entropy_sum(self.llm.lm_head, hidden, labels, LABELS_AT_ONCE), count)
 
     # ==== 6. Inference ================================================================================
 
@@ -692,7 +746,7 @@ class Harmon(nn.Module):
         # Keys and values of the prompts, once. Here padding stays between a prompt and its tokens, since a cache has
         # one length: the tokens are masked from it, and count their positions from their prompt's own end.
         prompts = pad_sequence([row for rows, _ in branches for row in rows], batch_first=True)
-        length = torch.cat([length for _, length in branches])[:, None]                                     # [B*n, 1]
+        length = torch.cat([length for _, length in branches])[:, None].to(self.device)                     # [B*n, 1]
         in_prompt = torch.arange(prompts.shape[1], device=self.device) < length                             # [B*n, T]
         cache = DynamicCache(config=self.llm.config)
         self.llm.model(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
@@ -762,8 +816,15 @@ def read_config(folder, state):
 
 # ==== 7. main() =======================================================================================
 
+def prepare(model, args):
+    """Called before training. The frozen VAE takes the working precision once: autocast would cast its float32 weights
+    anew in every step (it remembers only those that are trained)."""
+    if args.precision == "bf16" and model.device.type == "cuda":
+        model.vae.to(torch.bfloat16)
+    return {}
+
 def main():
-    common.run(Harmon, common.parse_args(__doc__, RECIPES, DEFAULT))
+    common.run(Harmon, common.parse_args(__doc__, RECIPES, DEFAULT), prepare)
 
 if __name__ == "__main__":
     common.cli(main)

@@ -46,7 +46,7 @@ from transformers import DynamicCache, InternVLConfig, InternVLForConditionalGen
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding
 
 import common
-from common import InputError, Rng, global_mean
+from common import InputError, Rng
 
 # ==== 1. Sizes and hyper-parameters ===================================================================
 
@@ -141,12 +141,13 @@ RELEASED = {"openuni-b-512": "wusize/openuni:openuni_b_internvl3_1b_sana_0_6b_51
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")        # of InternVL's vocabulary
 IGNORED = -100                                                                      # label of what is not predicted
+TEXT_DROP = 0.1                                                                     # of captions, in text to image
 
 @dataclass
 class Recipe:
-    """The paper's run (Table 8) in our steps, which are its micro-batches: 5000 steps of which 16 make one weight
-    update are 312 updates (the published 2 hours on one A100 fit 5000 micro-batches of 42 images, not 80000). Warm-up
-    and cosine are counted in micro-batches there as well: 50 are 3 updates, and the cosine ends with the run."""
+    """The paper's run (Table 8): 5000 steps of 42 images (L: 20), of which 16 make one weight update, are 312 updates (the
+    published 2 hours on one A100 fit 5000 micro-batches of 42 images, not 80000). Warm-up and cosine are counted in
+    micro-batches there as well: 50 are 3 updates, and the cosine ends with the run, whatever --steps is."""
     steps: int = 5000
     batch: int = 42
     accum: int = 16                            # the public configs: 4 for B (with 10000 steps), 16 for L
@@ -155,7 +156,7 @@ class Recipe:
     eps: float = 1e-8
     weight_decay: float = 0.05
     warmup: int = 3
-    horizon: int = 312
+    horizon: int = None                        # the end of the run
     clip: float = 1.0
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0                    # the understanding model is frozen
@@ -263,14 +264,14 @@ class OpenUni(nn.Module):
                 {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0}]
 
     def preprocess(self, image, task, rng=None):
-        """A PIL RGB image -> {"pixels": float32 [3, S, S] in [-1, 1]}, as the original's data sets do it. "recon" and
+        """A PIL RGB image -> {"pixels": uint8 [3, S, S]}, as the original's data sets do it. "recon" and
         "t2i": square crop along the long side, from rng (a numpy Generator) or central; "i2t": stretched to a square.
         None, a conversation without an image, gives {}."""
         if image is None:
             return {}
         size = self.config.image_size
         image = image.resize((size, size)) if task == "i2t" else common.random_square(image, size, rng)
-        return {"pixels": common.to_tensor(image)}
+        return {"pixels": common.to_uint8(image)}
 
     @torch.no_grad()
     def encode(self, samples, task):
@@ -283,7 +284,8 @@ class OpenUni(nn.Module):
         features = [{} for _ in samples]
         seen = [row for row, sample in zip(features, samples) if sample]
         if seen:
-            pixels = torch.stack([sample["pixels"] for sample in samples if sample]).to(self.device)     # [B, 3, S, S]
+            pixels = [common.normalize(sample["pixels"].to(self.device)) for sample in samples if sample]
+            pixels = torch.stack(pixels)                                                                 # [B, 3, S, S]
             for name, other, encoder in (("und", "i2t", self._und), ("latents", "t2i", self._latents)):
                 if task in ("recon", other):
                     for row, value in zip(seen, encoder(pixels)):
@@ -319,22 +321,32 @@ class OpenUni(nn.Module):
 
     def _query_states(self, prompt, mask):
         """Prompt [B, L, D], mask [B, L] -> the language model's output at the queries [B, Q, D], after its final norm.
-        Two passes. The prompt cannot see the queries behind it (causal attention) and all weights are frozen, so it
-        runs without a graph and leaves its keys and values; then the queries run with one. Same numbers as the
-        original's one pass over L+Q tokens, for less than half of its activations and of its backward pass."""
-        llm, cache, L = self.lmm.model.language_model, PrefixCache(), prompt.shape[1]
+
+        Two passes. The prompt cannot see the queries behind it (causal attention) and all weights
+        are frozen, so it runs without a graph and leaves its keys and values; then the queries run
+        with one. Same numbers as the original's one pass over L+Q tokens, for less than half of its
+        activations and of its backward pass.
+        """
+        llm = self.lmm.model.language_model
+        cache = PrefixCache()
+        L = prompt.shape[1]
         mask = F.pad(mask.bool(), (0, self.config.num_queries), value=True)                                  # [B, L+Q]
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)             # they skip padding, on either side of a prompt
+        # Who sees whom, written out: of a mask of padding, transformers asks the device whether it is all true, and waits.
+        places = torch.arange(mask.shape[1], device=mask.device)
+        seen = (places <= places[:, None]) & mask[:, None]                                             # [B, L+Q, L+Q]
+        seen = seen | (places == places[:, None])                        # padding sees itself, or it would be NaN
         with torch.no_grad():
-            llm(inputs_embeds=prompt, attention_mask=mask[:, :L], position_ids=positions[:, :L], past_key_values=cache,
-                use_cache=False)
+            llm(inputs_embeds=prompt, attention_mask=seen[:, None, :L, :L], position_ids=positions[:, :L],
+                past_key_values=cache, use_cache=False)
         cache.read_only = True
         queries = self.meta_queries.to(prompt.dtype).expand(len(prompt), -1, -1)                            # [B, Q, D]
-        return llm(inputs_embeds=queries, attention_mask=mask, position_ids=positions[:, L:], past_key_values=cache,
-                   use_cache=False).last_hidden_state
+        return llm(inputs_embeds=queries, attention_mask=seen[:, None, L:], position_ids=positions[:, L:],
+                   past_key_values=cache, use_cache=False).last_hidden_state
 
     def _condition(self, ids, mask, und=None):
         """Prompts [B, L] and understanding embeddings [B, N, D] or None -> what SANA is conditioned on, [B, Q, T]."""
+        mask = common.to_device(mask, self.device)
         states = self._query_states(self._embed(ids, und), mask).to(self.projector.weight.dtype)
         return self.projector(self.connector["layers"](states))
 
@@ -462,39 +474,44 @@ class OpenUni(nn.Module):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def _pad(self, rows, value=0):
-        """Lists of ids -> ids and mask [B, L], padded on the right. (The original pads RecA's prompts on the left: the
+        """Lists of ids -> ids and mask [B, L], padded on the right, on the CPU. (The original pads RecA's prompts on the left: the
         same numbers, as positions follow the mask, but its first places have nothing to attend to.)"""
         ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
         mask = torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
-        return ids.to(self.device), mask.to(self.device)
+        return ids, mask
 
     def _embed(self, ids, und=None):
         """Ids [B, L] and understanding embeddings [B, N, D] -> [B, L, D]: `und` fills the <IMG_CONTEXT> places in
         order. ValueError if their number differs."""
+        places = ids == self.lmm.config.image_token_id                                                      # [B, L]
+        if und is not None and places.sum() != und.shape[0] * und.shape[1]:     # counted on the CPU
+            raise ValueError(f"{int(places.sum())} image tokens in the prompts, {len(und)} x {und.shape[1]} embeddings")
+        ids, places = common.to_device([ids, places], self.device)
         embeds = self.lmm.get_input_embeddings()(ids)
         if und is None:
             return embeds
-        places = ids == self.lmm.config.image_token_id                                                      # [B, L]
-        if places.sum() != und.shape[0] * und.shape[1]:
-            raise ValueError(f"{int(places.sum())} image tokens in the prompts, {len(und)} x {und.shape[1]} embeddings")
         return embeds.masked_scatter(places[..., None], und.to(embeds.dtype))
 
     # ==== 5. The losses ===============================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """RecA: the image from its own understanding embeddings (paper, equation 2). features: B dicts of encode,
-        templates: B instructions -> scalar, the mean over images, channels and places. draws: {"noise" [B, C, h, w]
-        standard normal, "u" [B] uniform on [0, 1)}, or None: from rng."""
+        """RecA: the image from its own understanding embeddings (paper, equation 2).
+
+        features: B dicts of encode, templates: B instructions -> scalar, the mean over images,
+        channels and places. draws: see draw.
+        """
+        draws = draws or self.draw("recon", features, rng)
         ids, mask = self._pad([self.recon_prompt(template) for template in templates])
-        return self._generation_loss(features, ids, mask, draws, rng, torch.stack([row["und"] for row in features]))
+        und = torch.stack([row["und"] for row in features])
+        return self._generation_loss(features, ids, mask, draws, und)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself lambda_t2i = 0. draws also
-        has "drop" [B] uniform on [0, 1): below 0.1 the caption is dropped, to train what guidance moves away from."""
-        rng = rng or Rng.fresh(len(captions))
-        drop = draws["drop"] if draws else rng.uniform()
-        rows = [self.t2i_prompt(None if d < 0.1 else caption) for d, caption in zip(drop.tolist(), captions)]
-        return self._generation_loss(features, *self._pad(rows), draws, rng)
+        """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself
+        lambda_t2i = 0. A tenth of the captions is dropped, to train what guidance moves away from."""
+        draws = draws or self.draw("t2i", features, rng)
+        rows = [self.t2i_prompt(None if dropped < TEXT_DROP else caption)
+                for dropped, caption in zip(draws["drop"].tolist(), captions)]
+        return self._generation_loss(features, *self._pad(rows), draws)
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Image to text: cross-entropy of the answers in B conversations, lists of (question, answer), about an image
@@ -504,20 +521,49 @@ class OpenUni(nn.Module):
         (ids, mask), (labels, _) = self._pad(ids), self._pad(labels, IGNORED)
         und = [row["und"] for row in features if row]
         embeds = self._embed(ids, torch.stack(und) if und else None)
+
+        # The state before a token predicts it; logits only for answers, whose places are found on the CPU.
+        row, column = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)                        # [answers' tokens] each
+        targets = labels[row, column + 1]
+        count = len(targets)
+        mask, row, column, targets = common.to_device([mask, row, column, targets], self.device)
         llm = self.lmm.model.language_model
         states = llm(inputs_embeds=embeds, attention_mask=mask, use_cache=False).last_hidden_state          # [B, L, D]
-        said = labels[:, 1:] != IGNORED                  # the state before a token predicts it; logits only for answers
-        logits = self.lmm.lm_head(states[:, :-1][said]).float()                                # [answers' tokens, ids]
-        return global_mean(F.cross_entropy(logits, labels[:, 1:][said], reduction="sum"), said.sum())
+        logits = self.lmm.lm_head(states[row, column]).float()                                 # [answers' tokens, ids]
+        return common.mean(F.cross_entropy(logits, targets, reduction="sum"), count)
 
-    def _generation_loss(self, features, ids, mask, draws=None, rng=None, und=None):
+    def draw(self, task, features, rng=None):
+        """The random numbers of recon_loss and t2i_loss: "noise" [B, C, h, w], standard normal; "u" [B], uniform on
+        [0, 1), for the noise level; t2i also "drop" [B], uniform, for leaving the caption out."""
+        if task == "i2t":
+            return {}
+        rng = rng or Rng.fresh(len(features))
+        drop = {"drop": rng.uniform()} if task == "t2i" else {}
+        return drop | {"noise": rng.normal(*features[0]["latents"].shape), "u": rng.uniform()}
+
+    def count_targets(self, task, features, texts, draws):
+        """Of how many terms a loss is the mean: images (their latents are of one size), or tokens of answers."""
+        if task != "i2t":
+            return len(features)
+        labels = [label for turns in texts for label in self.conversation(turns, image=False)[1]]
+        return sum(label != IGNORED for label in labels)
+
+    def worst_case(self, task, count):
+        """(samples, texts, draws to replace) of the micro-batch that needs most memory: the longest template."""
+        size = self.config.image_size
+        samples = [{"pixels": torch.zeros(3, size, size, dtype=torch.uint8)}] * count
+        words = "word " * 200
+        texts = {"recon": max(common.templates(), key=len), "t2i": words, "i2t": [(words, words)]}
+        return samples, [texts[task]] * count, {}
+
+    def _generation_loss(self, features, ids, mask, draws, und=None):
         """Flow matching, given prompts [B, L] and und [B, N, D] or None. x_σ = (1-σ) x + σ ε; SANA is told 1000 σ and
         predicts the velocity dx_σ/dσ = ε - x; mean squared error, all noise levels alike. (The original mixes in bf16,
         which rounds σ by up to 0.4% but not the time that SANA is told. Not followed: it is noise in the target.)"""
         x = torch.stack([row["latents"] for row in features])                                       # [B, C, h, w]
-        rng = rng or Rng.fresh(len(x))
-        noise = (draws["noise"] if draws else rng.normal(*x.shape[1:])).to(x)                       # ε
-        sigma = self._sigmas((draws["u"] if draws else rng.uniform()).to(x)).view(-1, 1, 1, 1)
+        noise, u = common.to_device([draws["noise"], draws["u"]], self.device)                      # ε, like x
+        noise = noise.to(x.dtype)
+        sigma = self._sigmas(u.to(x.dtype)).view(-1, 1, 1, 1)
         condition = self._condition(ids, mask, und)                                                 # [B, Q, T]
         velocity = self._velocity((1 - sigma) * x + sigma * noise, condition, 1000 * sigma.flatten())
         return (velocity - (noise - x)).square().mean()
@@ -556,7 +602,8 @@ class OpenUni(nn.Module):
         ids, mask = self._pad([self.i2t_prompt(question)] * len(images))
         end = self.tokenizer.convert_tokens_to_ids("<|im_end|>")
         answers = self.lmm.generate(
-            inputs_embeds=self._embed(ids, torch.stack([row["und"] for row in features])), attention_mask=mask.long(),
+            inputs_embeds=self._embed(ids, torch.stack([row["und"] for row in features])),
+            attention_mask=mask.long().to(self.device),
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end)
         return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
 
@@ -695,11 +742,6 @@ def prepare(model, args):
         model.lmm.to(torch.bfloat16)
         model.vae.to(torch.bfloat16)
         model.to(model.device)                               # the rotary positions back to float32: see _apply
-    if args.compile:
-        # A layer of the language model is compiled for its place in the stack (it asks the cache by number), with and
-        # without a graph, for one length of prompt and for any: torch's limit of 8 versions is too few.
-        limits, limit = torch._dynamo.config, 8 * len(model.blocks())
-        limits.recompile_limit = limits.accumulated_recompile_limit = limit
     return {}
 
 def main():

@@ -119,13 +119,13 @@ CONFIGS = {
 
 @dataclass
 class Recipe:
-    """The paper's run (Table 8) in our steps. The defaults are those at 512 px.
-    One of our steps is one batch of each loss with a weight not 0; the original makes an update of 5 and counts
-    updates: its "5K" are 25,000 of our steps, its warm-up of 1,000 is in updates, as ours. Its cosine ends at update
-    1,000,000 at 512 px (so it is constant), at 10,000 at 256 px (0.59 of the peak at the end). Nothing is clipped."""
-    steps: int = 25_000
-    batch: int = 2
-    accum: int = 5
+    """The paper's run (Table 8), the defaults at 512 px: 5000 steps of 10 images for each loss. The original makes an
+    update of 5 micro-batches of 2 (256 px: 4) and counts updates, as we do. (It averages the means of its micro-batches; ours
+    is the mean over all targets of the step.) Warm-up: 1000 updates. Its cosine ends at update 1,000,000 at 512 px (so
+    it is constant), at 10,000 at 256 px (0.59 of the peak at the end). Nothing is clipped."""
+    steps: int = 5000
+    batch: int = 10
+    accum: int = 1
     lr: float = 5e-7
     betas: tuple = (0.9, 0.999)
     eps: float = 1e-8
@@ -141,7 +141,7 @@ class Recipe:
 
 RECIPE_TINY = Recipe(steps=200, batch=32, accum=1, lr=2e-4, warmup=20, horizon=0, clip=1.0, guidance_scale=1.0,
                      sampling_steps=8)
-RECIPE_OF_SIZE = {512: Recipe(), 256: Recipe(batch=4, horizon=10_000), 64: RECIPE_TINY}
+RECIPE_OF_SIZE = {512: Recipe(), 256: Recipe(batch=20, horizon=10_000), 64: RECIPE_TINY}
 RECIPES = {name: RECIPE_OF_SIZE[c.image_size] for name, c in CONFIGS.items()}
 DEFAULT = "showlab/show-o-w-clip-vit-512x512"
 
@@ -149,6 +149,7 @@ SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence a
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100                              # a label that is not predicted; among ids: the place of a CLIP row
+LABELS_AT_ONCE = 2048                       # that meet the output layer
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
@@ -157,6 +158,13 @@ WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin"
 # Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
 # The image tokenizer is made of diffusers' blocks, but is not its VQModel: there encoder and decoder share their widths
 # and numbers of residual blocks, here each has its own lists of both, and the codebook is not learned.
+
+def clip_normalize(pixels):
+    """[B, 3, S, S] in [-1, 1] -> with CLIP's own mean and deviation. (Filled, not copied to the device: nothing waits.)"""
+    planes = []
+    for plane, mean, std in zip(pixels.unbind(1), CLIP_MEAN, CLIP_STD):
+        planes.append(((plane + 1) / 2 - mean) / std)
+    return torch.stack(planes, dim=1)
 
 class MagVit2(nn.Module):
     """The image tokenizer: 16 x 16 pixels become one of K codes; any multiple of 16 pixels works. No look-up: a code is
@@ -312,32 +320,30 @@ class Showo(nn.Module):
                 {"params": [p for name, p in trained if "bias" in name], "weight_decay": 0.0}]
 
     def preprocess(self, image, task, rng=None):
-        """PIL RGB -> {"pixels": [3, S, S] in [-1, 1]}: the image stretched to a square (recon, t2i), or its central one
-        (i2t; in the CLIP variant {"clip_pixels": [3, 336, 336]}, with CLIP's mean and deviation). Nothing is random.
+        """PIL RGB -> {"pixels": uint8 [3, S, S]}: the image stretched to a square (recon, t2i), or its central one (i2t;
+        in the CLIP variant {"clip_pixels": uint8 [3, 336, 336]}). Nothing is random.
         ValueError for image=None: no text-only samples (the original leaves such LLaVA rows out, too)."""
         if image is None:
             raise ValueError("a conversation without an image")
         size = self.config.image_size
         if task != "i2t":
-            return {"pixels": common.to_tensor(image.resize((size, size)))}
+            return {"pixels": common.to_uint8(image.resize((size, size)))}
         if not self.config.w_clip_vit:
-            return {"pixels": common.to_tensor(common.short_side_square(image, size))}
-        pixels = (common.to_tensor(common.short_side_square(image, self.config.clip_image_size)) + 1) / 2
-        mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (CLIP_MEAN, CLIP_STD))
-        return {"clip_pixels": (pixels - mean) / std}
+            return {"pixels": common.to_uint8(common.short_side_square(image, size))}
+        return {"clip_pixels": common.to_uint8(common.short_side_square(image, self.config.clip_image_size))}
 
     @torch.no_grad()
     def encode(self, samples, task):
         """What the frozen parts say: samples of preprocess -> dicts of "codes", int64 [N] (recon, t2i), and "und", CLIP
         rows [C, width] or int64 codes (recon, i2t). Without autocast: rounding would change the signs of a code."""
         name, features = "clip_pixels" if "clip_pixels" in samples[0] else "pixels", {}
-        pixels = torch.stack([sample[name] for sample in samples]).to(self.device)
+        pixels = torch.stack([common.normalize(sample[name].to(self.device)) for sample in samples])        # [B, 3, S, S]
         with torch.autocast(self.device.type, enabled=False):
             if task != "i2t":
                 features["codes"] = self.magvit.codes(pixels)
             if task != "t2i":
-                view = self.shown(pixels) if task == "recon" else pixels
                 clip = self.config.w_clip_vit
+                view = self.shown(pixels) if task == "recon" else clip_normalize(pixels) if clip else pixels
                 features["und"] = self.clip_rows(view.to(self.clip.dtype)) if clip else self.magvit.codes(view)
         return [{k: v[i] for k, v in features.items()} for i in range(len(samples))]
 
@@ -556,20 +562,27 @@ class Showo(nn.Module):
     # ==== 5. The losses ===============================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """RecA: the masked tokens of an image from its own understanding embeddings (paper, equation 2). features: B
-        dicts of encode, templates: B instructions (in the original's VQ variant one per batch) -> scalar, the mean over
-        all masked tokens, so that an image with more of them weighs more. draws: see _draws.
-        CLIP variant: the original builds the inputs of this pass without autograd, so that mm_projector and embedding
-        table learn from L_i2t alone. Meant or not, the released weights were made so, and it is followed unless
-        `train_embeddings_in_recon` is set. In the VQ variant the table does learn."""
-        texts, und = [self._recon_text(template) for template in templates], torch.stack([f["und"] for f in features])
-        rows = self._recon_rows(texts, und, *self._mask_tokens(features, draws or self._draws(features, rng)))
+        """RecA: the masked tokens of an image from its own understanding embeddings (paper, equation 2).
+
+        features: B dicts of encode, templates: B instructions (in the original's VQ variant one per
+        batch) -> scalar, the mean over all masked tokens, so that an image with more of them weighs
+        more. draws: see draw.
+
+        CLIP variant: the original builds the inputs of this pass without autograd, so that
+        mm_projector and embedding table learn from L_i2t alone. Meant or not, the released weights
+        were made so, and it is followed unless `train_embeddings_in_recon` is set. In the VQ variant
+        the table does learn.
+        """
+        draws = draws or self.draw("recon", features, rng)
+        texts = [self._recon_text(template) for template in templates]
+        und = torch.stack([f["und"] for f in features])
+        rows = self._recon_rows(texts, und, *self._mask_tokens(features, draws))
         return self._cross_entropy(rows, und, detach=self.config.w_clip_vit and not self.train_embeddings_in_recon)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image: the masked tokens of an image behind its caption -> the mean over all targets. For supervised
         fine-tuning; in RecA itself lambda_t2i = 0."""
-        draws = draws or self._draws(features, rng)
+        draws = draws or self.draw("t2i", features, rng)
         drop = draws["text_drop"] < TEXT_DROP
         texts = [[] if dropped else self._text_ids(caption) for caption, dropped in zip(captions, drop)]
         return self._cross_entropy(self._t2i_rows(texts, *self._mask_tokens(features, draws)))
@@ -581,16 +594,39 @@ class Showo(nn.Module):
         rows = self._i2t_rows(*self._conversations(conversations), und, self._system_ids())
         return self._cross_entropy(rows, und, shift=True)
 
-    def _draws(self, features, rng):
+    def draw(self, task, features, rng=None):
         """The random numbers of a loss, all uniform: "timesteps" [B], "scores" [B, N], "text_drop" [B] (t2i only)."""
+        if task == "i2t":
+            return {}
         rng = rng or Rng.fresh(len(features))
         return {"timesteps": rng.uniform(), "scores": rng.uniform(self.config.num_tokens), "text_drop": rng.uniform()}
 
+    def count_targets(self, task, features, texts, draws):
+        """Of how many terms a loss is the mean: masked tokens (t2i: and two markers an image), or tokens of answers."""
+        if task == "i2t":
+            return int((self._conversations(texts)[1] != IGNORED).sum())
+        masked = int(self._number_masked(draws["timesteps"]).sum())
+        return masked + 2 * len(features) * (task == "t2i")
+
+    def worst_case(self, task, count):
+        """(samples, texts, draws to replace) of the micro-batch that needs most memory: every token is masked, and
+        texts are as long as they may be."""
+        size, words = self.config.image_size, "word " * 1200
+        name = "clip_pixels" if task == "i2t" and self.config.w_clip_vit else "pixels"
+        size = self.config.clip_image_size if name == "clip_pixels" else size
+        samples = [{name: torch.zeros(3, size, size, dtype=torch.uint8)}] * count
+        texts = {"recon": max(common.templates(), key=len), "t2i": words, "i2t": [("Describe the image.", words)]}
+        return samples, [texts[task]] * count, {} if task == "i2t" else {"timesteps": torch.zeros(count)}
+
+    def _number_masked(self, timesteps):
+        """MaskGIT: at timestep u [B] a share cos(u pi/2) of an image is masked, at least one token -> [B], floats."""
+        return (self.config.num_tokens * torch.cos(timesteps * math.pi * 0.5)).round().clamp(min=1)
+
     def _mask_tokens(self, features, draws):
         """MaskGIT's corruption -> ids [B, N], some of them the mask token, and labels [B, N], IGNORED where not masked.
-        At timestep u a share cos(u pi/2) of an image is masked, at least one token, in the order of argsort(scores)."""
+        The masked are the first ones in the order of argsort(scores)."""
         tokens = torch.stack([f["codes"] for f in features]).cpu() + self.config.first_code
-        number = (tokens.shape[1] * torch.cos(draws["timesteps"] * math.pi * 0.5)).round().clamp(min=1)
+        number = self._number_masked(draws["timesteps"])
         masked = draws["scores"].argsort(-1) < number[:, None]
         return tokens.masked_fill(masked, self.config.mask_token), tokens.masked_fill(~masked, IGNORED)
 
@@ -601,13 +637,16 @@ class Showo(nn.Module):
         rows = rows.without_padding(self.config.pad)
         labels = rows.labels[:, 1:] if shift else rows.labels
         row, column = (labels != IGNORED).nonzero(as_tuple=True)                         # [n] each, found on the CPU
-        target = labels[row, column].to(self.device)
-        rows = rows.map(lambda value: value.to(self.device))
+        target = labels[row, column]
+        count = len(target)
+        fields, row, column, target = common.to_device([vars(rows), row, column, target], self.device)
+        rows = Rows(**fields)
+
         with torch.set_grad_enabled(torch.is_grad_enabled() and not detach):
             embeds = self.embed(rows, und)
         hidden = self.hidden(embeds, rows.block_mask() if self.flex else rows.attention(), rows.positions)
-        logits = self.showo.lm_head(hidden[row.to(self.device), column.to(self.device)])        # [n, V]
-        return common.global_mean(F.cross_entropy(logits.float(), target, reduction="sum"), len(target))
+        read = hidden[row, column]                                                       # [n, D]
+        return common.mean(common.cross_entropy_sum(self.showo.lm_head, read, target, LABELS_AT_ONCE), count)
 
     # ==== 6. Inference ================================================================================
 

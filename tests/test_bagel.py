@@ -335,8 +335,8 @@ def sample_case(model, golden, case, monkeypatch, copies=1):
 def test_parity_bagel_source_image(model, golden):
     """The photo as the VAE gets it, and what the ViT gets of that, with the limits that the fixture was made with."""
     ours = model.preprocess(source(golden), "edit")
-    close(ours["vae"], pixels(golden["edit.source_resized_u8"]), 1e-6)
-    close(ours["vit"], golden["edit.source_vit"], 1e-6)
+    close(common.normalize(ours["vae"]), pixels(golden["edit.source_resized_u8"]), 1e-6)
+    close(common.normalize(ours["vit"]), golden["edit.source_vit"], 1e-6)
 
 
 @pytest.mark.parametrize("case", SAMPLING)
@@ -632,7 +632,7 @@ def test_bagel_draws_follow_the_image():
     assert {id(p) for g in model.parameter_groups(0.0) for p in g["params"]} == {
         id(p) for n, p in model.named_parameters() if n in grads
     }
-    common.speed_up(model, argparse.Namespace(checkpointing=True, compile=False))
+    common.speed_up(model, argparse.Namespace(checkpointing=True))
     for block in model.blocks():
         block.compile(backend="aot_eager")
     model.zero_grad()
@@ -648,13 +648,13 @@ def test_bagel_stochastic_rounding():
     x, generator = torch.randn(20000, generator=torch.Generator().manual_seed(0)), torch.Generator().manual_seed(1)
     target, total = torch.zeros(20000, dtype=torch.bfloat16), 0
     for _ in range(64):
-        reca_bagel.StochasticAdamW._store(target, x, generator)
+        common.StochasticAdamW._store(target, x, generator)
         assert ((target.float() - x).abs() <= x.abs() / 128).all()  # one of the two neighbours
         total = total + target.float()
     nearest = (x.bfloat16().float() - x).abs().mean()
     assert (total / 64 - x).abs().mean() < 0.3 * nearest  # right in the mean
     exact = x.bfloat16()
-    reca_bagel.StochasticAdamW._store(target, exact.float(), generator)
+    common.StochasticAdamW._store(target, exact.float(), generator)
     assert torch.equal(target, exact)  # what bf16 can hold stays
 
 
@@ -702,7 +702,7 @@ def test_bagel_bf16_optimizer_follows_float32(golden):
     def run(kind, seed):
         model = fixture_model()
         options = {"lr": 3e-4, "betas": (0.9, 0.95), "eps": 1e-15}
-        make = {"fp32": torch.optim.AdamW, "bf16": reca_bagel.StochasticAdamW, "nearest": torch.optim.AdamW}[kind]
+        make = {"fp32": torch.optim.AdamW, "bf16": common.StochasticAdamW, "nearest": torch.optim.AdamW}[kind]
         return optimize(
             model,
             lambda weights: make(weights, weight_decay=0.0, **options),

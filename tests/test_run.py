@@ -195,13 +195,15 @@ def test_a_signal_saves_and_leaves_cleanly(tmp_path, images, number):
     assert weights(tmp_path / "o", step + 2) == weights(tmp_path / "whole", step + 2)
 
 
-def test_two_gloo_processes_equal_one_with_twice_the_batch(tmp_path, images):
-    flags = [*TINY, "--data", images, "--steps", 3, "--sample-every", 100, "--workers", 0]
-    run(*flags, "--batch", 4, "--out", tmp_path / "one")
+@pytest.mark.parametrize("batch, micro_batch", [(4, 32), (5, 1)])
+def test_two_gloo_processes_equal_one(tmp_path, images, batch, micro_batch):
+    """The same step, also where neither the processes nor the micro-batches divide its images."""
+    flags = [*TINY, "--data", images, "--steps", 3, "--accum", 1, "--sample-every", 100, "--workers", 0, "--batch", batch]
+    run(*flags, "--out", tmp_path / "one")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
                 "--master-port", str(29500 + os.getpid() % 400)]
-    result = subprocess.run([*launcher, *command(*flags, "--batch", 2, "--out", tmp_path / "two")[1:]],
-                            capture_output=True, text=True)
+    flags += ["--micro-batch", micro_batch]
+    result = subprocess.run([*launcher, *command(*flags, "--out", tmp_path / "two")[1:]], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-2000:]
     one, two = log(tmp_path / "one"), log(tmp_path / "two")
     for a, b in zip(one, two):
@@ -250,7 +252,9 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(tmp_path,
     (["--data", "images", "--resume"], "nothing to resume"),
     (["--model", "tiny", "--steps", "0", "--generate", "nothing.txt"], "no such prompt file"),
     (["--model", "cut", "--data", "images"], "is not a readable checkpoint"),
-    (["--data", "images", "--steps", "1"], "--steps 1 is less than --accum 2"),
+    (["--data", "images", "--steps", "1"], "--steps 1 is less than --accum 4"),
+    (["--data", "images", "--micro-batch", "0"], "argument --micro-batch: 0 is less than 1"),
+    (["--data", "images", "--optimizer", "bf16", "--precision", "fp32"], "--optimizer bf16 needs --precision bf16"),
     # What is asked for after the training is looked at before it, and before anything is downloaded.
     (["--model", "nobody/nothing", "--data", "images", "--generate", "nothing.txt"], "no such prompt file"),
     (["--model", "nobody/nothing", "--data", "images", "--reconstruct", "empty"], "no image"),
@@ -388,7 +392,7 @@ def test_help_explains_every_flag(capsys):
         run("--help")
     text = capsys.readouterr().out
     for flag in ("--model --data --out --resume --steps --batch --accum --lr --warmup --weight-decay --seed "
-                 "--precision --compile --checkpointing --lambda-recon --lambda-i2t --lambda-t2i --i2t-data "
+                 "--precision --compile --checkpointing --micro-batch --optimizer --lambda-recon --lambda-i2t --lambda-t2i --i2t-data "
                  "--i2t-images --captions --und-size --blur --templates --generate --reconstruct --describe --bench "
                  "--cache").split():
         assert flag in text
@@ -413,7 +417,7 @@ def test_activation_checkpointing_changes_nothing():
     torch.manual_seed(0)
     model = reca_harmon.Harmon.random("tiny").train()
     features = model.encode([model.preprocess(common.draw_scene([(0, 1, 2)], 32), "recon")] * 2, "recon")
-    draws = model._draws(features, common.Rng(0, "recon", 0, positions=[0, 1]))
+    draws = model.draw("recon", features, common.Rng(0, "recon", 0, positions=[0, 1]))
 
     def gradients():
         model.zero_grad()
@@ -421,6 +425,6 @@ def test_activation_checkpointing_changes_nothing():
         loss.backward()
         return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     plain = gradients()
-    common.speed_up(model, argparse.Namespace(checkpointing=True, compile=False))
+    common.speed_up(model, argparse.Namespace(checkpointing=True))
     again = gradients()
     assert plain[0] == again[0] and all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])

@@ -323,8 +323,9 @@ def showo(model, seed, stages):
         return F.mse_loss(projected, target) / scale + told_apart
 
     if c.w_clip_vit:
-        as_asked = [model.preprocess(picture, "i2t")["clip_pixels"] for picture in pictures]
-        views = [model.shown(draw(scenes, c.image_size)), torch.stack(as_asked)]
+        asked = [model.preprocess(picture, "i2t")["clip_pixels"] for picture in pictures]
+        asked = reca_showo.clip_normalize(common.normalize(torch.stack(asked)))
+        views = [model.shown(draw(scenes, c.image_size)), asked]
 
         def seeing_loss(positions):
             picked = pick(positions)
@@ -364,7 +365,8 @@ def showo(model, seed, stages):
             return loss
 
         few = [painted[i] for i in some]
-        draws = model._draws(few, Rng(seed, "toy in place", positions=positions[:len(some)]))
+        in_place_rng = Rng(seed, "toy in place", positions=positions[:len(some)])
+        draws = model.draw("recon", few, in_place_rng)
         tokens = model._mask_tokens(few, draws)
         words = [said(scenes[i], 0.15, rng) for i, rng in zip(some, rngs)]
         asked = [model._recon_text(texts[int(rng.integers(len(texts)))])
@@ -606,7 +608,7 @@ def bagel(model, seed, stages):
 
     def see(positions):
         picked = [position % pool for position in positions]
-        shown = torch.stack([pictures[i]["vit"] for i in picked])
+        shown = common.normalize(torch.stack([pictures[i]["vit"] for i in picked]))
         inner = first(model._vit(shown).flatten(1, 2))[..., :len(words)]              # [B, M, 16]
         said = torch.stack([scene_words(scenes[i], side) for i in picked])
         # The squared error alone loses words: GELU is flat where one was never said, which leaves

@@ -1,0 +1,205 @@
+"""A step is the same whatever goes through the model at once: losses and gradients of all four architectures at
+micro-batches of 1, 3 and all; what happens when the memory is full; low-precision weights."""
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import reca_bagel
+import reca_harmon
+import reca_openuni
+import reca_showo
+
+ROOT = Path(__file__).parent.parent
+MODELS = {
+    "harmon": (reca_harmon, reca_harmon.Harmon, "tiny"),
+    "showo": (reca_showo, reca_showo.Showo, "tiny"),
+    "showo-vq": (reca_showo, reca_showo.Showo, "tiny-vq"),
+    "openuni": (reca_openuni, reca_openuni.OpenUni, "tiny"),
+    "bagel": (reca_bagel, reca_bagel.Bagel, "tiny"),
+}
+TRAINS_I2T = ("harmon", "showo", "showo-vq")
+BATCH = 5
+
+
+def tiny(name):
+    """Random weights, the same each time. Zeros, with which some parts begin, would hide what is behind them."""
+    module, model_class, variant = MODELS[name]
+    torch.manual_seed(0)
+    model = model_class.random(variant)
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return module, model.train()
+
+
+def arguments(module, name, losses, **options):
+    argv = ["--model", MODELS[name][2], "--data", "shapes", "--precision", "fp32", "--out", "unused",
+            "--batch", str(BATCH), "--accum", "1"]
+    for loss in common.LOSSES:
+        argv += [f"--lambda-{loss}", str(float(loss in losses))]
+    if "t2i" in losses:
+        argv += ["--captions", "full"]
+    args = common.parse_args("", module.RECIPES, module.DEFAULT, argv, getattr(module, "flags", None))
+    for key, value in options.items():
+        setattr(args, key, value)
+    return args
+
+
+def streams_of(model, losses):
+    """The toy world's images; their sizes differ where the architecture takes that (BAGEL)."""
+    rows = {"recon": [], "i2t": [], "t2i": []}
+    for k in range(7):
+        scene = common.random_scene(np.random.default_rng(k), 1 + k % 3)
+        image = common.draw_scene(scene, model.config.image_size)
+        image = image.resize((image.width, image.height // (1 + k % 2)))
+        words = common.caption(scene)
+        rows["recon"].append((f"{k}", image, None))
+        rows["i2t"].append((f"{k}", image, [(common.SEED_TEMPLATE, words)]))
+        rows["t2i"].append((f"{k}", image, words))
+    return {loss: common.Stream(loss, rows[loss], model.preprocess, 0, common.templates()) for loss in losses}
+
+
+def gradients_of_a_step(name, losses, micro_batch):
+    """The row of the log, and the gradients of one step that moves nothing."""
+    module, model = tiny(name)
+    args = arguments(module, name, losses, micro_batch=micro_batch, accum=10 ** 6)
+    trainer = common.Trainer(model, streams_of(model, losses), args)
+    row, _ = trainer.take_step(trainer.loaders())
+    return row, {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("name, loss", [(name, loss) for name in MODELS for loss in common.LOSSES
+                                        if loss != "i2t" or name in TRAINS_I2T])
+def test_the_micro_batch_changes_nothing(name, loss):
+    """BAGEL's images differ in size, Show-o's in masked tokens, answers in length: a mean of means would differ."""
+    row, whole = gradients_of_a_step(name, [loss], BATCH)
+    assert whole and any(gradient.any() for gradient in whole.values())
+    norm = math.sqrt(sum(gradient.double().square().sum() for gradient in whole.values()))
+    for micro_batch in (1, 3):
+        other_row, other = gradients_of_a_step(name, [loss], micro_batch)
+        assert other_row[loss] == pytest.approx(row[loss], rel=2e-6)
+        assert other.keys() == whole.keys()
+        apart = math.sqrt(sum((other[n].double() - whole[n].double()).square().sum() for n in whole))
+        assert apart < 1e-5 * norm
+
+
+def test_a_step_of_two_losses_is_their_weighted_sum():
+    row, both = gradients_of_a_step("showo", ["recon", "i2t"], 2)
+    parts = [gradients_of_a_step("showo", [loss], 2)[1] for loss in ("recon", "i2t")]
+    assert row["loss"] == pytest.approx(row["recon"] + row["i2t"])
+    for name, gradient in both.items():
+        expected = sum(part[name] for part in parts if name in part)
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm() + 1e-8
+
+
+def test_out_of_memory_halves_the_micro_batch_once_and_loses_nothing(tmp_path, monkeypatch):
+    """A micro-batch of more than 2 images does not fit from the fourth step on, in the middle of a backward pass that has
+    added to some gradients already. The run goes on from the last update, to the same weights."""
+    def run(out, limit):
+        module, model = tiny("showo")
+        args = arguments(module, "showo", ["recon"], micro_batch=4, accum=2, steps=6, batch=4, out=str(out),
+                         save_every=100, workers=0, warmup=0, horizon=0)
+        trainer = common.Trainer(model, streams_of(model, ["recon"]), args)
+        loss = model.recon_loss
+
+        def recon_loss(features, *arguments, **options):
+            value = loss(features, *arguments, **options)
+            if trainer.step >= 3 and len(features) > limit:
+                (value * 0.5).backward(retain_graph=True)
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return value
+        monkeypatch.setattr(model, "recon_loss", recon_loss)
+        trainer.train()
+        return trainer, model, common.read_json(out / "log.jsonl", lines=True)
+
+    _, expected, rows = run(tmp_path / "whole", limit=100)
+    trainer, model, again = run(tmp_path / "full", limit=2)
+    assert trainer.micro_batch == {"recon": 2} and trainer.halved
+    assert [row["step"] for row in again] == [row["step"] for row in rows] == list(range(1, 7))
+    for a, b in zip(rows, again):
+        assert a["recon"] == pytest.approx(b["recon"], rel=1e-5)
+    for a, b in zip(expected.parameters(), model.parameters()):
+        assert torch.allclose(a, b, atol=1e-6)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(tmp_path / "hopeless", limit=1)
+
+
+@pytest.mark.parametrize("name", ["harmon", "showo", "openuni", "bagel"])
+def test_bf16_weights_learn_as_float32_weights_do(name):
+    """The same steps with StochasticAdamW and with AdamW: the losses stay within the noise of a batch."""
+    def curve(optimizer):
+        module, model = tiny(name)
+        losses = ["recon", "i2t"] if name in TRAINS_I2T else ["recon"]
+        args = arguments(module, name, losses, micro_batch=BATCH, lr=1e-3, warmup=2, horizon=0, precision="bf16",
+                         optimizer=optimizer, checkpointing=False)
+        streams = streams_of(model, losses)
+        trainer = common.set_up_training(model, streams, args, lambda model, args: {}, common.Trainer)
+        kinds = {p.dtype for p in trainer.parameters}
+        assert kinds == {torch.bfloat16 if optimizer == "bf16" else torch.float32}
+        loaders = trainer.loaders()
+        return [trainer.take_step(loaders)[0]["loss"] for _ in range(24)]
+
+    exact, low = np.array(curve("fp32")), np.array(curve("bf16"))
+    assert exact[-8:].mean() < 0.9 * exact[:4].mean()                                        # there is something to learn
+    noise = exact[-8:].std() + 0.02 * exact[-8:].mean()
+    assert abs(exact[-8:].mean() - low[-8:].mean()) < 2 * noise
+
+
+def test_the_cosine_ends_with_the_run():
+    """OpenUni's recipe gives no end: the schedule follows --steps, also where a resumed run goes on for longer."""
+    module, model = tiny("openuni")
+    rates = {}
+    for steps in (5000, 10000):
+        args = arguments(module, "openuni", ["recon"], steps=steps, accum=16, lr=1.0, warmup=3, horizon=None)
+        trainer = common.Trainer(model, {}, args)
+        assert trainer.horizon() == steps // 16
+        trainer.go_on_from({"step": 1600, "updates": 100, "seen": 0})
+        assert trainer.horizon() == steps // 16
+        rates[steps] = common.learning_rate(trainer.updates, args.lr, args.warmup, trainer.horizon())
+    assert rates[5000] < rates[10000] < 1
+    assert module.RECIPES[module.DEFAULT].horizon is None
+
+
+def test_the_recipes_are_the_papers():
+    """Table 8 and the public configurations: images of each loss per update, and updates."""
+    for module, name, images, updates in (
+            (reca_showo, "showlab/show-o-w-clip-vit-512x512", 5 * 2, 5000),
+            (reca_showo, "showlab/show-o-w-clip-vit", 5 * 4, 5000),
+            (reca_harmon, "harmon-1.5b", 2 * 48, 1250), (reca_harmon, "harmon-0.5b", 2 * 96, 750),
+            (reca_openuni, "openuni-b-512", 16 * 42, 312), (reca_openuni, "openuni-l-512", 16 * 20, 312),
+            (reca_bagel, reca_bagel.DEFAULT, 6 * 8, 1000)):
+        recipe = module.RECIPES[name]
+        assert recipe.batch * recipe.accum == images and recipe.steps // recipe.accum == updates
+
+
+def test_averaging_in_buckets_is_averaging(tmp_path):
+    """Two processes, buckets smaller than some tensors, two types, and a parameter without a gradient on one of them."""
+    program = tmp_path / "program.py"
+    program.write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, torch.distributed as dist, common
+dist.init_process_group("gloo")
+common.BUCKET = 50
+rank = dist.get_rank()
+sizes, types = (7, 100, 30, 15, 40), (torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32)
+parameters = [torch.zeros(n, dtype=t, requires_grad=True) for n, t in zip(sizes, types)]
+for k, p in enumerate(parameters):
+    if (k, rank) != (3, 1):
+        p.grad = torch.full_like(p, 2.0 * k + 4.0 * rank)
+common.average_gradients(parameters)
+for k, p in enumerate(parameters):
+    expected = 3.0 if k == 3 else 2.0 * k + 2.0
+    assert (p.grad == expected).all(), (k, p.grad)
+dist.barrier()
+print("equal")
+""")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29977"]
+    result = subprocess.run([*launcher, str(program)], capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("equal") == 2, result.stderr[-1500:]
