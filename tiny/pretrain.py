@@ -444,35 +444,50 @@ def openuni(model, seed, stages):
         answer = there[0] if there else "."
         return [(first, common.caption(scene)), (f"{common.PLACES[place]} ?", answer)]
 
-    def language_loss(positions):
-        drawn = list(scenes_of(2, positions))
-        read = drawn[::2]
-        seen = drawn[1::2]
-        captions = [shuffled_caption(scene, rng) for rng, scene in read]
-        asked = [common.templates()[rng.integers(360)] for rng, _ in seen]
+    def mixtures(drawn):
+        """What the image tokens of (generator, scene) say, each token as loud as it likes."""
         und = []
-        for rng, scene in seen:
+        for rng, scene in drawn:
             loudness = torch.from_numpy(rng.uniform(0.3, 1.2, (side ** 2, len(words))))
             und.append((scene_words(scene, side) * loudness).to(table) @ table[words])
+        return torch.stack(und)
 
+    def both(read, seen, caption_share, talking):
+        """Answers by place and, where talking, also descriptions, of scenes that are read and of
+        scenes that are seen."""
+        captions = [shuffled_caption(scene, rng) for rng, scene in read]
+        asked = [common.templates()[rng.integers(360)] for rng, _ in seen]
+        und = mixtures(seen)
         in_words = [model.t2i_prompt(caption) for caption in captions]
         in_images = [model.recon_prompt(template) for template in asked]
-        loss = query_loss(in_words, [scene for _, scene in read])
-        loss = loss + query_loss(in_images, [scene for _, scene in seen], torch.stack(und))
-        loss = loss / 2
+        loss = caption_share * query_loss(in_words, [scene for _, scene in read])
+        loss = loss + (1 - caption_share) * query_loss(in_images, [scene for _, scene in seen], und)
+        if not talking:
+            return loss
 
-        # Describing is learnt sooner than binding: every third step is enough.
-        if positions[0] // len(positions) % 3 == 0:
-            talks = [talk(scene, f"Generate an image: {caption}", rng)
-                     for (rng, scene), caption in zip(read, captions)]
-            talks += [talk(scene, template, rng) for (rng, scene), template in zip(seen, asked)]
-            features = [{} for _ in read] + [{"und": row} for row in und]
-            loss = loss + model.i2t_loss(features, talks)
-        return loss
+        talks = [talk(scene, f"Generate an image: {caption}", rng)
+                 for (rng, scene), caption in zip(read, captions)]
+        talks += [talk(scene, template, rng) for (rng, scene), template in zip(seen, asked)]
+        features = [{} for _ in read] + [{"und": row} for row in und]
+        return loss + 2 * model.i2t_loss(features, talks)
+
+    def language_loss(positions):
+        drawn = list(scenes_of(2, positions))
+        return both(drawn[::2], drawn[1::2], caption_share=0.5, talking=True)
+
+    def binding_loss(positions):
+        """Places above all, of captions above all: they are harder than images. Without a
+        description now and then the model would forget how to give one."""
+        drawn = list(scenes_of(12, positions))
+        read = drawn[:len(drawn) * 3 // 4]
+        seen = drawn[len(read):]
+        third = positions[0] // len(positions) % 3 == 0
+        return both(read, seen, caption_share=0.75, talking=third)
 
     language = nn.ModuleList([llm, model.lmm.lm_head]).requires_grad_(True)
     trained = [*language.parameters(), model.meta_queries]
-    stages.train("language", trained, language_loss, steps=700, lr=2e-3)
+    stages.train("language", trained, language_loss, steps=700, lr=1.5e-3, batch=16)
+    stages.train("places", trained, binding_loss, steps=450, lr=1.5e-3, batch=24)
     model.lmm.requires_grad_(False)
 
     # 3. InternViT and the first half of mlp1. The second half is set to the words' embeddings, one
@@ -519,7 +534,7 @@ def openuni(model, seed, stages):
         return model.t2i_loss(features, [sparse_caption(scene, rng) for rng, scene in drawn])
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    stages.train("generation", trained, generation_loss, steps=1000, lr=1.5e-3)
+    stages.train("generation", trained, generation_loss, steps=800, lr=1.5e-3)
 
 
 # ==== 5. BAGEL ====================================================================================
