@@ -165,7 +165,7 @@ class Recipe:
 
 DEFAULT = "openuni-b-512"
 RECIPES = {DEFAULT: Recipe(), "openuni-l-512": Recipe(batch=20), "openuni-l-1024": Recipe(batch=20),
-           "tiny": Recipe(steps=800, batch=32, accum=1, lr=1.5e-3, weight_decay=0.0, warmup=20, horizon=0,
+           "tiny": Recipe(steps=150, batch=32, accum=1, lr=1e-3, weight_decay=0.0, warmup=20, horizon=0,
                           guidance_scale=2.0)}
 
 # ==== 2. The model ====================================================================================
