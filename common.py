@@ -6,10 +6,12 @@ this file, which knows no architecture, does the rest. *What is trained* stands 
 
 What a script provides (to write one for another architecture, start from the nearest of the four):
 
-  Model.from_pretrained(source, device=, dtype=)     source: hub id, folder, or a key of RECIPES
+  Model.from_pretrained(source, device=, dtype=, quantize=)     source: hub id, folder, or a key of RECIPES; quantize:
+                                     None or "int8", see `quantize` in section 6
   Model.random(name, device)                         full size without a download, for --bench
   .save_pretrained(folder)   .parameter_groups(weight_decay) for AdamW   .blocks() to compile and checkpoint
   .config.image_size         .device     .set_und(size=, blur=)  --und-size, --blur
+  .unquantized               tuple of names' beginnings: what stays as it is under --quantize
   .preprocess(image, task, rng)      PIL RGB (None: a text without image; ValueError skips the row) -> CPU tensors of
                                      one image. task: recon, i2t, t2i. rng: numpy Generator for crops, None: central
   .encode(samples, task)             what FROZEN parts say of each image, a dict each: runs without a graph, and is all
@@ -26,9 +28,12 @@ What a script provides (to write one for another architecture, start from the ne
 Legend of the shape comments: B images in a batch, H W pixels.
 """
 import argparse
+import codecs
+import collections
 import contextlib
 import dataclasses
 import datetime
+import difflib
 import functools
 import hashlib
 import io
@@ -48,8 +53,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import nn
 from tqdm import tqdm
 
 # ==== 1. Errors and files =============================================================================
@@ -57,8 +64,17 @@ from tqdm import tqdm
 class InputError(Exception):
     """Something the user gave cannot work. The message is one line: what is wrong, and what to do."""
 
+def print_anything():
+    """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is printed as its code,
+    and ends nothing."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def cli(main):
     """Run `main()`; an InputError, or a batch that does not fit, becomes one line on stderr and exit code 2."""
+    print_anything()
     try:
         main()
         if dist.is_initialized():
@@ -70,7 +86,7 @@ def cli(main):
             os._exit(0)
     except (InputError, torch.OutOfMemoryError) as error:
         full = ("this does not fit into the GPU's memory: lower --micro-batch, or try --optimizer bf16; for "
-                "inference lower --batch-images")
+                "inference lower --batch-images or add --quantize int8")
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
@@ -83,7 +99,8 @@ def remove(path):
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            path.unlink()
 
 @contextlib.contextmanager
 def atomic(path):
@@ -93,7 +110,8 @@ def atomic(path):
     files and for folders (make the folder `temporary` yourself); the suffix is kept.
     """
     path = Path(path)
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    # Not the name itself: it may already have all the bytes that a file system allows.
+    temporary = path.with_name(f".tmp-{os.getpid()}-{stable_seed(path.name):x}{path.suffix[:16]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -108,10 +126,15 @@ def atomic(path):
     finally:
         remove(temporary)
 
-def write(path, content):
-    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file, atomically."""
+def write(path, content, made_from=None):
+    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file, atomically.
+    made_from: an object that a .png keeps within itself, see origin_of."""
     with atomic(path) as temporary:
-        if isinstance(content, Image.Image):
+        if isinstance(content, Image.Image) and made_from:
+            note = PngImagePlugin.PngInfo()
+            note.add_text("reca", json.dumps(made_from))
+            content.save(temporary, pnginfo=note)
+        elif isinstance(content, Image.Image):
             content.save(temporary)
         elif isinstance(content, str):
             temporary.write_text(content, encoding="utf-8")
@@ -120,6 +143,51 @@ def write(path, content):
         else:
             temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False))
 
+# What a run calls its checkpoints, and what a kill leaves of a file that was being written.
+CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
+LEFTOVER = re.compile(r"\.tmp-(\d+-.+|checkpoint-\d{6,})")
+PREVIEW = re.compile(r"(step_\d{6,}|(before|input|told_before)_\d+)\.png")
+
+
+def named_checkpoints(folder):
+    """The folders in `folder` that are called like a run's checkpoints, by their step, lowest first.
+
+    The number is compared as a number, and nothing else counts: not checkpoint-best, not
+    checkpoint-000002-keep, no file.
+    """
+    if not Path(folder).is_dir():
+        return []
+
+    steps = {}
+    for path in Path(folder).iterdir():
+        form = CHECKPOINT.fullmatch(path.name)
+        if form and path.is_dir():
+            steps[path] = int(form[1])
+    return sorted(steps, key=steps.get)
+
+
+def own_checkpoints(out):
+    """The checkpoints that a run wrote into `out`, oldest first: by their exact form, with the
+    state of the training beside the weights. All else that lies in `out` is the user's."""
+    return [path for path in named_checkpoints(out) if (path / "trainer.pt").is_file()]
+
+
+def leftovers(out):
+    """What a run that was killed left half-written in `out`."""
+    paths = Path(out).iterdir() if Path(out).is_dir() else ()
+    return [path for path in paths if LEFTOVER.fullmatch(path.name)]
+
+
+def written_by_run(out):
+    """What a run wrote into `out` and a new run begins without: its own files by their exact
+    names. A user's files among them stay."""
+    out = Path(out)
+    files = [out / name for name in ("log.jsonl", "loss.png", "scores.json", "effect.png", "i2t_self.jsonl")]
+    if (out / "previews").is_dir():
+        files += [path for path in (out / "previews").iterdir() if PREVIEW.fullmatch(path.name)]
+    return [*own_checkpoints(out), *(path for path in files if path.is_file())]
+
+
 def inside(folder, name):
     """folder / name, for a name that comes from a file or an archive. InputError where it leads out of the folder."""
     path = Path(folder) / name
@@ -127,12 +195,40 @@ def inside(folder, name):
         raise InputError(f"{name} leads out of {folder}: not written")
     return path
 
+# How a file begins that says its own encoding (utf-32 before utf-16, with which it begins alike).
+BYTE_ORDER_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+
+
+def read_text(path):
+    """A text file, its line ends as "\\n", without the mark that some editors write in front.
+
+    The encoding is UTF-8, or what a byte order mark says. Nothing is guessed: InputError for
+    another one, with the line where it shows.
+    """
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    try:
+        text = data.decode(encoding)
+        zero = text.find("\0")
+        position = None if zero < 0 else data.find(b"\0")
+    except UnicodeDecodeError as error:
+        position = error.start
+    if position is not None:
+        line = data[:position].count(b"\n") + 1
+        raise InputError(f"cannot read {path}: line {line} is not {encoding} text; save the file "
+                         "as UTF-8")
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
 def read_json(path, lines=False):
     """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the malformed line."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    text = read_text(path)
     rows, parts = [], text.split("\n") if lines else [text]  # not splitlines: it also cuts at U+2028, which JSON allows
     for number, part in enumerate(parts):
         try:
@@ -141,18 +237,70 @@ def read_json(path, lines=False):
             raise InputError(f"{path}: line {number + error.lineno} is not JSON ({error.msg})") from error
     return rows if lines else rows[0]
 
+def read_object(path):
+    """A .json file that must hold an object: a config, a run's record. InputError if it does not."""
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object {{...}}, but a {type(content).__name__}")
+    return content
+
+
 def mend_lines(path, keep=lambda row: True):
-    """The rows of a .jsonl that runs append to, [] if there is none. Removes what a kill cut off or `keep` refuses."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    rows = [row for row in map(json.loads, lines) if keep(row)]
+    """The rows of a .jsonl that runs append to, [] if there is none.
+
+    Removed are empty lines, what a kill or a power failure left half-written anywhere, and what
+    `keep` refuses or does not understand.
+    """
+    rows = []
+    for row in read_whole_lines(path):
+        with contextlib.suppress(KeyError, TypeError):
+            if keep(row):
+                rows.append(row)
     write(path, rows)
     return rows
 
+
+def read_whole_lines(path):
+    """The objects in a .jsonl that runs append to, without the lines that are none; [] if there is no such file."""
+    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
+    rows = []
+    for line in text.split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
+
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt")
+
+
+def newest_in(folder):
+    """A model's folder, or the newest checkpoint of a run's, which is then said."""
+    saved = [path for path in named_checkpoints(folder) if any(path.iterdir())]
+    if not saved or any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
+        return folder
+    say(f"{folder} is a run: its newest checkpoint, {saved[-1].name}, is taken")
+    return saved[-1]
+
+
+def check_model(model, names):
+    """InputError for a --model that is no name, no file, no folder and no hub id either; the nearest name is told."""
+    place = model.partition(":")[0]
+    if model in names or Path(model).expanduser().exists() or Path(place).expanduser().exists():
+        return
+    near = difflib.get_close_matches(model.lower(), names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    if model.startswith((".", "/", "~")) or place.count("/") != 1:
+        raise InputError(f"no such model: {model}{hint} (give a folder, a hub id like owner/name, or one of "
+                         f"{', '.join(names)})")
+    if near:
+        say(f"--model {model} is none of the names that are known here{hint}")
+
+
 def hub_folder(source, patterns):
     """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
-    the glob patterns. Weights are fetched, code is never executed. InputError where neither is to be had."""
+    the glob patterns; of a run's folder its newest checkpoint. Weights are fetched, code is never executed. InputError
+    where neither is to be had."""
     if Path(source).expanduser().is_dir():
-        return Path(source).expanduser()
+        return newest_in(Path(source).expanduser())
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
         raise InputError(f"no such model: {source} (give a hub id like owner/name, a folder, or tiny)")
     from huggingface_hub import snapshot_download
@@ -181,35 +329,141 @@ def load_state(path):
             shards = sorted({Path(shard).name for shard in json.loads(path.read_text())["weight_map"].values()})
             return {key: value for shard in shards for key, value in load_state(path.with_name(shard)).items()}
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return unwrapped(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:      # truncated, not a checkpoint, or a pickle with code in it: one line for all of them
         raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
+    if not isinstance(state, dict):
+        raise InputError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}, no dict of tensors")
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    return {key: value for key, value in state.items() if torch.is_tensor(value)}
+    state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
+    if not state:
+        raise InputError(f"{path} is not a readable checkpoint: there is no tensor in it")
+    return unwrapped(state)
 
-def find_checkpoint(source, released, kinds, beside):
+
+def unwrapped(state):
+    """A dict whose keys are names of tensors, without what wrappers put in front of all of them: module. is
+    DistributedDataParallel's, _orig_mod. torch.compile's."""
+    for wrapper in ("module.", "_orig_mod.", "module."):
+        if all(key.startswith(wrapper) for key in state):
+            state = {key.removeprefix(wrapper): value for key, value in state.items()}
+    return state
+
+
+def load_training(folder, mmap=False):
+    """What a checkpoint holds beside the weights, as Trainer.save wrote it. InputError where it is damaged.
+    mmap: only look, without reading all of it."""
+    path = folder / "trainer.pt"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
+    if not isinstance(state, dict) or not {"step", "updates", "seen"} <= state.keys():
+        raise InputError(f"{path} is not a readable checkpoint: no step is told in it")
+    return state
+
+
+@contextlib.contextmanager
+def resuming(folder):
+    """with resuming(checkpoint): read it. Where that fails, the error offers the checkpoint before it."""
+    try:
+        yield
+    except torch.OutOfMemoryError:         # a RuntimeError, too
+        raise
+    except (InputError, KeyError, ValueError, RuntimeError) as error:
+        line = str(error) if isinstance(error, InputError) else f"{folder} cannot be gone on with ({brief(error)})"
+        known = own_checkpoints(folder.parent)
+        earlier = known[:known.index(folder)]
+        offer = (f"remove {folder} to go on from {earlier[-1].name}" if earlier
+                 else "there is no checkpoint before it")
+        raise InputError(f"{line}; {offer}") from error
+
+def shards_of(index):
+    """The files that a .index.json lists: {name of a tensor: file beside it}."""
+    return {name: Path(shard).name for name, shard in read_object(index).get("weight_map", {}).items()}
+
+
+def tensor_names(path):
+    """What a checkpoint file holds, by its header alone where it has one; nothing where it cannot be read."""
+    try:
+        if path.name.endswith(".index.json"):
+            return set(shards_of(path))
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return set(unwrapped(dict.fromkeys(file.keys())))
+        return set(load_state(path))
+    except (InputError, OSError, SafetensorError):
+        return set()
+
+
+def is_average(path):
+    """Does the file's name say that it holds an exponential moving average of the weights?"""
+    return "ema" in re.split(r"[-_.]", path.name.lower())
+
+
+def find_checkpoint(source, released, kinds, beside, needs=()):
     """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
-    with ":FILE" where it holds several. kinds: lists of glob patterns, the first list that matches anything counts;
-    beside: patterns of what else a download needs. InputError where there is not exactly one."""
+    with ":FILE" where it holds several. kinds: lists of glob patterns, in the order of preference; beside: patterns of
+    what else a download needs. InputError where there is not exactly one.
+
+    Among several files what they hold decides, not what they are called: only those count that have the tensors
+    `needs`. An average of the weights (EMA, in whose 0.9999 the old model outlives a post-training) comes last, unless
+    its very name is asked for. What is taken and what is left is said in a line.
+    """
     source, file = released.get(source, source), ""
     path = Path(source).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
         source, _, file = source.partition(":")
-    if not file and source in [place.partition(":")[0] for place in released.values()]:
+    if not file and f"{source}:" in [place[:len(source) + 1] for place in released.values()]:
         raise InputError(f"{source} holds several models: give one of {', '.join(released)}, or {source}:FILE")
+
     kinds = [[file]] if file else kinds
-    folder = hub_folder(source, [*itertools.chain(*kinds), *beside])
-    for patterns in kinds:
-        found = sorted(path for pattern in patterns for path in folder.glob(pattern))
-        if len(found) > 1:
-            raise InputError(f"{folder} holds {len(found)} checkpoints ({found[0].name} ...): give {source}:FILE")
-        if found:
-            return found[0]
-    raise InputError(f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint")
+    local = Path(source).expanduser().is_dir()
+    folder = hub_folder(source, beside) if local else None
+    found = []                                  # (place in the order of preference, file)
+    for number, patterns in enumerate(kinds):
+        if not local:
+            folder = hub_folder(source, [*patterns, *beside])
+        for pattern in patterns:
+            paths = sorted(folder.glob(pattern)) or ([] if local else sorted(folder.rglob(pattern)))
+            later = any(is_average(path) for path in paths) and "*" in pattern
+            known = [path for _, path in found]
+            found += [((later and is_average(path), number), path) for path in paths if path not in known]
+        # A download stops at the first kind that has the weights: the others may be 30 GB each.
+        if not local and any(not order[0] and tensor_names(path) >= set(needs) for order, path in found):
+            break
+    if not found:
+        raise InputError(f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint")
+
+    chosen = choose(found, set(needs), folder, source)
+    if chosen.name.endswith(".index.json") and not local:
+        hub_folder(source, sorted(set(shards_of(chosen).values())))
+    return chosen
+
+
+def choose(found, needs, folder, source):
+    """Of (place in the order of preference, file) the file with the tensors `needs`, for find_checkpoint."""
+    if len(found) == 1:
+        return found[0][1]
+    indexes = [path for _, path in found if path.name.endswith(".index.json")]
+    shards = {path.with_name(shard) for path in indexes for shard in shards_of(path).values()}
+    whole = [(order, path) for order, path in found if path not in shards]
+    good = sorted((order, path) for order, path in whole if tensor_names(path) >= needs)
+    if not good:
+        names = ", ".join(path.name if tensor_names(path) else f"{path.name}: unreadable" for _, path in whole)
+        raise InputError(f"{folder} holds {len(whole)} files ({names}), none of which has {', '.join(sorted(needs))}")
+
+    first = [path for order, path in good if order == good[0][0]]
+    if len(first) > 1:
+        raise InputError(f"{folder} holds {len(first)} checkpoints ({first[0].name} ...): give {source}:FILE")
+    if len(good) > 1:
+        left = ", ".join(f"{path.name}{' (an average)' if is_average(path) else ''}" for _, path in good[1:])
+        say(f"{folder}: {first[0].name} is taken, left are {left}")
+    return first[0]
 
 def find_weights(folder, *names):
     """The state dict of the first of `names` in the folder: one file, or shards with an index. InputError if none."""
@@ -323,23 +577,57 @@ def mean(total, count):
     return total / max(1, count)
 
 
+class HeadCrossEntropy(torch.autograd.Function):
+    """See cross_entropy_sum. The gradients are known as soon as the logits are there: they are computed
+    with them, so that no logits are kept for the backward, or made in it a second time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, at_once):
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias) if wanted[2] else None
+        total = torch.zeros((), device=hidden.device)
+
+        for begin in range(0, len(labels), at_once):
+            rows = hidden[begin:begin + at_once]                                    # [n, D]
+            targets = labels[begin:begin + at_once]                                 # [n]
+            logits = F.linear(rows, weight, bias)                                   # [n, V]
+            precision = logits.dtype
+            logits = logits.float()
+            total += F.cross_entropy(logits, targets, reduction="sum")
+            if not any(wanted):
+                continue
+
+            # d loss / d logits = probabilities - 1 at the target, in the precision of the product.
+            slope = logits.softmax(-1)
+            del logits
+            slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+            slope = slope.to(precision)
+            if wanted[0]:
+                grad_hidden[begin:begin + at_once] = slope @ weight
+            if wanted[1]:
+                grad_weight.addmm_(slope.T.to(weight.dtype), rows.to(weight.dtype))
+            if wanted[2]:
+                grad_bias += slope.sum(0)
+
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients = [None if grad is None else grad.mul_(upstream) for grad in ctx.gradients]
+        ctx.gradients = None        # the last reference: autograd may add to these tensors in place
+        return *gradients, None, None
+
+
 def cross_entropy_sum(head, hidden, labels, at_once=1024):
-    """Sum of the cross-entropies of labels [n] under head(hidden [n, D]) -> scalar, float32.
+    """Sum of the cross-entropies of labels [n] under the linear layer head(hidden [n, D]) -> scalar, float32.
 
     The logits, a column for each of up to 150,000 words, would be the largest tensors of a step:
-    they are made for `at_once` labels at a time, and once more in the backward where these are not all.
+    they are made for `at_once` labels at a time.
     """
-    from torch.utils.checkpoint import checkpoint
-
-    def piece(hidden, labels):
-        return F.cross_entropy(head(hidden).float(), labels, reduction="sum")
-
-    if len(labels) <= at_once:
-        return piece(hidden, labels)
-    total = 0
-    for part in zip(hidden.split(at_once), labels.split(at_once)):
-        total = total + checkpoint(piece, *part, use_reentrant=False)
-    return total
+    return HeadCrossEntropy.apply(hidden, head.weight, head.bias, labels, at_once)
 
 
 # ==== 3. Templates and images =========================================================================
@@ -360,24 +648,55 @@ def templates(which="all"):
     return [f"{verb} {noun} {manner}." for verb in verbs for noun in nouns for manner in manners]
 
 MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif")
+MAX_BYTES = 2 ** 30          # and a larger file before it is read
+MAX_SIDE = 6144              # of a square that an image is put on or stretched to, on the way to a smaller one
 UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)  # of damaged files
 
+
+class UnreadableImage(ValueError):
+    """What should be an image cannot be used as one; the message says why."""
+
+
+@contextlib.contextmanager
+def decoding():
+    """Whatever reading and decoding raise becomes UnreadableImage: Pillow's decoders, and its
+    reader and writer of EXIF, raise TypeError, struct.error, MemoryError and many more, a list of
+    which would never be complete."""
+    try:
+        yield
+    except Exception as error:
+        raise UnreadableImage(brief(error)) from error
+
+
 def read_source(source):
-    """The bytes of a path or of (tar file, offset, size); bytes, a PIL image and None are given back."""
-    if isinstance(source, tuple):
-        path, offset, size = source
+    """The bytes of a path or of (tar file, offset, size); bytes, a PIL image and None are given
+    back. Raises UnreadableImage."""
+    if not isinstance(source, (tuple, str, Path)):
+        return source
+
+    with decoding():
+        whole = not isinstance(source, tuple)
+        path, offset, size = (source, 0, os.path.getsize(source)) if whole else source
+        if size > MAX_BYTES:
+            raise ValueError(f"file of {size} bytes refused")
         with open(path, "rb") as file:
             file.seek(offset)
             return file.read(size)
-    return Path(source).read_bytes() if isinstance(source, (str, Path)) else source
+
 
 def load_image(source):
     """A source -> PIL RGB. EXIF rotation applied, transparency on white, 16 bits scaled to 8; a PIL image is given
-    back. Raises one of UNREADABLE where it cannot be read (the data streams catch them and go on)."""
+    back. Raises UnreadableImage where it cannot be read (the data streams catch it and go on)."""
     data = read_source(source)
     if isinstance(data, Image.Image):
         return data
+    with decoding():
+        return decode(data)
+
+
+def decode(data):
+    """The bytes of an image file -> PIL RGB, for load_image."""
     Image.MAX_IMAGE_PIXELS = None                                               # our own bound, below, is checked first
     image = Image.open(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS or min(image.size) < 1:
@@ -385,10 +704,20 @@ def load_image(source):
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):                                         # 16-bit greyscale: PIL would clip, not scale
         image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("pixels in floating point, whose range no file says")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+def plain(text, markers):
+    """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" -> "< IMG_CONTEXT>".
+    It then stands for itself, and not for an image or for the end of a turn."""
+    for marker in markers:
+        text = text.replace(marker, f"{marker[0]} {marker[1:]}")
+    return text
+
 
 def to_uint8(image):
     """PIL RGB -> uint8 [3, H, W]: a quarter of the bytes of a float image on its way to the device."""
@@ -416,24 +745,48 @@ def random_square(image, size, rng=None):
     left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
 
+def shrunk(image, longest):
+    """The image with its longer side at most `longest`, in its proportions."""
+    scale = longest / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size]) if scale < 1 else image
+
+
+def stretch_square(image, size):
+    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's original."""
+    side = min(max(image.size), MAX_SIDE)
+    return image.resize((side, side)).resize((size, size))
+
+
 def short_side_square(image, size):
     """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
+    # The long side grows with the short one: of a strip, no more than the middle is needed.
+    middle = 3 * min(image.size)
+    if max(image.size) > 16 * min(image.size):
+        left = max(0, (image.width - middle) // 2)
+        top = max(0, (image.height - middle) // 2)
+        image = image.crop((left, top, min(image.width, left + middle), min(image.height, top + middle)))
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height)).crop((left, top, left + size, top + size))
 
 def pad_square(image, size):
     """Centred on a grey square of the longer side, then size x size (LLaVA's padding)."""
+    image = shrunk(image, MAX_SIDE)
     square = Image.new("RGB", (max(image.size),) * 2, (127,) * 3)
     square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
     return square.resize((size, size))
+
+def check_blur(factor, side):
+    """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before training."""
+    if factor and not 1 <= factor <= side // 2:
+        raise InputError(f"--blur {factor}: at most {side // 2}, half of the image's side")
+
 
 def blur(pixels, factor):
     """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens.
     InputError where nothing would be left."""
     size = pixels.shape[-2:]
-    if factor > min(size) // 2:
-        raise InputError(f"--blur {factor}: at most {min(size) // 2}, half of the image's side")
+    check_blur(factor, min(size))
     small = F.interpolate(pixels, size=[side // factor for side in size], mode="bilinear")
     return F.interpolate(small, size=size, mode="bilinear")
 
@@ -441,32 +794,113 @@ def blur(pixels, factor):
 # Rows are (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or None (a text
 # without image). text: None (RecA needs none), a caption, or a conversation [(question, answer), ...].
 
-def image_rows(source):
-    """Rows of unlabelled images: a folder (recursive), or WebDataset tar shards (one .tar, or a folder with some). Only
-    names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path inside
-    an archive has no effect on the disk. InputError where there is no image."""
-    source, rows = Path(source).expanduser(), []
+def say(text):
+    """Print a line, on one rank."""
+    if world()[0] == 0:
+        print(text)
+
+
+def files_below(root, out, left):
+    """The paths of all files below the folder, links to folders followed (once each).
+
+    Left out, and counted in `left`, are what a run made for itself: all of the folder `out` where
+    it lies below `root`, previews, checkpoints and overviews of other runs.
+    """
+    def unreadable(error):
+        left["folders that cannot be read"] += 1
+
+    own, seen, paths = out and os.path.realpath(out), set(), []
+    for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        real = os.path.realpath(folder)
+        if real in seen or (real == own and folder != str(root)):
+            left["folders of this run"] += real == own
+            folders.clear()
+            continue
+        seen.add(real)
+
+        if "run.json" in names:
+            made = [name for name in folders if name == "previews" or CHECKPOINT.fullmatch(name)]
+            pictures = {"loss.png", "reconstructions.png"}.intersection(names)
+            left["previews, checkpoints and overviews of runs"] += len(made) + len(pictures)
+            folders[:] = [name for name in folders if name not in made]
+            names = [name for name in names if name not in pictures]
+        folders.sort()
+        paths += [os.path.join(folder, name) for name in names]
+    return sorted(paths)
+
+
+def tar_rows(path, left):
+    """The images of an uncompressed .tar -> [(name, (path, offset, size))]; of members with equal
+    names the last one counts, as when it is unpacked."""
+    members = {}
+    try:
+        with tarfile.open(path, "r:") as archive:      # "r:": only so has a member an offset to read at
+            for member in filter(tarfile.TarInfo.isfile, archive):
+                if why_left_out(member.name):
+                    left[why_left_out(member.name)] += 1
+                else:
+                    members[member.name] = (path, member.offset_data, member.size)
+    except (tarfile.TarError, OSError) as error:
+        raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
+    return list(members.items())
+
+
+def why_left_out(name):
+    """Why a file of this name (relative to what was given) is no image to train on, or ""."""
+    *folders, file = name.split("/")
+    suffix = os.path.splitext(file)[1].lower()
+    if file.startswith("._") or "__MACOSX" in folders:
+        return "macOS notes (._*)"
+    if suffix in IMAGE_SUFFIXES:
+        return "half-written" if LEFTOVER.fullmatch(file) else ""
+    return suffix or "without a suffix"
+
+
+def counted(counts):
+    """A Counter -> "7 .png, 2 .jpg", the most frequent first."""
+    return ", ".join(f"{count} {what}" for what, count in counts.most_common() if count)
+
+
+def image_rows(source, out=None):
+    """Rows of unlabelled images, with a name for each that no other has: those of a folder (recursive), and of the
+    uncompressed .tar files in it (WebDataset); or of one .tar, or one image. Prints what was found and what was left
+    out, and why. out: the run's own folder, which does not count.
+
+    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path
+    inside an archive has no effect on the disk. InputError where there is no image.
+    """
+    source, left, loose, packed = Path(source).expanduser(), collections.Counter(), [], []
     if not source.exists():
         raise InputError(f"no such folder or .tar file: {source}")
-    paths = [str(source)] if source.is_file() else sorted(
-        os.path.join(folder, name) for folder, _, names in os.walk(source) for name in names)
-    for path in filter(lambda path: path.lower().endswith(".tar"), paths):
-        try:
-            with tarfile.open(path, "r:") as archive:          # "r:" = uncompressed: a member can be read by its offset
-                rows += [(m.name, (path, m.offset_data, m.size), None) for m in archive
-                         if m.isfile() and m.name.lower().endswith(IMAGE_SUFFIXES)]
-        except (tarfile.TarError, OSError) as error:
-            raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
+
+    root = source.parent if source.is_file() else source
+    paths = [str(source)] if source.is_file() else files_below(source, out, left)
+    for path in paths:
+        name = os.path.relpath(path, root)
+        reason = why_left_out(name)
+        if reason == ".tar":
+            archive = os.path.splitext(name)[0]
+            packed += [(member, archive, place) for member, place in tar_rows(path, left)]
+        elif reason:
+            left[reason] += 1
+        else:
+            loose.append((name, path, None))
+
+    # Shards number their images alike: a name that is there more than once gets its archive's in front.
+    often = collections.Counter(name for name, *_ in [*loose, *packed])
+    rows = [(name if often[name] == 1 else f"{archive}/{name}", place, None) for name, archive, place in packed] + loose
+    aside = f"; left out: {counted(left)}" if +left else ""
     if not rows:
-        root = source.parent if source.is_file() else source
-        rows = [(os.path.relpath(p, root), p, None) for p in paths if p.lower().endswith(IMAGE_SUFFIXES)]
-    if not rows:
-        raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}")
+        raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}{aside}")
+    kinds = collections.Counter(os.path.splitext(name)[1].lower() for name, *_ in rows)
+    archives = len({archive for _, archive, _ in packed})
+    inside_tar = f", {len(packed)} of them in {archives} .tar" if packed else ""
+    say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
     return rows
 
 def read_rows(path, what, read):
     """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first that is not `what`."""
-    table, rows = read_json(path, lines=Path(path).suffix == ".jsonl"), []
+    table, rows = read_json(path, lines=Path(path).suffix.lower() == ".jsonl"), []
     if not isinstance(table, list) or not table:
         raise InputError(f"{path} is not a list: every row must be {what}")
     for i, row in enumerate(table):
@@ -483,16 +917,52 @@ def text_in(row, *keys):
         raise KeyError(keys)
     return text
 
+ASKING = ("human", "user")
+ANSWERING = ("gpt", "assistant", "model")
+
+
+def paired_turns(turns):
+    """[{"from": who, "value": text}, ...] -> [(question, answer), ...] by who speaks, and how many turns are in no
+    pair: those of a system, answers to nothing, questions without an answer. (Some files say role and content.)"""
+    pairs, question, single = [], None, 0
+    for turn in turns:
+        who = turn["from"] if "from" in turn else turn["role"]
+        said = turn["value"] if "value" in turn else turn["content"]
+        text = said.replace("<image>", "").strip()
+        if who in ASKING:
+            single += question is not None
+            question = text
+        elif who in ANSWERING and question is not None and text:
+            pairs.append((question, text))
+            question = None
+        else:
+            single += 1
+    return pairs, single + (question is not None)
+
+
 def conversation_rows(path, folder):
     """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
-    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's)."""
+    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's).
+    Turns that cannot be paired are left out, and rows without a pair or with several images; a line says how many."""
+    left = collections.Counter()
+
     def read(i, row):
-        values = [turn["value"].replace("<image>", "").strip() for turn in row["conversations"]]
-        turns, image = list(zip(values[::2], values[1::2])), row.get("image")
-        if not turns:
-            raise KeyError("conversations")
+        turns, single = paired_turns(row["conversations"])
+        image = row.get("image")
+        if isinstance(image, list):
+            image = image[0] if len(image) == 1 else image
+        left["turns without a counterpart"] += single
+        if not turns or isinstance(image, list):
+            left["rows without a question and its answer" if not turns else "rows with several images"] += 1
+            return None
         return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
-    return read_rows(path, "a LLaVA conversation (image, conversations)", read)
+
+    rows = [row for row in read_rows(path, "a LLaVA conversation (image, conversations)", read) if row]
+    aside = f"; left out: {counted(left)}" if +left else ""
+    if not rows:
+        raise InputError(f"{path}: no conversation of a human and gpt{aside}")
+    say(f"{path}: {len(rows)} conversations{aside}")
+    return rows
 
 def caption_rows(path):
     """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
@@ -539,7 +1009,7 @@ class Stream(torch.utils.data.Dataset):
         epoch, k = divmod(position, len(self.rows))
         rng = np.random.default_rng(stable_seed(self.seed, self.name, "item", position))
         skipped = []
-        for attempt in range(min(len(self.rows), 1000)):
+        for attempt in range(len(self.rows)):
             name, source, text = self.rows[int(self.order(epoch)[(k + attempt) % len(self.rows)])]
             text = self.texts[int(rng.integers(len(self.texts)))] if text is None else text
             item = {"name": name, "text": text, "skipped": skipped, "position": position}
@@ -840,6 +1310,16 @@ class MicroBatch:
     targets: int
 
 
+@contextlib.contextmanager
+def own_options(optimizer):
+    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this run: a state has its
+    own, which would count instead of what the command line says."""
+    kept = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
+    yield
+    for group, options in zip(optimizer.param_groups, kept):
+        group.update(options)
+
+
 class Trainer:
     """The post-training loop, once for all architectures.
 
@@ -885,7 +1365,7 @@ class Trainer:
                 folder.mkdir(parents=True)
                 self.model.save_pretrained(folder)
                 torch.save({**self.progress(), "optimizer": self.optimizer.state_dict()}, folder / "trainer.pt")
-            for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+            for old in own_checkpoints(self.out)[:-2]:
                 shutil.rmtree(old)
         if dist.is_initialized():
             dist.barrier()
@@ -895,9 +1375,10 @@ class Trainer:
 
     def resume(self, folder):
         """Reads all but the weights (see from_pretrained). Random numbers need no state (section 2)."""
-        state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
+        state = load_training(folder)
         self.go_on_from(state)
-        self.optimizer.load_state_dict(state["optimizer"])
+        with own_options(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
 
     def go_on_from(self, progress):
         self.step = progress["step"]
@@ -1023,8 +1504,11 @@ class Trainer:
         names = ", ".join(item["name"] for item in items[:8])
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0)):
-                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; the last good "
-                                 f"checkpoint is kept in {self.out} (try a lower --lr or --precision fp32)")
+                saved = own_checkpoints(self.out)
+                kept = (f"the last good checkpoint, {saved[-1].name}, is kept in {self.out}" if saved
+                        else "no checkpoint had been written yet")
+                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; {kept} (try a lower "
+                                 "--lr or --precision fp32)")
 
     def loaders(self):
         """{name: generator of lists of items} from the position that has been reached."""
@@ -1289,6 +1773,56 @@ def grid(rows, titles=(), cell=192, gap=4):
 
 # ==== 6. Inference on files ===========================================================================
 
+
+def int8_rows(weight):
+    """A matrix [out, in] -> int8 [out, in] and a scale for each row, bf16 [out]. Their product is
+    nearly the matrix: no number is off by more than half of its row's scale."""
+    # bf16 may round a scale down, by less than 1/256. So the largest number of a row becomes less
+    # than 127 * 256 / 255, which is below 127.5, and is rounded to 127. Zeros have a scale, too.
+    weight = weight.detach().float()
+    scale = (weight.abs().amax(dim=1) / 127).clamp(min=1e-30).bfloat16()
+    return (weight / scale.float()[:, None]).round().to(torch.int8), scale
+
+
+class Int8Linear(nn.Module):
+    """An nn.Linear for inference in half of bf16's memory: int8, and a scale for each output channel.
+
+    The weights become floating-point numbers again in every call, and are forgotten after it.
+    Integers up to 127 are exact in bf16, and so are the scales: no error is added to int8_rows' own.
+    `weight` is int8, so who wants to know in which precision the layer computes asks its bias.
+    """
+
+    def __init__(self, linear):
+        super().__init__()
+        weight, scale = int8_rows(linear.weight)
+        self.register_buffer("weight", weight)
+        self.register_buffer("scale", scale.to(linear.weight.dtype))
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """[..., in] -> [..., out], with autocast or without, as nn.Linear."""
+        y = F.linear(x, self.weight.to(self.scale.dtype))
+        scale = self.scale.to(y.dtype)
+        if self.bias is None:
+            return y * scale
+        return torch.addcmul(self.bias.to(y.dtype), y, scale)
+
+
+def quantize(model, kind):
+    """-> the model itself. kind "int8": every nn.Linear in it becomes an Int8Linear, but for those
+    whose names begin with one of model.unquantized; None: nothing happens. It goes layer by layer, so
+    that there are never two models in memory."""
+    if kind is None:
+        return model
+
+    # A subclass of nn.Linear does more than multiply, so it stays.
+    names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
+    for name in names:
+        if not name.startswith(model.unquantized):
+            model.set_submodule(name, Int8Linear(model.get_submodule(name)))
+    return model
+
+
 def prompt_jobs(source, out, images):
     """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
 
@@ -1298,7 +1832,7 @@ def prompt_jobs(source, out, images):
                 T2I-CompBench (Question, Category, Question_id) -> out/<Category>/<Question_id>.png
     FOLDER      DPG-Bench, a prompt a <name>.txt                -> out/<name>.png four times: a 2x2 grid
     """
-    source, out = Path(source), Path(out)
+    source, out, kind = Path(source), Path(out), Path(source).suffix.lower()
 
     def geneval(i, row):
         return text_in(row, "prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row
@@ -1310,24 +1844,131 @@ def prompt_jobs(source, out, images):
     if not source.exists():
         raise InputError(f"no such prompt file or folder: {source}")
     if source.is_dir():
-        texts = {file.stem: file.read_text(encoding="utf-8").strip() for file in sorted(source.glob("*.txt"))}
+        files = [file for file in sorted(source.glob("*.txt")) if not file.name.startswith("._")]
+        texts = {file.stem: read_text(file).strip() for file in files}
         jobs = [(text, [out / f"{name}.png"] * 4, None) for name, text in texts.items()]
-    elif source.suffix == ".jsonl":
+    elif kind == ".jsonl":
         jobs = read_rows(source, "a prompt of GenEval (prompt)", geneval)
-    elif source.suffix == ".json":
+    elif kind == ".json":
         jobs = read_rows(source, "a prompt (Prompt and prompt_id, or Question and Question_id)", wise_or_compbench)
     else:
-        lines = [line.strip() for line in source.read_text(encoding="utf-8").splitlines() if line.strip()]
+        # Not splitlines, which also cuts at U+2028 and its like.
+        lines = [line.strip() for line in read_text(source).split("\n") if line.strip()]
         jobs = [(line, [out / (f"{i:05d}.png" if images == 1 else f"{i:05d}_{k}.png") for k in range(images)], None)
                 for i, line in enumerate(lines)]
     if not jobs or not all(prompt for prompt, _, _ in jobs):
         raise InputError(f"{source}: no prompt, or an empty one")
+    check_outputs([(f"prompt {i + 1}", path) for i, (_, paths, _) in enumerate(jobs)
+                   for path in dict.fromkeys(paths)], source)
     return jobs
 
 def sampler_options(args):
-    """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults."""
-    options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps}
+    """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults.
+    args.sampler: those that only one architecture has."""
+    options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps, **getattr(args, "sampler", {})}
     return {name: value for name, value in options.items() if value is not None}
+
+
+# Every output knows what it was made from: prompt or source, weights, sampler, seed. A rerun keeps
+# what was made from the same, makes the rest again, and does not touch what it has not made.
+
+def origin(model, args, task, **what):
+    """What an output of `task` is made from, as JSON holds it. what: prompt, source, seed ..."""
+    digest = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        numbers = weight.detach().flatten()
+        some = numbers[::max(1, len(numbers) // 64)][:64]          # training moves them all
+        digest.update(f"{name} {weight.dtype}".encode() + some.float().cpu().numpy().tobytes())
+
+    settings = {name: getattr(args, name, None) for name in ("precision", "und_size", "blur", "condition")}
+    made_from = {"task": task, "weights": digest.hexdigest()[:16], **settings, **sampler_options(args), **what}
+    return json.loads(json.dumps(made_from))
+
+
+def origin_of(path):
+    """What a picture says that it was made from; None where it says nothing: it is the user's."""
+    try:
+        with Image.open(path) as picture:
+            return json.loads(picture.info["reca"])
+    except Exception:
+        return None
+
+
+def fingerprint(source):
+    """A short name of an image file's content; "" where it cannot be read."""
+    try:
+        return hashlib.sha256(read_source(source)).hexdigest()[:16]
+    except UnreadableImage:
+        return ""
+
+
+def check_outputs(outputs, source):
+    """outputs: (what it is made for, path) of each file. InputError where two inputs of `source` would write one file,
+    or where a file is in the way that these scripts have not made."""
+    known = {}
+    for name, path in outputs:
+        if path in known:
+            raise InputError(f"{source}: {known[path]} and {name} would both be written to {path}: give them "
+                             "different names")
+        known[path] = name
+        if path.exists() and origin_of(path) is None:
+            raise InputError(f"{path} is in the way, and does not say that it was made here: move it, or choose "
+                             "another --out")
+
+
+def output_paths(names, out):
+    """Names of images -> {name: where in `out` the picture made from it belongs}.
+
+    That is <name without its suffix>.png; with its suffix where this alone tells two names apart (cat.jpg and cat.png),
+    or where a run has a file of its own there. InputError where a name leads out of the folder.
+    """
+    short = {name: str(Path(name).with_suffix(".png")) for name in names}
+    often = collections.Counter(short.values())
+    paths = {}
+    for name in names:
+        taken = often[short[name]] > 1 or short[name] in ("reconstructions.png", "loss.png")
+        path = inside(out, f"{name}.png" if taken else short[name])
+        if len(os.fsencode(path.name)) > 255:
+            start = os.fsencode(path.name)[:200].decode(errors="ignore")
+            path = path.with_name(f"{start}-{stable_seed(name):x}.png")
+        paths[name] = path
+    return paths
+
+
+class Outputs:
+    """Pictures that are asked for, sorted into those that are there and those to be made.
+
+    jobs: (path, what it is to be made from, ...); `todo` are those to be made, `write` makes one,
+    `report` says how many were kept, made, made again."""
+
+    def __init__(self, jobs):
+        self.jobs, self.todo, self.there = jobs, [], set()
+        self.counts = collections.Counter()
+        for job in jobs:
+            path, made_from = job[:2]
+            if path.exists():
+                self.there.add(path)
+            if path.exists() and origin_of(path) == made_from:
+                self.counts["kept"] += 1
+            else:
+                self.todo.append(job)
+
+    def write(self, path, picture, made_from):
+        write(path, picture, made_from)
+        self.counts["made again" if path in self.there else "made"] += 1
+
+    @property
+    def made(self):
+        return self.counts["made"] + self.counts["made again"]
+
+    def report(self):
+        """": 3 kept, 1 made, 2 made again", and of how many earlier pictures nobody has asked now."""
+        paths = {job[0] for job in self.jobs}
+        beside = {path for folder in {path.parent for path in paths} for path in folder.glob("*.png")}
+        others = [origin_of(path) for path in beside - paths]
+        old = sum(made_from is not None and "overview" not in made_from for made_from in others)
+        text = ", ".join(f"{self.counts[what]} {what}" for what in ("kept", "made", "made again"))
+        return f": {text}" + (f"; {old} pictures of other requests are there as well" if old else "")
 
 def in_batches(title, rows, size, same=lambda row: None):
     """Lists of at most `size` rows, behind a progress bar; the rows of one list agree in same(row)."""
@@ -1346,43 +1987,69 @@ def readable(rows):
             tqdm.write(f"skipped: {name} ({brief(error)})")
 
 def generate_files(model, args, jobs):
-    """--generate: image k of a prompt has seed --seed + k, whatever its batch, so a rerun may skip what is there."""
-    todo = []
+    """--generate: image k of a prompt has seed --seed + k, whatever its batch."""
+    common_origin, wanted = origin(model, args, "generate"), []
     for prompt, paths, metadata in jobs:
         if metadata:
             write(paths[0].parent.parent / "metadata.jsonl", [metadata])
-        todo += [(prompt, args.seed + k, path) for k, path in enumerate(paths) if not path.exists()]
-    for chunk in in_batches("generate", todo, -(-args.batch_images // 4) * 4):        # the four of a grid stay together
-        prompts, seeds, paths = zip(*chunk)
-        made = {}
-        for path, image in zip(paths, model.generate(list(prompts), seed=list(seeds), **sampler_options(args))):
-            made.setdefault(path, []).append(image)
-        for path, images in made.items():
-            write(path, images[0] if len(images) == 1 else grid([images[:2], images[2:]], cell=images[0].width, gap=0))
-    print(f"{len(todo)} images generated for {len(jobs)} prompts in {args.out}")
+        for path in dict.fromkeys(paths):
+            seeds = [args.seed + k for k, other in enumerate(paths) if other == path]
+            wanted.append((path, {**common_origin, "prompt": prompt, "seeds": seeds}))
 
-def reconstruct_files(model, args, images):
+    outputs, waiting = Outputs(wanted), {}
+    rows = [(path, made_from, seed) for path, made_from in outputs.todo for seed in made_from["seeds"]]
+    for chunk in in_batches("generate", rows, args.batch_images):
+        prompts = [made_from["prompt"] for _, made_from, _ in chunk]
+        seeds = [seed for _, _, seed in chunk]
+        for (path, made_from, _), image in zip(chunk, model.generate(prompts, seed=seeds, **sampler_options(args))):
+            # DPG-Bench wants four in one file, as a square: it is written when all of them are there.
+            made = waiting.setdefault(path, [])
+            made.append(image)
+            if len(made) == len(made_from["seeds"]):
+                picture = made[0] if len(made) == 1 else grid([made[:2], made[2:]], cell=image.width, gap=0)
+                outputs.write(path, picture, made_from)
+                del waiting[path]
+    print(f"{outputs.made} images generated for {len(jobs)} prompts in {args.out}{outputs.report()}")
+
+
+def reconstruct_jobs(source, out):
+    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError for what cannot be."""
+    rows = image_rows(source, out)
+    paths = output_paths([name for name, *_ in rows], out)
+    overview = Path(out) / "reconstructions.png"
+    check_outputs([*((name, paths[name]) for name, *_ in rows), ("the overview", overview)], source)
+    return [(name, image, paths[name]) for name, image, _ in rows]
+
+
+def reconstruct_files(model, args, jobs):
     """--reconstruct: out/<name>.png for each image, painted from nothing but the model's understanding of it."""
-    out, count, shown = Path(args.out), 0, []
-    todo = [(name, source, inside(out, Path(name).with_suffix(".png"))) for name, source, _ in images]
-    for chunk in in_batches("reconstruct", [row for row in todo if not row[2].exists()], args.batch_images):
-        if chunk := list(readable(chunk)):
-            images, seeds = [row[1] for row in chunk], [args.seed] * len(chunk)
+    common_origin = origin(model, args, "reconstruct", seed=args.seed)
+    outputs = Outputs([(path, {**common_origin, "source": fingerprint(source)}, name, source)
+                       for name, source, path in jobs])
+    todo = [(name, source, path, made_from) for path, made_from, name, source in outputs.todo]
+    for chunk in in_batches("reconstruct", todo, args.batch_images):
+        read = list(readable(chunk))
+        if read:
+            images, seeds = [row[1] for row in read], [args.seed] * len(read)
             painted = model.reconstruct(images, seed=seeds, **sampler_options(args))
-            for (_, image, path), again in zip(chunk, painted):
-                write(path, again)
-                shown += [(image.resize((256, 256)), again)] if len(shown) < 16 else []
-            count += len(chunk)
-    if shown:
-        write(out / "reconstructions.png", grid(shown, titles=("input", "reconstruction")))
-    print(f"{count} images reconstructed in {out}")
+            for (_, _, path, made_from), again in zip(read, painted):
+                outputs.write(path, again, made_from)
+
+    if outputs.made:
+        first = list(readable((name, source, path) for name, source, path in jobs[:16] if path.exists()))
+        pairs = [(image.resize((256, 256)), load_image(path)) for _, image, path in first]
+        sheet = grid(pairs, titles=("input", "reconstruction")) if pairs else None
+        if sheet:
+            write(Path(args.out) / "reconstructions.png", sheet, {"overview": True})
+    print(f"{outputs.made} images reconstructed in {args.out}{outputs.report()}")
 
 def questions(args):
     """--describe -> rows (question_id, source, question, image's name): --question for each image of a folder, or a
     question file (.json, .jsonl: question_id, image, text; the images beside it or in --i2t-images)."""
     source = Path(args.describe)
     if source.is_dir():
-        return [(name, image, args.question, Path(name).name) for name, image, _ in image_rows(source)]
+        rows = image_rows(source, args.out)
+        return [(name, image, args.question, Path(name).name) for name, image, _ in rows]
     if not source.exists():
         raise InputError(f"no such folder or question file: {source}")
     folder = Path(args.i2t_images or source.parent)
@@ -1399,16 +2066,40 @@ def answers(model, args, rows, title):
             images, question = [row[1] for row in chunk], chunk[0][2]
             yield from zip(chunk, model.describe(images, question=question, max_new_tokens=args.max_new_tokens))
 
+def check_answers(out):
+    """InputError where out/answers.jsonl is not ours to go on with."""
+    path, keys = Path(out) / "answers.jsonl", {"question_id", "image", "question", "answer", "made_from"}
+    if path.exists() and not all(keys <= row.keys() for row in read_whole_lines(path)):
+        raise InputError(f"{path} is in the way, and does not say what it was made from: move it, or choose another "
+                         "--out")
+
+
 def describe_files(model, args, rows):
-    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line; a rerun goes on."""
+    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line, and from what it was made;
+    a rerun goes on. Benchmarks have several questions of one id: question and image belong to what identifies a row."""
+    common_origin = origin(model, args, "describe", max_new_tokens=args.max_new_tokens)
+    wanted = {}
+    for key, source, question, image in rows:
+        made_from = json.dumps({**common_origin, "source": fingerprint(source)}, sort_keys=True)
+        wanted[json.dumps([key, image, question])] = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+
+    def name(row):
+        return json.dumps([row["question_id"], row["image"], row["question"]])
+
     path, count = Path(args.out) / "answers.jsonl", 0
-    done = {json.dumps(row["question_id"]) for row in mend_lines(path)}
-    todo = [row for row in rows if json.dumps(row[0]) not in done]
-    with open(path, "a", buffering=1) as file:
+    old = {name(row) for row in read_whole_lines(path)}
+    done = {name(row) for row in mend_lines(path, lambda row: wanted.get(name(row)) in (None, row["made_from"]))}
+    again = len((old - done) & wanted.keys())
+    todo = [row for row in rows if json.dumps([row[0], row[3], row[2]]) not in done]
+    with open(path, "a", buffering=1, encoding="utf-8") as file:
         for (key, _, question, image), answer in answers(model, args, todo, "describe"):
-            file.write(json.dumps({"question_id": key, "image": image, "question": question, "answer": answer}) + "\n")
+            row = {"question_id": key, "image": image, "question": question, "answer": answer}
+            file.write(json.dumps({**row, "made_from": wanted[name(row)]}) + "\n")
             count += 1
-    print(f"{count} answers in {path}")
+    kept, others = len(done & wanted.keys()), len(done - wanted.keys())
+    aside = f"; {others} of other requests are there as well" if others else ""
+    print(f"{count} answers in {path}: {kept} kept, {count - min(again, count)} made, {min(again, count)} made again"
+          f"{aside}")
 
 def describe_first(model, args, rows, path):
     """L_i2t without I2T data: before any update the model describes --self-captions training images, its targets. Our
@@ -1418,15 +2109,39 @@ def describe_first(model, args, rows, path):
         order = np.random.default_rng(stable_seed("describe", len(rows))).permutation(len(rows))[:args.self_captions]
         print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training images first, and is "
               f"held to that ({path}). This is our addition; real data or --lambda-i2t 0 are the alternatives.")
-        asked = [(*rows[i][:2], args.question, i) for i in order.tolist()]
-        said = [{"index": i, "question": question, "answer": answer}
-                for (_, _, question, i), answer in answers(model, args, asked, "targets of L_i2t") if answer.strip()]
+        asked = [(*rows[i][:2], args.question) for i in order.tolist()]
+        said = [{"name": name, "question": question, "answer": answer}
+                for (name, _, question), answer in answers(model, args, asked, "targets of L_i2t") if answer.strip()]
         if not said:
             raise InputError("the model describes none of the images: give --i2t-data, or --lambda-i2t 0")
         write(path, said)
     if dist.is_initialized():
         dist.barrier()
-    return [(*rows[said["index"]][:2], [(said["question"], said["answer"])]) for said in read_json(path, lines=True)]
+    return described(rows, path)
+
+
+def described(rows, path):
+    """The rows of L_i2t from what describe_first has kept. By the images' names: files may have come or gone since.
+    Descriptions of images that are not there are left out; InputError where none is left."""
+    wanted = {}
+    for said in read_json(path, lines=True):
+        try:
+            wanted[said["name"]] = [(said["question"], said["answer"])]
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path} does not hold this model's descriptions (name, question, answer)") from error
+
+    if isinstance(rows, Shapes):
+        numbers = {name: int(name.removeprefix("shapes ")) for name in wanted if name.startswith("shapes ")}
+        found = [(name, rows[number][1]) for name, number in numbers.items()]
+    else:
+        found = [(name, source) for name, source, _ in rows if name in wanted]
+    if not found:
+        raise InputError(f"{path} describes none of the images of --data: give back the folder of this run, or "
+                         "--i2t-data")
+    if len(found) < len(wanted):
+        say(f"{path}: {len(wanted) - len(found)} of {len(wanted)} descriptions are of images that are not there now: "
+            "left out")
+    return [(name, source, wanted[name]) for name, source in found]
 
 # ==== 7. The toy world ================================================================================
 # 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
@@ -1585,13 +2300,33 @@ def tiny_tokenizer(special_tokens=()):
 
 # ==== 8. The command line =============================================================================
 
-def at_least(least):
-    """The type of a flag: a whole number from `least` on."""
+# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so (--data=~/x).
+expanded = os.path.expanduser
+
+
+def at_least(least, most=10 ** 9):
+    """The type of a flag: a whole number from `least` to `most`."""
     def whole_number(text):
-        if int(text) < least:
+        value = int(text)
+        if value < least:
             raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        return int(text)
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
+        return value
     return whole_number
+
+
+
+def number(least, most=math.inf):
+    """The type of a flag: a finite number from `least` to `most`."""
+    def real_number(text):
+        value = float(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            limit = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is no number {limit}")
+        return value
+    return real_number
+
 
 def micro_batch(text):
     """The type of --micro-batch."""
@@ -1601,8 +2336,8 @@ def micro_batch(text):
 # Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
 FLAGS = (
     "what",
-    ("--data", str, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
-    ("--out", str, None, "folder of the run (default out/<script>-<model>)"),
+    ("--data", expanded, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
+    ("--out", expanded, None, "folder of the run (default out/<script>-<model>)"),
     ("--resume", bool, None, "go on from the newest checkpoint in --out, to the same numbers"),
     ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
     "training (defaults: the paper's Table 8, in our steps)",
@@ -1613,42 +2348,44 @@ FLAGS = (
      "fits, found before training. Changes memory and speed, not the result"),
     ("--optimizer", ("auto", "fp32", "bf16"), "auto", "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: "
      "weights and moments in bf16, stochastic rounding, 8 bytes; auto: fp32 where it fits"),
-    ("--lr", float, None, "peak learning rate"),
+    ("--lr", number(0), None, "peak learning rate"),
     ("--warmup", at_least(0), None, "weight updates of linear warm-up"),
     ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant. Not given: the "
      "recipe's, which may be the end of the run"),
-    ("--weight-decay", float, None, "of AdamW"),
-    ("--clip", float, None, "limit of the gradient's norm; 0: none"),
-    ("--seed", int, 0, "of every random number"),
+    ("--weight-decay", number(0), None, "of AdamW"),
+    ("--clip", number(0), None, "limit of the gradient's norm; 0: none"),
+    ("--seed", at_least(0, 2 ** 63 - 1), 0, "of every random number"),
     ("--precision", ("bf16", "fp32"), None, "bf16 (autocast, float32 master weights; default on a GPU) or fp32"),
     ("--compile", bool, None, "torch.compile the repeated blocks"),
     ("--checkpointing", argparse.BooleanOptionalAction, None, "recompute activations in the backward: a tenth of the "
      "memory, about a third more time (default: on a GPU)"),
-    ("--lambda-recon", float, None, "weight of L_recon in equation (3)"),
-    ("--lambda-i2t", float, None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
-    ("--lambda-t2i", float, None, "weight of L_t2i; 1 where --captions is given"),
-    ("--i2t-data", str, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
-    ("--i2t-images", str, None, "folder of its images (default: the folder of the file)"),
+    ("--lambda-recon", number(0), None, "weight of L_recon in equation (3)"),
+    ("--lambda-i2t", number(0), None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
+    ("--lambda-t2i", number(0), None, "weight of L_t2i; 1 where --captions is given"),
+    ("--i2t-data", expanded, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
+    ("--i2t-images", expanded, None, "folder of its images (default: the folder of the file)"),
     ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for it (ours)"),
-    ("--captions", str, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
-    ("--cache", str, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
-    ("--workers", at_least(0), None, "processes that decode images (default: by the number of cores)"),
+    ("--captions", expanded, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
+    ("--cache", expanded, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
+    ("--workers", at_least(0, 256), None, "processes that decode images (default: by the number of cores)"),
     ("--save-every", at_least(1), 500, "steps between checkpoints"),
     ("--sample-every", at_least(1), 250, "steps between preview pictures"),
     "the paper's ablations",
-    ("--und-size", at_least(1), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
+    ("--und-size", at_least(1, 4096), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
     ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
     ("--templates", ("all", "one"), "all", "all 360, or the one seed template"),
     "inference (after training; alone with --steps 0)",
-    ("--generate", str, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
-    ("--images", at_least(1), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
-    ("--reconstruct", str, None, "folder of images to reconstruct from their understanding embeddings"),
-    ("--describe", str, None, "folder of images, or a question file (.jsonl)"),
+    ("--generate", expanded, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
+    ("--images", at_least(1, 10_000), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
+    ("--reconstruct", expanded, None, "folder of images to reconstruct from their understanding embeddings"),
+    ("--describe", expanded, None, "folder of images, or a question file (.jsonl)"),
     ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
-    ("--max-new-tokens", at_least(1), 256, "of a description"),
+    ("--max-new-tokens", at_least(1, 100_000), 256, "of a description"),
     ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
-    ("--guidance-scale", float, None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
-    ("--sampling-steps", at_least(1), None, "of the sampler. Not given: the paper's"),
+    ("--guidance-scale", number(0), None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
+    ("--sampling-steps", at_least(1, 1000), None, "of the sampler. Not given: the paper's"),
+    ("--quantize", ("int8",), None, "keep the weights of all linear layers but the heads in int8: half the memory of "
+     "bf16, slower; only with --steps 0"),
 )
 
 class Parser(argparse.ArgumentParser):
@@ -1658,10 +2395,12 @@ class Parser(argparse.ArgumentParser):
 def parse_args(description, recipes, default, argv=None, extend=None):
     """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
     line is taken from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
+    print_anything()
     paper, group = vars(recipes[default]), None
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    models = f"a released model ({', '.join(recipes)}), a hub id, a folder, or tiny (default {default})"
-    parser.add_argument("--model", default=default, help=models)
+    models = (f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint). -reca: what the "
+              f"authors have trained (default {default})")
+    parser.add_argument("--model", type=expanded, default=default, help=models)
     for flag in FLAGS:
         if isinstance(flag, str):
             group = parser.add_argument_group(flag)
@@ -1679,8 +2418,16 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     if extend:
         extend(parser)
     args = parser.parse_args(argv)
+    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
+    if args.resume and not args.bench:
+        unset = object()
+        namespace = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+        given = vars(parser.parse_args(argv, namespace)).items()
+        check_out(args)
+        reconcile(args, {name: value for name, value in given if value is not unset})
     if args.captions and args.lambda_t2i is None:
         args.lambda_t2i = 1.0
+    check_model(args.model, list(recipes))
     for name, value in vars(recipes.get(args.model, recipes[default])).items():
         if getattr(args, name, None) is None:
             setattr(args, name, value)
@@ -1690,16 +2437,20 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         args.checkpointing = cuda
     if args.batch_images is None:
         args.batch_images = 32 if cuda else 8
-    args.data = args.data or ("shapes" if args.model.startswith("tiny") else None)
-    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
+    args.data = args.data or ("shapes" if args.model in TOYS else None)
     if args.workers is None:
-        cores = (os.cpu_count() or 1) // int(os.environ.get("WORLD_SIZE", 1))
+        cores = (os.cpu_count() or 1) // launched_ranks()
         args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
+    if (args.steps or args.bench) and not (args.lambda_recon or args.lambda_i2t or args.lambda_t2i):
+        raise InputError("all three λ are 0: nothing would be trained; --steps 0 for inference alone")
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
+    if args.quantize and (args.steps or args.resume or args.bench):
+        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
+                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
     if 0 < args.steps < args.accum and not args.bench:
         raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
-    ranks = int(os.environ.get("WORLD_SIZE", 1))
+    ranks = launched_ranks()
     if args.steps and args.batch < ranks:
         raise InputError(f"--batch {args.batch} is less than the {ranks} processes: one would have no image")
     if args.optimizer == "bf16" and args.precision != "bf16":
@@ -1712,7 +2463,7 @@ def build_rows(args):
     """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
     rows, toy = {}, args.data == "shapes"
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
-        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data)
+        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data, args.out)
     if args.lambda_i2t and args.i2t_data:
         rows["i2t"] = (Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes"
                        else conversation_rows(args.i2t_data, args.i2t_images))
@@ -1721,10 +2472,26 @@ def build_rows(args):
         rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else caption_rows(args.captions)
     return rows
 
+def launched_ranks():
+    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not torchrun's: InputError
+    where the other variables are missing."""
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if count == "1":
+        return 1
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing or not count.isdecimal() or count == "0":
+        raise InputError(f"WORLD_SIZE is {count}, but {', '.join(missing) or 'that is no number of processes'}"
+                         f"{' is not set' if missing else ''}: start with torchrun, or unset WORLD_SIZE")
+    return int(count)
+
+
 def start_process(args):
     """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise InputError(f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                         "start as many processes with --nproc-per-node")
     if cuda:
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -1732,13 +2499,118 @@ def start_process(args):
         # On Hopper torch prefers cuDNN's attention, which builds a plan, in milliseconds, for every
         # new shape. Prompts, masks and images have new lengths at every step: flash attention has no plans.
         torch.backends.cuda.enable_cudnn_sdp(False)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+    if launched_ranks() > 1 and not dist.is_initialized():
         # The others wait while rank 0 describes images, paints previews and writes checkpoints: not only 10 minutes.
         # NCCL is told its device: otherwise it guesses one at the first barrier, and may guess another rank's.
         dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4),
                                 device_id=device if cuda else None)
     torch.manual_seed(args.seed)
     return device
+
+
+# The scripts' own small models, pretrained on the spot. Only these exact names mean them: a folder
+# called tiny-b is a folder, and so is ./tiny.
+TOYS = ("tiny", "tiny-vq")
+
+
+def past_runs(out):
+    """What out/run.json says of the runs in this folder, oldest first; [] where there were none.
+    InputError where it cannot be read."""
+    path = Path(out) / "run.json"
+    if not path.is_file():
+        return []
+    latest = read_object(path)
+    return [*latest.pop("history", []), latest]
+
+
+def last_training(out):
+    """What run.json says of the last run in `out` that trained (inference may have followed), or {}."""
+    trained = [run for run in past_runs(out) if run.get("arguments", {}).get("steps")]
+    return trained[-1] if trained else {}
+
+
+# What a run that goes on keeps as it began, and why another value would be another run.
+FIXED = {
+    "model": "the checkpoint is its model",
+    "seed": "the order of the images and all draws follow from it",
+    "optimizer": "the checkpoint holds its state",
+    "self_captions": "the model has described its images before RecA changed it"}
+
+
+def reconcile(args, given):
+    """--resume: what the command line does not give comes from run.json, as the run in --out was started or last gone
+    on with. given: {flag: value} of what it does give. What differs counts from here on, and is said in a line, or
+    cannot be changed: InputError."""
+    run = last_training(args.out)
+    if not run:
+        say(f"--resume: {args.out}/run.json does not say how the run was started; the command line alone counts")
+        return
+
+    script = Path(sys.argv[0]).stem
+    begun = run.get("script", script)
+    if begun != script and begun.startswith("reca_") and script.startswith("reca_"):
+        raise InputError(f"{args.out} is a run of {begun}.py: go on with that")
+
+    changed = []
+    for name, before in run["arguments"].items():
+        if name in ("out", "resume", "bench", "workers") or not hasattr(args, name):
+            continue
+        if name not in given:
+            setattr(args, name, before)
+            continue
+        flag, now = f"--{name.replace('_', '-')}", given[name]
+        if now == before:
+            continue
+        if name in FIXED and before not in (None, "auto"):
+            raise InputError(f"{flag} {now}: the run in {args.out} has {before}, and {FIXED[name]}; leave it out, or "
+                             "choose another --out")
+        changed.append(f"{flag} {now} instead of {before}")
+    if changed:
+        say(f"from here on: {', '.join(changed)}")
+
+
+def record_run(args, device, again=False):
+    """out/run.json: arguments, versions and device of this run, those before it as its history. again: with what auto
+    took, once it is known."""
+    if world()[0] != 0:
+        return
+    import diffusers
+    import transformers
+
+    history = past_runs(args.out)
+    if again:
+        history.pop()
+    modules = (torch, transformers, diffusers, np)
+    versions = {module.__name__: module.__version__ for module in modules}
+    versions["python"] = sys.version.split()[0]
+    write(Path(args.out) / "run.json", {
+        "script": Path(sys.argv[0]).stem, "arguments": vars(args), "versions": versions,
+        "device": str(device), "history": history})
+
+
+def check_out(args):
+    """InputError where --out cannot take what is asked for, before anything is made."""
+    out, checkpoints = Path(args.out), own_checkpoints(args.out)
+    for flag, folder in (("--out", out), ("--cache", args.cache and Path(args.cache))):
+        for path in [folder, *folder.parents] if folder else ():
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{flag} {folder}: {path} is a file; give a folder")
+    if args.resume and not checkpoints:
+        raise InputError(f"nothing to resume: no checkpoint in {out}")
+    if not args.steps:
+        return
+
+    # A toy's run may be made again: but that run only, not another one that lies in the same place.
+    again = args.model in TOYS and last_training(out).get("arguments", {}).get("model") == args.model
+    if checkpoints and not args.resume and not again:
+        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose "
+                         "another --out")
+    named = named_checkpoints(out)
+    newer = named if not args.resume else named[named.index(checkpoints[-1]):]
+    for path in newer:
+        if path not in checkpoints:
+            raise InputError(f"{path} is in the way: it has a checkpoint's name, but no trainer.pt "
+                             "of this run; move it, or choose another --out")
 
 
 @contextlib.contextmanager
@@ -1784,26 +2656,24 @@ def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, infe
     device = start_process(args)
     if args.bench:
         return bench(model_class, args, device, prepare, trainer)
-    out, toy = Path(args.out), args.model.startswith("tiny")
-    checkpoints = sorted(path.parent for path in out.glob("checkpoint-*/trainer.pt"))
-    if args.resume and not checkpoints:
-        raise InputError(f"nothing to resume: no checkpoint in {out}")
-    if args.steps and not args.resume and checkpoints and not toy:
-        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose another --out")
-    if args.resume:
-        take_again(args, out)
+    out, toy = Path(args.out), args.model in TOYS
+    check_out(args)
     # Bad files fail before anything is downloaded, and not after days of training.
     rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
     if args.generate:
         todo[generate_files] = prompt_jobs(args.generate, out, args.images)
     if args.reconstruct:
-        todo[reconstruct_files] = image_rows(args.reconstruct)
+        todo[reconstruct_files] = reconstruct_jobs(args.reconstruct, out)
     if args.describe:
+        check_answers(out)
         todo[describe_files] = questions(args)
-    resume = checkpoints[-1] if args.resume else None
+    resume = own_checkpoints(out)[-1] if args.resume else None
     source = resume or args.model
     dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
-    model = model_class.from_pretrained(str(source), device=device, dtype=dtype)
+    with resuming(resume) if resume else contextlib.nullcontext():
+        if resume:
+            load_training(resume, mmap=True)
+        model = model_class.from_pretrained(str(source), device=device, dtype=dtype, quantize=args.quantize)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
     if args.compile:
@@ -1816,34 +2686,12 @@ def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, infe
             for make_files, jobs in todo.items():
                 make_files(model, args, jobs)
 
-def take_again(args, out):
-    """A resumed run takes the micro-batch and optimizer that `auto` had found, so that it gives the
-    same numbers, bit for bit. What the command line says goes before."""
-    before = read_json(out / "run.json")["arguments"] if (out / "run.json").exists() else {}
-    if args.micro_batch is None:
-        args.micro_batch = before.get("micro_batch")
-    if args.optimizer == "auto":
-        args.optimizer = before.get("optimizer", "auto")
-
-
-def record_run(args, device):
-    """out/run.json: the arguments, with what auto took once it is known, and the versions of all libraries."""
-    if world()[0] != 0:
-        return
-    import diffusers
-    import transformers
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, diffusers, np)}
-    versions["python"] = sys.version.split()[0]
-    write(Path(args.out) / "run.json", {"arguments": vars(args), "versions": versions, "device": str(device)})
-
-
 def post_train(model, args, rows, prepare, trainer, resume):
     """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
     out, main_process, size = Path(args.out), world()[0] == 0, model.config.image_size
     toy, previews, texts = args.data == "shapes", out / "previews", templates(args.templates)
-    if main_process:                                     # what a kill left half-written; a new run begins with nothing
-        old = () if resume else ("checkpoint-*", "log.jsonl", "previews", "scores.json", "effect.png", "i2t_self.jsonl")
-        for path in [path for pattern in (".tmp-*", *old) for path in out.glob(pattern)]:
+    if main_process:
+        for path in [*leftovers(out), *([] if resume else written_by_run(out))]:
             remove(path)
     for shapes in rows.values():
         if isinstance(shapes, Shapes):
@@ -1861,7 +2709,8 @@ def post_train(model, args, rows, prepare, trainer, resume):
     for name, data in rows.items():
         cache = Cache(args.cache, {**settings, "task": name}) if args.cache else None
         streams[name] = Stream(name, data, model.preprocess, args.seed, texts if name == "recon" else None, cache)
-    samples = preview_images(next(iter(rows.values())), size)
+    samples, before = kept_previews(previews) if resume else ([], [])
+    samples = samples or preview_images(next(iter(rows.values())), size)
     told = [caption(scene) for scene in told_scenes()] if toy else []
 
     def paint():
@@ -1879,58 +2728,81 @@ def post_train(model, args, rows, prepare, trainer, resume):
     def show(step):
         now = paint()                           # on all ranks: sharded weights are gathered by all together
         if main_process:
-            before = [load_image(previews / f"before_{k}.png") for k in range(len(samples))]
-            titles = ("input", "before RecA", f"step {step}")
-            picture = grid(list(zip(samples, before, now)), titles, cell=max(128, min(256, size)))
+            columns = [samples, before, now] if before else [samples, now]
+            titles = ("input", "before RecA", f"step {step}") if before else ("input", f"step {step}")
+            picture = grid(list(zip(*columns)), titles, cell=max(128, min(256, size)))
             write(previews / f"step_{step:06d}.png", picture)
 
-    def score(known):
-        """out/scores.json: `known` and the toy world's scores now."""
+    def score(when):
+        """out/scores.json: the toy world's scores now, under `when`, beside those that are there."""
+        known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
         with inference(model, args):
-            scores = {**known, "after" if known else "before": score_toy(model, size, 128, 7, sampler_options(args))}
-        write(out / "scores.json", scores)
-        return scores
+            known[when] = score_toy(model, size, 128, 7, sampler_options(args))
+        write(out / "scores.json", known)
+        return known
 
     if main_process and not resume:
-        for k, image in enumerate(paint()):
-            write(previews / f"before_{k}.png", image)
+        before = paint()
+        for k, (image, painted) in enumerate(zip(samples, before)):
+            write(previews / f"input_{k}.png", image)
+            write(previews / f"before_{k}.png", painted)
         if toy:
             for k, image in enumerate(paint_told()):
                 write(previews / f"told_before_{k}.png", image)
-            score({})
+            score("before")
     trainer = set_up_training(model, streams, args, prepare, trainer, show)
-    record_run(args, model.device)
+    record_run(args, model.device, again=True)
     if resume:
-        trainer.resume(resume)
+        with resuming(resume):
+            trainer.resume(resume)
     model.train()
     trainer.train()
     show(trainer.step)
     if main_process and toy:
-        scores = score(read_json(out / "scores.json"))
+        scores = score("after")
         print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
         for name, after in scores["after"].items():
-            print(f"{name:<22}{scores['before'][name]:>8.2f}{after:>8.2f}")
-        if args.lambda_recon and not args.lambda_t2i:
-            print(effect_words(**scores))
-
-        told_before = [load_image(previews / f"told_before_{k}.png") for k in range(len(told))]
-        shown_before = [load_image(previews / f"before_{k}.png") for k in range(len(samples))]
-        left = list(zip(told, told_before, paint_told()))
-        right = list(zip(samples, shown_before, paint()))
-        write(out / "effect.png", effect_picture(left, right))
+            print(f"{name:<22}{scores.get('before', {}).get(name, math.nan):>8.2f}{after:>8.2f}")
+        if args.lambda_recon and not args.lambda_t2i and "before" in scores:
+            print(effect_words(scores["before"], scores["after"]))
+        told_before = [previews / f"told_before_{k}.png" for k in range(len(told))]
+        if before and all(path.is_file() for path in told_before):
+            left = list(zip(told, map(load_image, told_before), paint_told()))
+            right = list(zip(samples, before, paint()))
+            write(out / "effect.png", effect_picture(left, right))
     if main_process:
         print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
+
+def kept_previews(folder):
+    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists where that is not whole:
+    then other images are shown, and none before RecA, as the model that could paint it is gone."""
+    images, before = [], []
+    with contextlib.suppress(UnreadableImage):
+        while (folder / f"before_{len(images)}.png").exists():
+            k = len(images)
+            pair = [load_image(folder / f"{when}_{k}.png") for when in ("input", "before")]
+            images.append(pair[0])
+            before.append(pair[1])
+        return images, before
+    return [], []
+
 
 def preview_images(rows, size, count=6):
     """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
     if isinstance(rows, Shapes):
         rng = np.random.default_rng(12345)
         return [draw_scene(random_scene(rng), size) for _ in range(count)]
-    found = readable(row for row in rows[:100] if row[1] is not None)
-    images = [image for _, image, _ in itertools.islice(found, count)]
+    images, first = [], None
+    for name, source, _ in (row for row in rows if row[1] is not None):
+        try:
+            images.append(load_image(source))
+        except UnreadableImage as error:       # the run names it, when it comes to it
+            first = first or f"{name} ({error})"
+        if len(images) == count:
+            break
     if not images:
-        raise InputError("none of the first images could be read")
-    return images
+        raise InputError(f"none of the {len(rows)} images could be read; the first: {first}")
+    return [shrunk(image, 1024) for image in images]
 
 # Dense bf16 peak of common GPUs, in FLOP/s, for the MFU (their makers' data sheets).
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}

@@ -103,7 +103,8 @@ TINY = BagelConfig(
     vae_ch=32, vae_ch_mult=(1, 1, 1, 1), vae_num_res_blocks=1, vae_z_channels=8,
     vae_limits=(64, 64), vit_limits=(32, 32), edit_limits=(32, 32), image_size=64)
 DEFAULT = "ByteDance-Seed/BAGEL-7B-MoT"
-CONFIGS = {DEFAULT: BagelConfig(), "tiny": TINY}
+RECA = {"bagel-reca": "sanaka87/BAGEL-RecA"}              # what the authors' RecA has made of it
+CONFIGS = {DEFAULT: BagelConfig(), "bagel-reca": BagelConfig(), "tiny": TINY}
 
 @dataclass
 class Recipe:
@@ -127,6 +128,7 @@ class Recipe:
     batch_images: int = 8               # of inference, at 1024 px and with guidance
 
 RECIPES = {DEFAULT: Recipe(), "tiny": Recipe(lr=2e-3, eps=1e-8, warmup=20, steps=300, batch=32, accum=1)}
+RECIPES |= {name: RECIPES[DEFAULT] for name in RECA}
 IGNORED = -100                          # a label that is not predicted
 UND_SIZE = 224                          # the smallest side that the paper's recipe gives the ViT
 TEXT_DROP = 0.1                         # the template is left out for one image in ten; the picture never is
@@ -279,6 +281,8 @@ class Bagel(nn.Module):
     """BAGEL, named as in ema.safetensors, whose 1223 keys are state_dict() without `vae.`, and the two tables."""
 
     condition = "vit"   # what RecA conditions on; "vae" is the paper's Table 7 (set for the whole class by --condition)
+    # Where ids, patches or latents enter and leave: few numbers, on which all others depend.
+    unquantized = ("vae.", "vae2llm", "llm2vae", "language_model.lm_head", "vit_model.vision_model.embeddings.")
 
     def __init__(self, config=BagelConfig()):
         super().__init__()
@@ -314,8 +318,7 @@ class Bagel(nn.Module):
         size, blur = size or self.und_size, blur or self.und_blur
         if not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
-        if blur > size // 2:                                    # here, as preprocess runs in a worker
-            raise InputError(f"--blur {blur}: at most {size // 2}, half of what the ViT sees")
+        common.check_blur(blur, size)                           # here, as preprocess runs in a worker
         self.und_size, self.und_blur = size, blur
 
     def freeze(self, train_und=False):
@@ -351,7 +354,9 @@ class Bagel(nn.Module):
             image = image.resize(fit(*image.size, *limits[task], c.vit["patch_size"]), Image.BICUBIC)
             pixels["vit"] = common.to_uint8(image)
             if self.und_blur > 1 and task == "recon":
-                pixels["vit"] = common.blur(common.normalize(pixels["vit"])[None], self.und_blur)[0]
+                # A narrow image has a shorter side than the one that --blur was checked with.
+                factor = min(self.und_blur, max(1, min(image.size) // 2))
+                pixels["vit"] = common.blur(common.normalize(pixels["vit"])[None], factor)[0]
         return pixels
 
     @torch.no_grad()
@@ -446,7 +451,7 @@ class Bagel(nn.Module):
 
     def _embed_vit(self, vit):
         """vit [B, rows, columns, width of the ViT] -> [B, M, D]: the understanding embeddings."""
-        x = self.connector["fc1"](vit.flatten(1, 2).to(self.connector["fc1"].weight.dtype))
+        x = self.connector["fc1"](vit.flatten(1, 2).to(self.connector["fc1"].bias.dtype))
         x = self.connector["fc2"](F.gelu(x, approximate="tanh"))
         return x + self.vit_pos_embed(*vit.shape[1:3]).to(x.dtype)
 
@@ -472,18 +477,16 @@ class Bagel(nn.Module):
     # ==== 3. Loading and saving =======================================================================
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny.
-        dtype: of the weights that RecA trains, see _fill. Every tensor goes from the file to its device by itself, in
-        its final precision: the host never holds a copy of the model (the original builds two float32 copies per
+        dtype: of the weights that RecA trains, quantize: None or "int8", see _fill. Every tensor goes from the file to
+        its device by itself: nobody ever holds a second copy of the model (the original builds two float32 copies per
         process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
             source = common.tiny_folder("bagel")
-        small, names = ["*.json", "*.txt", "ae.safetensors"], ["ema.safetensors", "model_bf16.safetensors"]
-        folder = base = common.hub_folder(source, small + names)
-        weights = [folder / name for name in names if (folder / name).exists()]
-        if not weights:
-            raise InputError(f"{folder} holds neither {' nor '.join(names)}: not a BAGEL checkpoint")
+        small = ["*.json", "*.txt", "ae.safetensors"]
+        weights = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, small, NEEDED)
+        folder = base = weights.parent
         if not (folder / "llm_config.json").exists():      # BAGEL-RecA has only weights; the rest is the base model's
             base = common.hub_folder(DEFAULT, small)
         with torch.device("meta"):
@@ -491,12 +494,16 @@ class Bagel(nn.Module):
         try:
             vae = common.autoencoder_from_original(model.vae, common.load_state(base / "ae.safetensors"))
             vae = {f"vae.{key}": tensor for key, tensor in vae.items()}
-            with safe_open(weights[0], "pt", str(device)) as file:
-                keys = [key for key in file.keys() if key not in TABLES]
-                shapes = {key: torch.empty(file.get_slice(key).get_shape(), device="meta") for key in keys}
+            with safe_open(weights, "pt", str(device)) as file:
+                # {our name: name in the file}: what a wrapper put in front of all names is dropped.
+                names = common.unwrapped({key: key for key in file.keys()})
+                names = {key: name for key, name in names.items() if key not in TABLES}
+                shapes = {key: torch.empty(file.get_slice(name).get_shape(), device="meta")
+                          for key, name in names.items()}
                 shapes |= {key: tensor.to("meta") for key, tensor in vae.items()}
                 common.load_strictly(model, shapes, folder)                         # before 29 GB are read
-                model._fill(((key, vae[key] if key in vae else file.get_tensor(key)) for key in shapes), device, dtype)
+                tensors = ((key, vae[key] if key in vae else file.get_tensor(names[key])) for key in shapes)
+                model._fill(tensors, device, dtype, quantize)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise InputError(f"cannot read {folder}: {common.brief(error)}") from error
         if any(base.glob("tokenizer*.json")):
@@ -504,32 +511,42 @@ class Bagel(nn.Module):
         return model
 
     @classmethod
-    def random(cls, name, device="cpu", dtype=torch.float32):
+    def random(cls, name, device="cpu", dtype=torch.float32, quantize=None):
         """Random weights, made on the device: for tiny, and (any other name: the released sizes) for --bench."""
         tokenizer = common.tiny_tokenizer(MARKERS)
         with torch.device("meta"):
             tiny = replace(TINY, llm=TINY.llm | {"vocab_size": len(tokenizer)})
             model = cls(tiny if name == "tiny" else CONFIGS[DEFAULT])
+        parameters = list(model.named_parameters())                 # before _fill, which may turn some into buffers
 
         def initial():
-            for name, p in model.named_parameters():
+            for name, p in parameters:
                 if name.endswith("bias") or name == "llm2vae.weight":                 # the latter as in the original
                     yield name, torch.zeros(p.shape, device=device)
                 elif p.dim() == 1:                                                                # norms
                     yield name, torch.ones(p.shape, device=device)
                 else:
                     yield name, torch.randn(p.shape, device=device) * p[0].numel() ** -0.5
-        model._fill(initial(), device, dtype)
+        model._fill(initial(), device, dtype, quantize)
         model._set_tokenizer(tokenizer)
         return model
 
-    def _fill(self, tensors, device, dtype):
+    def _fill(self, tensors, device, dtype, quantize=None):
         """Gives every weight, until now without memory, its tensor. tensors: (name, tensor), made one at a time. The
-        precision is float32 in the VAE, as it is released (0.3 GB), bf16 where frozen on a GPU, dtype elsewhere."""
-        state, frozen = {}, {name for name, p in self.named_parameters() if not p.requires_grad}
+        precision is float32 in the VAE, as it is released (0.3 GB), bf16 where frozen on a GPU, dtype elsewhere.
+        quantize="int8": what common.quantize turns into int8 becomes int8 here, one matrix at a time: 16 GB, not 30."""
+        frozen = {name for name, p in self.named_parameters() if not p.requires_grad}
+        common.quantize(self, quantize)
+        in_int8 = {name for name, buffer in self.named_buffers() if buffer.dtype == torch.int8}
+        state = {}
         for name, tensor in tensors:
             precision = torch.bfloat16 if tensor.is_cuda and name in frozen else dtype
-            state[name] = tensor.to(device, torch.float32 if name.startswith("vae.") else precision)
+            precision = torch.float32 if name.startswith("vae.") else precision
+            if name in in_int8:
+                state[name], scale = common.int8_rows(tensor.to(device))
+                state[name.removesuffix("weight") + "scale"] = scale.to(precision)
+            else:
+                state[name] = tensor.to(device, precision)
         self.load_state_dict(state, assign=True)
         self.to(device).eval()
 
@@ -570,7 +587,7 @@ class Bagel(nn.Module):
             return text
         if self.tokenizer is None:
             raise InputError("this checkpoint has no tokenizer: put tokenizer.json into its folder")
-        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids = self.tokenizer(common.plain(text, MARKERS), add_special_tokens=False)["input_ids"]
         return [self.config.bos_token_id, *ids, self.config.eos_token_id]
 
     def _contexts(self, ids, vits=None, latents=None, target=None):
@@ -777,6 +794,8 @@ class Bagel(nn.Module):
         one batch, each at the position of its own context. trace: a list that gets (t, x, velocity, both scales)."""
         if renorm not in ("global", "channel", "text_channel"):
             raise InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
+        if num_steps < 2:
+            raise InputError(f"num_steps {num_steps}: the sampler goes from step to step, give 2 or more")
         count, x = len(noise), [n.to(self.device) for n in noise]
         sets = [[c.seen_from_the_latents(self.config, k * count) for c in each] for k, each in enumerate(sets)]
         times = torch.linspace(1, 0, num_steps)
@@ -816,13 +835,17 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
+# In this order. The official trainer writes model and ema, an average with 0.9999 of which its authors advise against:
+# after 1000 steps it is 90% the old model. (The release has one file, called ema, as what save_pretrained writes.)
+WEIGHT_FILES = [["model_bf16.safetensors"], ["model.safetensors"], ["ema.safetensors"], ["*.safetensors"]]
+NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")                     # what only BAGEL's has
 OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
 
 def read_config(folder):
     """The sizes in the release's llm_config.json, vit_config.json and config.json; in the latter, under "reca", stand
     those of ours that no file of the release holds. Raises InputError."""
-    llm, vit = (common.read_json(folder / name) for name in ("llm_config.json", "vit_config.json"))
-    config = common.read_json(folder / "config.json") if (folder / "config.json").exists() else {}
+    llm, vit = (common.read_object(folder / name) for name in ("llm_config.json", "vit_config.json"))
+    config = common.read_object(folder / "config.json") if (folder / "config.json").exists() else {}
     known = {"llm": LLM | {name: llm[name] for name in LLM if name in llm},
              "vit": VIT | {name: vit[name] for name in VIT if name in vit}}
     known |= {name: config[name] for name in OTHER_FIELDS if name in config}
@@ -908,7 +931,7 @@ class BagelTrainer(common.Trainer):
                 torch.save(self.progress(), temporary / "trainer.pt")
                 common.remove(folder)
                 temporary.rename(folder)
-                for old in sorted(self.out.glob("checkpoint-*"))[:-2]:
+                for old in common.own_checkpoints(self.out)[:-2]:
                     shutil.rmtree(old)
         except (InputError, OSError, dcp.api.CheckpointException, RuntimeError, SafetensorError) as error:
             common.remove(temporary)
@@ -918,10 +941,14 @@ class BagelTrainer(common.Trainer):
             dist.barrier()
 
     def resume(self, folder):
-        self.go_on_from(torch.load(folder / "trainer.pt", weights_only=True))
+        self.go_on_from(common.load_training(folder))
         shards = self._shards()
-        dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
-        set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
+        try:
+            dcp.load(shards, checkpoint_id=folder / "shards")    # weights in place
+        except (dcp.api.CheckpointException, OSError, EOFError) as error:
+            raise InputError(f"cannot read {folder / 'shards'}: {common.brief(error)}") from error
+        with common.own_options(self.optimizer):
+            set_optimizer_state_dict(self.model, self.optimizer, shards["optimizer"])
 
     def train(self):
         super().train()
@@ -935,9 +962,16 @@ def flags(parser):
     add = parser.add_argument_group("BAGEL only").add_argument
     add("--condition", choices=("vit", "vae"), default="vit",
         help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    add("--edit", help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
-    add("--edit-images", help="folder of the source images of --edit (default: the folder of the file)")
-    add("--image-guidance-scale", type=float, default=2.0, help="of --edit (the original's command line: 1.5)")
+    add("--edit", type=common.expanded, help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
+    add("--edit-images", type=common.expanded, help="folder of the source images of --edit (default: the folder of the file)")
+    add("--image-guidance-scale", type=common.number(0), default=2.0,
+        help="of --edit (the original's command line: 1.5)")
+    add("--cfg-interval", type=common.number(0, 1), nargs=2, metavar=("FROM", "TO"),
+        help="guide where FROM < t <= TO; t falls from 1, noise, to 0 (default 0.4 1; edits and reconstructions 0 1)")
+    add("--cfg-renorm", choices=("global", "channel", "text_channel"),
+        help="how a guided velocity is shrunk back (default global; edits and reconstructions text_channel)")
+    add("--timestep-shift", type=common.number(0.01, 100),
+        help="above 1: more of the sampler's steps at high noise (default 3)")
 
 def prepare(model, args):
     """Called before training. Several processes divide the weights; FSDP2 then averages the gradients itself."""
@@ -954,7 +988,7 @@ def edit_jobs(path, sources, out):
         out/gen_image/fullset/<task_type>/<language>/<key>.png and <key>_SRCIMG.png
     Images are relative to `sources` (default: the file's folder). Raises InputError.
     """
-    sources, gedit, jobs = Path(sources or Path(path).parent), Path(path).suffix == ".jsonl", []
+    sources, gedit, jobs = Path(sources or Path(path).parent), Path(path).suffix.lower() == ".jsonl", []
     table = common.read_json(path, lines=gedit)
     try:
         for key, row in enumerate(table) if gedit else table.items():
@@ -968,24 +1002,41 @@ def edit_jobs(path, sources, out):
     except (KeyError, TypeError, AttributeError) as error:
         what = "is neither ImgEdit's (singleturn.json: id, prompt) nor GEdit's (.jsonl: key, task_type, instruction, "
         raise InputError(f"{path}: row {len(jobs) + 1} {what}instruction_language)") from error
+    common.check_outputs([(f"row {i + 1}", file) for i, (*_, paths) in enumerate(jobs) for file in paths], path)
     return jobs
 
 def edit_files(model, args, jobs):
-    """Writes what is missing, so a rerun goes on. (The original crops black borders off its results; we do not.)"""
-    todo, count = [job for job in jobs if not all(path.exists() for path in job[3])], 0
+    """Makes what is missing or was made from something else. (The original crops black borders off its results; we do
+    not.)"""
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
+    edit_origin = common.origin(model, args, "edit", seed=args.seed, image_guidance_scale=args.image_guidance_scale)
+    wanted = []
+    for name, source, text, paths in jobs:
+        made_from = {**edit_origin, "instruction": text, "source": common.fingerprint(source)}
+        wanted.append((paths[0], made_from, name, source, text, paths[1:]))
+
+    outputs = common.Outputs(wanted)
+    todo = [(name, source, text, path, made_from, copies)
+            for path, made_from, name, source, text, copies in outputs.todo]
     for chunk in common.in_batches("edit", todo, args.batch_images):
-        if chunk := list(common.readable(chunk)):
-            _, images, texts, paths = zip(*chunk)
-            edited = model.edit(images, texts, seed=[args.seed] * len(chunk), **options)
-            for source, image, targets in zip(images, edited, paths):
-                for target, picture in zip(targets, (image, source)):
-                    common.write(target, picture)
-            count += len(chunk)
-    print(f"{count} images edited in {args.out}")
+        read = list(common.readable(chunk))
+        if not read:
+            continue
+        images, texts = [row[1] for row in read], [row[2] for row in read]
+        edited = model.edit(images, texts, seed=[args.seed] * len(read), **options)
+        for (_, source, _, path, made_from, copies), picture in zip(read, edited):
+            for copy in copies:                                    # first, as the edit says that both are there
+                common.write(copy, source, {**made_from, "copy": True})
+            outputs.write(path, picture, made_from)
+    print(f"{outputs.made} images edited in {args.out}{outputs.report()}")
 
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
+    args.sampler = {"timestep_shift": args.timestep_shift, "interval": args.cfg_interval, "renorm": args.cfg_renorm}
+    if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
+        raise InputError("--cfg-interval FROM TO: FROM is less than TO")
+    if args.sampling_steps == 1:
+        raise InputError("--sampling-steps 1: BAGEL's sampler goes from step to step, 1 paints nothing; give 2 or more")
     Bagel.condition = args.condition
     if args.lambda_i2t or args.i2t_data:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")

@@ -109,6 +109,10 @@ CONFIGS = {
 # What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
 RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
             "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth"}
+# And what the authors' RecA has made of them (plus: fine-tuned on BLIP3o-60k first), with the size of each.
+RECA = {"harmon-1.5b-reca": "sanaka87/Harmon-1.5B-RecA", "harmon-1.5b-reca-plus": "sanaka87/Harmon-1.5B-RecA-plus",
+        "harmon-0.5b-reca": "sanaka87/Harmon-0.5B-RecA"}
+CONFIGS |= {name: CONFIGS[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
 
 @dataclass
 class Recipe:
@@ -138,6 +142,7 @@ RECIPES = {
     "harmon-0.5b": Recipe(steps=3000, batch=48),
     "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300, clip=1.0),
 }
+RECIPES |= {name: RECIPES[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
 
 # ==== 2. The model ====================================================================================
 # The VAE is diffusers', the language model transformers'. MAR is in neither; its blocks have timm's names.
@@ -251,8 +256,11 @@ class MAR(nn.Module):
         buffer, places = self.positions(self.encoder_pos_embed_learned, grid).expand(B, -1, -1).tensor_split([E], dim=1)
         if visible is not None:
             latents, places = take(latents, visible), take(places, visible)
-        x = self.z_proj(latents.to(self.z_proj.weight.dtype)) + places
-        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x], dim=1))
+        x = self.z_proj(latents.to(self.z_proj.weight.dtype))
+        precision = x.dtype
+        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x + places], dim=1))
+        # Under autocast position tables and norms give float32, in which all blocks would then keep their rows.
+        x = x.to(precision)
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
@@ -263,7 +271,8 @@ class MAR(nn.Module):
         buffer, seen = self.decoder_embed(x).tensor_split([E], dim=1)
         image = self.mask_token.to(seen.dtype).expand(len(x), grid[0] * grid[1], -1)
         image = image.scatter(1, visible[..., None].expand(-1, -1, seen.shape[-1]), seen)                   # [B, N, Dd]
-        x = torch.cat([buffer, image], dim=1) + self.positions(self.decoder_pos_embed_learned, grid)
+        x = torch.cat([buffer, image], dim=1)
+        x = x + self.positions(self.decoder_pos_embed_learned, grid).to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
         return self.decoder_norm(x)[:, E:] + self.positions(self.diffusion_pos_embed_learned, grid)
@@ -328,12 +337,16 @@ def masked_after(N, num_steps):
     return left[1:]
 
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")                  # what the user's words must not say
 LEAST_MASKED = 0.7      # of the tokens, in training
-LABELS_AT_ONCE = 512    # that meet the language model's head
+LABELS_AT_ONCE = 128    # that meet the language model's head: float32 logits of 78 MB
 IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
 
 class Harmon(nn.Module):
     """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights and no tokenizer."""
+    # Where ids or latents enter and leave: few numbers, on which all others depend.
+    unquantized = ("vae.", "llm.lm_head", "mar.z_proj", "mar.diffloss.net.input_proj",
+                   "mar.diffloss.net.final_layer.linear")
 
     def __init__(self, config):
         super().__init__()
@@ -361,6 +374,7 @@ class Harmon(nn.Module):
         """The paper's ablations: the understanding pass gets a smaller (section 3) or a blurred (F.2) image."""
         if size and size % self.stride:
             raise InputError(f"--und-size {size}: Harmon's understanding encoder takes multiples of {self.stride}")
+        common.check_blur(blur, self.config.image_size)
         self.und_size, self.und_blur = size, blur
 
     @property
@@ -396,7 +410,7 @@ class Harmon(nn.Module):
         if image is None:                                   # a conversation without an image: mid grey
             return {"pixels": torch.zeros(3, size, size)}
         if task == "recon":                                 # squeezed to a square, from its longer side
-            image = image.resize((max(image.size),) * 2).resize((size, size))
+            image = common.stretch_square(image, size)
         else:
             image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
         return {"pixels": common.to_uint8(image)}
@@ -458,13 +472,14 @@ class Harmon(nn.Module):
     # ==== 3. Loading and saving (what reads files, sizes and names stands below the class) ============
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
-        there are several), a file, or "tiny". Weights are .pth, .bin or .safetensors, whole or in shards. What is not
-        there is fetched: kl16.ckpt, unless the weights hold `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
+        there are several), a file, or "tiny". quantize: None or "int8", before anything is on the device. Weights are
+        .pth, .bin or .safetensors, whole or in shards. What is not there is fetched: kl16.ckpt, unless the weights hold
+        `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
             source = common.tiny_folder("harmon")
-        path = common.find_checkpoint(str(source), RELEASED, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES])
+        path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES], NEEDED)
         folder, state = path.parent, dict(common.load_state(path))
         vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
         if not vae:
@@ -475,7 +490,7 @@ class Harmon(nn.Module):
             model.tokenizer = common.load_tokenizer(folder)
         elif model.config.llm_width in TOKENIZERS:          # other sizes do without: they take ids only
             model.tokenizer = common.load_tokenizer(common.hub_folder(TOKENIZERS[model.config.llm_width], SMALL_FILES))
-        return model.to(device, dtype).eval()
+        return common.quantize(model, quantize).to(device, dtype).eval()
 
     @classmethod
     def random(cls, name, device="cpu"):
@@ -532,23 +547,25 @@ class Harmon(nn.Module):
         of the images: "unconditional" for the original, which yet leaves the image in."""
         if template is None:
             return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("Generate an image." + END)
-        return (self._tokens(USER + "\n") + [IMAGE_MARKER] + self._tokens(template + END))[:128]
+        return (self._tokens(USER + "\n") + [IMAGE_MARKER] + self._tokens(common.plain(template, MARKERS) + END))[:128]
 
     def t2i_prompt(self, caption=None):
         """Text to image; without a caption, what guidance moves away from."""
-        text = "Generate an image." if caption is None else f"Generate an image: {caption.strip()}"
+        caption = caption and common.plain(caption, MARKERS).strip()
+        text = "Generate an image." if caption is None else f"Generate an image: {caption}"
         return self._tokens(USER + text + END)[:1024]
 
     def i2t_prompt(self, question):
         """The first turn of a conversation: the image, a newline, the question."""
-        return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("\n" + question + END)
+        return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("\n" + common.plain(question, MARKERS) + END)
 
     def conversation(self, turns):
         """[(question, answer), ...] -> ids and labels, 1472 at most. Labels: the answers, each with its turn's end."""
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
-            asked = self._tokens(USER + question + END) if i else self.i2t_prompt(question)
-            answered, between = self._tokens(answer + "<|im_end|>"), self._tokens("\n")
+            asked = self._tokens(USER + common.plain(question, MARKERS) + END) if i else self.i2t_prompt(question)
+            answered = self._tokens(common.plain(answer, MARKERS) + "<|im_end|>")
+            between = self._tokens("\n")
             ids += asked + answered + between
             labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
         return ids[:1472], labels[:1472]
@@ -796,13 +813,14 @@ class Harmon(nn.Module):
 # ==== 3, continued: files, sizes, names ===============================================================
 
 WEIGHT_FILES = [["*.index.json"], ["*.pth"], ["*.safetensors"], ["*.bin"]]                     # in this order
+NEEDED = ("proj_in.0.weight", "mar.fake_latent")                                            # what only Harmon's has
 SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}        # by width
 
 def read_config(folder, state):
     """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes.)"""
     path = folder / "config.json"
-    settings = common.read_json(path).get("reca_harmon") if path.is_file() else None
+    settings = common.read_object(path).get("reca_harmon") if path.is_file() else None
     if settings:
         try:
             return HarmonConfig(**settings)

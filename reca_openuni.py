@@ -139,6 +139,11 @@ RELEASED = {"openuni-b-512": "wusize/openuni:openuni_b_internvl3_1b_sana_0_6b_51
             "openuni-l-512": "wusize/openuni:openuni_l_internvl3_2b_sana_1_6b_512_hf_text2image23m.pth",
             "openuni-l-1024": "wusize/openuni:openuni_l_internvl3_2b_sana_1_6b_1024_hf_text2image23m.pth"}
 
+# And what the authors' RecA has made of them.
+RECA = {"openuni-b-reca": "sanaka87/OpenUni-1-0.6B-RecA", "openuni-reca": "sanaka87/OpenUni-RecA"}
+CONFIGS |= {"openuni-b-reca": CONFIGS["openuni-b-512"], "openuni-reca": L_512}
+
+WEIGHT_FILES = [["*.index.json"], ["*.pth", "*.safetensors"], ["*.bin"]]            # in this order
 MARKERS = ("<|im_start|>", "<|im_end|>", "<img>", "</img>", "<IMG_CONTEXT>")        # of InternVL's vocabulary
 IGNORED = -100                                                                      # label of what is not predicted
 TEXT_DROP = 0.1                                                                     # of captions, in text to image
@@ -167,6 +172,7 @@ DEFAULT = "openuni-b-512"
 RECIPES = {DEFAULT: Recipe(), "openuni-l-512": Recipe(batch=20), "openuni-l-1024": Recipe(batch=20),
            "tiny": Recipe(steps=150, batch=32, accum=1, lr=1e-3, weight_decay=0.0, warmup=20, horizon=0,
                           guidance_scale=2.0)}
+RECIPES |= {"openuni-b-reca": RECIPES["openuni-b-512"], "openuni-reca": RECIPES["openuni-l-512"]}
 
 # ==== 2. The model ====================================================================================
 # InternVL3, SANA and DC-AE come from transformers and diffusers, which compute exactly what the released code computes
@@ -193,18 +199,25 @@ class ConnectorLayer(nn.Module):
 class PrefixCache(DynamicCache):
     """Keys and values of the prompt, written once. With `read_only` set, it returns [prompt's, queries'] and does not
     keep the queries', so that activation checkpointing can run the layers again on the same cache."""
-    read_only = False
+
+    def __init__(self):
+        super().__init__()
+        self.read_only = False
+        self.prompt = {}        # {number of the layer: (keys, values)}
 
     def update(self, keys, values, layer_idx, *args, **kwargs):                   # [B, kv heads, tokens, head dim]
         if not self.read_only:
-            return super().update(keys, values, layer_idx, *args, **kwargs)
-        layer = self.layers[layer_idx]
-        return torch.cat([layer.keys, keys], dim=2), torch.cat([layer.values, values], dim=2)
+            self.prompt[layer_idx] = keys, values
+            return keys, values
+        prompt_keys, prompt_values = self.prompt[layer_idx]
+        return torch.cat([prompt_keys, keys], dim=2), torch.cat([prompt_values, values], dim=2)
 
 class OpenUni(nn.Module):
     """The parts in the picture on top of the file, under the released names, with random weights and no tokenizer:
     `lmm` (InternVL3) and `vae` (DC-AE), frozen; `meta_queries`, `connector`, `projector` and `transformer` (SANA)."""
     base_overrides = {}                                      # --lmm, --sana, --vae: see from_pretrained
+    # The heads. SANA's patches enter through a convolution.
+    unquantized = ("vae.", "lmm.lm_head", "transformer.proj_out")
 
     def __init__(self, config):
         super().__init__()
@@ -228,6 +241,7 @@ class OpenUni(nn.Module):
         step = 2 * vision.patch_size[0]
         if size and size % step:
             raise InputError(f"--und-size {size}: OpenUni's understanding encoder takes multiples of {step}")
+        common.check_blur(blur, self.config.image_size)
         self.und_size, self.und_blur = size or vision.image_size[0], blur
         self.image_tokens = (self.und_size // step) ** 2     # N: the ViT's patches are merged 2x2
 
@@ -295,9 +309,12 @@ class OpenUni(nn.Module):
     def _vit_input(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> [B, 3, und_size, und_size] with ImageNet's mean and deviation. Resized without
         antialiasing: 512 -> 448 px loses a little by that, but so it was trained."""
-        mean, std = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
-        return F.interpolate(((pixels + 1) / 2 - mean) / std, self.und_size, mode="bilinear")
+        # Channel by channel, with Python's numbers: a tensor of three would be a copy for which the host waits.
+        planes = []
+        for plane, mean, std in zip(pixels.unbind(1), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)):
+            planes.append(((plane + 1) / 2 - mean) / std)
+        return F.interpolate(torch.stack(planes, dim=1), self.und_size, mode="bilinear")
 
     def _und(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> understanding embeddings [B, N, D]: last ViT layer without the class token, 2x2
@@ -347,7 +364,7 @@ class OpenUni(nn.Module):
     def _condition(self, ids, mask, und=None):
         """Prompts [B, L] and understanding embeddings [B, N, D] or None -> what SANA is conditioned on, [B, Q, T]."""
         mask = common.to_device(mask, self.device)
-        states = self._query_states(self._embed(ids, und), mask).to(self.projector.weight.dtype)
+        states = self._query_states(self._embed(ids, und), mask).to(self.projector.bias.dtype)
         return self.projector(self.connector["layers"](states))
 
     def _velocity(self, latents, condition, t):
@@ -365,13 +382,14 @@ class OpenUni(nn.Module):
     # converted for transformers (-hf): the same numbers under other names, and both load.
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, bases=None):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, bases=None, quantize=None):
         """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
         there are several), a file, or "tiny". bases: {"lmm": ..., "sana": ..., "vae": ...}, hub ids or folders to use
-        instead of those that the checkpoint names. Every key must fit, or InputError names what does not."""
+        instead of those that the checkpoint names. quantize: None or "int8", before anything is on the device. Every
+        key must fit, or InputError names what does not."""
         if source == "tiny":
             source = common.tiny_folder("openuni")
-        path = common.find_checkpoint(str(source), RELEASED, [["*.pth", "*.safetensors"]], ["*.json"])
+        path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["*.json"], ["meta_queries"])
         state = dict(common.load_state(path))
         settings = read_settings(path, state)
         for part, base in (bases or cls.base_overrides).items():
@@ -387,10 +405,10 @@ class OpenUni(nn.Module):
         lmm = internvl_to_transformers({key[4:]: state.pop(key) for key in list(state) if key.startswith("lmm.")})
         with torch.device("meta"):                           # drawing 4 billion random numbers would take a minute
             model = cls(config)
-        model.to(dtype).to_empty(device=device)
+        model.to(dtype).to_empty(device="cpu" if quantize else device)
         common.load_strictly(model, state | {f"lmm.{key}": value for key, value in lmm.items()}, str(path))
         model.set_tokenizer(common.load_tokenizer(folders["lmm"]))
-        return model.eval()
+        return common.quantize(model, quantize).to(device).eval()
 
     @classmethod
     def random(cls, name, device="cpu"):
@@ -461,14 +479,15 @@ class OpenUni(nn.Module):
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
             asked = self.i2t_prompt(question, image and i == 0)
-            answered, between = self._tokens(answer + "<|im_end|>"), self._tokens("\n")
+            answered = self._tokens(common.plain(answer, MARKERS) + "<|im_end|>")
+            between = self._tokens("\n")
             ids += asked + answered + between
             labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
         return ids, labels
 
     def _turn(self, text, image=True):
         image = "<img>" + "<IMG_CONTEXT>" * self.image_tokens + "</img>\n" if image else ""
-        return f"<|im_start|>user\n{image}{text}<|im_end|>\n<|im_start|>assistant\n"
+        return f"<|im_start|>user\n{image}{common.plain(text, MARKERS)}<|im_end|>\n<|im_start|>assistant\n"
 
     def _tokens(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -646,7 +665,7 @@ def read_settings(path, state):
     must be. The width tells B from L; SANA 1.5 (in L-1024) has norms of q and k. Where SANA is not in the file, the
     key lists of L-512 and L-1024 are equal, and the file's name decides."""
     file = path.with_name("config.json")
-    settings = common.read_json(file) if file.is_file() else {}
+    settings = common.read_object(file) if file.is_file() else {}
     if settings.pop("model_type", None) == "openuni":
         return settings
     if "meta_queries" not in state:
@@ -670,7 +689,7 @@ def read_bases(settings, folder, need_sana):
                for part, wanted in patterns.items()}
     files = {"vae": folders["vae"] / "config.json", "sana": folders["sana"] / "transformer" / "config.json",
              "scheduler": folders["sana"] / "scheduler" / "scheduler_config.json"}
-    sizes = {part: {key: value for key, value in common.read_json(file).items() if not key.startswith("_")}
+    sizes = {part: {key: value for key, value in common.read_object(file).items() if not key.startswith("_")}
              for part, file in files.items()}
     try:
         return OpenUniConfig(lmm=internvl_sizes(folders["lmm"]), **sizes, **settings), folders
@@ -680,7 +699,7 @@ def read_bases(settings, folder, need_sana):
 def internvl_sizes(folder):
     """Keyword arguments of InternVLConfig from a folder's config.json, converted (-hf) or original. The head is never
     tied here: whatever the file says, it is a matrix of its own, a copy where the checkpoint has none."""
-    config, untied = common.read_json(folder / "config.json"), {"tie_word_embeddings": False}
+    config, untied = common.read_object(folder / "config.json"), {"tie_word_embeddings": False}
     if "llm_config" not in config:                                                                       # converted
         ignored = ("architectures", "transformers_version", "dtype", "torch_dtype")
         sizes = {key: value for key, value in config.items() if key not in ignored}
@@ -733,7 +752,7 @@ def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("OpenUni only")
     for part, text in (("lmm", "InternVL3, original or converted (-hf)"), ("sana", "SANA"), ("vae", "DC-AE")):
-        group.add_argument(f"--{part}", help=f"hub id or folder of {text} (default: what the checkpoint names)")
+        group.add_argument(f"--{part}", type=common.expanded, help=f"hub id or folder of {text} (default: what the checkpoint names)")
 
 def prepare(model, args):
     """Called before training. The frozen parts take the working precision once: autocast would cast their float32

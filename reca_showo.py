@@ -113,6 +113,8 @@ CONFIGS = {
     "showlab/show-o-w-clip-vit": ShowoConfig(image_size=256),
     "showlab/show-o-512x512": ShowoConfig(w_clip_vit=False, max_text=381),
     "showlab/show-o": ShowoConfig(w_clip_vit=False, image_size=256, max_text=381),
+    "showo-512-reca": ShowoConfig(),                                # what the authors' RecA has made of the first two
+    "showo-256-reca": ShowoConfig(image_size=256),
     "tiny": TINY,
     "tiny-vq": dataclasses.replace(TINY, w_clip_vit=False),
 }
@@ -145,14 +147,19 @@ RECIPE_OF_SIZE = {512: Recipe(), 256: Recipe(batch=20, horizon=10_000), 64: RECI
 RECIPES = {name: RECIPE_OF_SIZE[c.image_size] for name, c in CONFIGS.items()}
 DEFAULT = "showlab/show-o-w-clip-vit-512x512"
 
+RECA = {"showo-512-reca": "sanaka87/Show-o-512x512-RecA", "showo-256-reca": "sanaka87/Show-o-RecA"}
+
 SYSTEM_PROMPT = ("A chat between a curious user and an artificial intelligence assistant. "
                  "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 IGNORED = -100                              # a label that is not predicted; among ids: the place of a CLIP row
+MARKERS = ("<|endoftext|>",)                # what the user's words must not say: it ends a text
 LABELS_AT_ONCE = 2048                       # that meet the output layer
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
+WEIGHT_FILES = [*([name, f"{name}.index.json"] for name in WEIGHTS), ["*.safetensors", "*.bin", "*.pth"]]
+NEEDED = ("showo.model.embed_tokens.weight",)                                           # what only Show-o's has
 
 # ==== 2. The model ====================================================================================
 # Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
@@ -197,7 +204,9 @@ class MagVit2(nn.Module):
 
     def codes(self, pixels):
         """[B, 3, S, S] in [-1, 1] -> int64 [B, N], rows of the grid one after the other. A zero counts as negative."""
-        bits = (self.encoder(pixels) > 0).flatten(2)                                                    # [B, bits, N]
+        few = max(1, 2 ** 19 // pixels[0, 0].numel())       # 2 of 512 px: the first layers of more would be the peak
+        signs = torch.cat([self.encoder(some) > 0 for some in pixels.split(few)])
+        bits = signs.flatten(2)                                                                         # [B, bits, N]
         return (bits * self.quantize.power_vals[:, None]).sum(1)
 
     def decode(self, codes):
@@ -257,6 +266,7 @@ class Rows:
 
 class Showo(nn.Module):
     """`showo` (Phi with image tokens in its vocabulary), `mm_projector` and `clip` (CLIP variant), `magvit`."""
+    unquantized = ("showo.lm_head", "magvit.")
 
     def __init__(self, config, tokenizer=None):
         super().__init__()
@@ -288,8 +298,7 @@ class Showo(nn.Module):
             raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (VQ: multiples of 16)")
         if not c.w_clip_vit and (size % 16 or size > c.image_size):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
-        if blur and not 1 <= blur <= c.image_size // 2:             # before training, not at the first image
-            raise InputError(f"--blur {blur}: a factor from 1 to {c.image_size // 2} is needed")
+        common.check_blur(blur, c.image_size)                       # before training, not at the first image
         self.und_size, self.und_blur = size, blur
 
     def parts(self, *names):
@@ -368,7 +377,7 @@ class Showo(nn.Module):
         embeds = self.showo.model.embed_tokens(rows.ids.clamp(min=0))
         if und is None or not self.config.w_clip_vit:
             return embeds
-        image = self.mm_projector(und.to(self.mm_projector[0].weight.dtype)).to(embeds.dtype)
+        image = self.mm_projector(und.to(self.mm_projector[0].bias.dtype)).to(embeds.dtype)
         return embeds.masked_scatter((rows.ids == IGNORED)[..., None], image)
 
     def hidden(self, embeds, mask, positions, cache=None):
@@ -381,15 +390,20 @@ class Showo(nn.Module):
     # ==== 3. Loading and saving =======================================================================
 
     @classmethod
-    def from_pretrained(cls, source, device="cpu", dtype=torch.float32):
+    def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """A model in eval mode with its tokenizer. source: a hub id (those in CONFIGS, sanaka87/Show-o-RecA,
         sanaka87/Show-o-512x512-RecA), a folder in that layout (config.json and pytorch_model.safetensors or .bin), or
         "tiny", "tiny-vq". Tokenizer, CLIP and MAGVIT-v2 come from the sub-folders that save_pretrained writes, else
-        from the hub. dtype: of all but MAGVIT-v2, which stays float32. InputError for keys that do not fit."""
+        from the hub. dtype: of all but MAGVIT-v2, which stays float32. quantize: None or "int8", before anything is on
+        the device. InputError for keys that do not fit."""
         if source in ("tiny", "tiny-vq"):
             source = common.tiny_folder(source.replace("tiny", "showo"))
-        folder = common.hub_folder(source, ["config.json", "pytorch_model*"])
-        config = cls._read_config(folder)
+        path = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, ["config.json", "*unwrapped_model/config.json"],
+                                      NEEDED)
+        # A repository with nothing but the weights has the sizes of the name it goes by.
+        folder, config = path.parent, CONFIGS.get(source)
+        if config is None or (folder / "config.json").is_file():
+            config = cls._read_config(folder)
 
         def part(name, hub, *patterns):
             return folder / name if (folder / name).is_dir() else common.hub_folder(hub, patterns)
@@ -398,7 +412,7 @@ class Showo(nn.Module):
         with torch.device("meta"):                          # no time for random weights
             model = cls(config, tokenizer)
         model.to_empty(device="cpu")
-        common.load_strictly(model.trained(), common.find_weights(folder, *WEIGHTS), str(source))
+        common.load_strictly(model.trained(), common.load_state(path), str(source))
         state = common.find_weights(part("magvitv2", VQ_SOURCE, "*.safetensors", "*.bin"), *WEIGHTS)
         common.load_strictly(model.magvit, common.autoencoder_from_original(model.magvit, state), "MAGVIT-v2")
         if config.w_clip_vit:
@@ -406,7 +420,7 @@ class Showo(nn.Module):
             common.load_strictly(model.clip, clip_keys(state), "CLIP")
             # Buffers that no checkpoint holds, here and below.
             model.clip.embeddings.position_ids.copy_(torch.arange(config.num_clip + 1))
-        model.to(device).parts("showo", "mm_projector", "clip").to(dtype)
+        common.quantize(model, quantize).to(device).parts("showo", "mm_projector", "clip").to(dtype)
         # After the cast: rounded rotary frequencies would turn tokens wrongly.
         model.showo.model.rotary_emb = type(model.showo.model.rotary_emb)(model.showo.config).to(device)
         return model.eval()
@@ -417,7 +431,7 @@ class Showo(nn.Module):
         if name not in CONFIGS:
             raise InputError(f"no sizes known for {name}: choose one of {', '.join(CONFIGS)}")
         tokenizer, config = common.tiny_tokenizer(("<|endoftext|>",)), CONFIGS[name]
-        if name.startswith("tiny"):
+        if name in common.TOYS:
             eot = tokenizer.convert_tokens_to_ids("<|endoftext|>")
             config = dataclasses.replace(config, llm_vocab_size=len(tokenizer), eot=eot)
         with torch.device(device):
@@ -426,7 +440,7 @@ class Showo(nn.Module):
     @staticmethod
     def _read_config(folder):
         """config.json as released; "sizes" is ours and missing in released files, whose sizes are all the same."""
-        given = common.read_json(folder / "config.json")
+        given = common.read_object(folder / "config.json")
         try:
             clip, side = bool(given["w_clip_vit"]), math.isqrt(given["num_vq_tokens"])
             config = ShowoConfig(w_clip_vit=clip, image_size=16 * side, llm_vocab_size=given["llm_vocab_size"],
@@ -552,8 +566,8 @@ class Showo(nn.Module):
         for turns in conversations:
             ids, labels = [], []
             for question, answer in turns:
-                asked = self._text_ids(f"USER: {question.strip()} ASSISTANT:")
-                said = self._text_ids(f" {answer.strip()}") + [c.eot]
+                asked = self._text_ids(f"USER: {common.plain(question, MARKERS).strip()} ASSISTANT:")
+                said = self._text_ids(f" {common.plain(answer, MARKERS).strip()}") + [c.eot]
                 ids, labels = ids + asked + said, labels + [IGNORED] * len(asked) + said
             all_ids.append(torch.tensor(ids[:room]))
             all_labels.append(torch.tensor(labels[:room]))
@@ -652,6 +666,7 @@ class Showo(nn.Module):
 
     def generate(self, prompts, **settings):
         """Text to image: prompts -> PIL images, in one batch. settings: see _sample."""
+        prompts = [common.plain(prompt, MARKERS) for prompt in prompts]
         rows = self._t2i_rows([self._text_ids(prompt) for prompt in prompts], slots=self.config.max_prompt)
         return self._paint_images(rows, **settings)
 
@@ -669,7 +684,7 @@ class Showo(nn.Module):
         the original's VQ variant has one more <eot> and a line break, which no training had.)"""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
         und = torch.stack([f["und"] for f in features])
-        ids = torch.tensor([self._text_ids(f"USER: {question} ASSISTANT:")] * len(images))
+        ids = torch.tensor([self._text_ids(f"USER: {common.plain(question, MARKERS)} ASSISTANT:")] * len(images))
         rows = self._i2t_rows(ids, torch.full_like(ids, IGNORED), und, self._system_ids())
         eot, answers = self.config.eot, self._continue(rows, und, max_new_tokens).tolist()
         answers = [answer[:answer.index(eot)] if eot in answer else answer for answer in answers]

@@ -280,13 +280,13 @@ def save(path, seed=0, size=(64, 64)):
     picture(seed, size).save(path)
 
 
-def run(*args, ok=True):
-    """main() in this process -> what it printed is in capsys; SystemExit(2) becomes False."""
+def run(*args, ok=True, code=2):
+    """main() in this process -> what it printed is in capsys; SystemExit(code) becomes False. 2: bad input; 1: nothing was scored."""
     try:
         ev.main([str(a) for a in args])
         return True
     except SystemExit as stop:
-        assert stop.code == 2 and not ok, stop.code
+        assert stop.code == code and not ok, stop.code
         return False
 
 
@@ -421,9 +421,10 @@ KEY = "sk-test-0123456789abcdef"
 
 
 class Judge:
-    """An OpenAI-compatible server. behave(number of the request, its JSON) -> reply text, or (status, body, headers), or a function of the handler."""
+    """An OpenAI-compatible server. behave(number of the request, its JSON) -> reply text, or (status, body, headers), or a function of the handler.
+    A judge is known by its address: `port` is that of one that was there before."""
 
-    def __init__(self, behave):
+    def __init__(self, behave, port=0):
         judge, self.requests, self.headers, self.active, self.peak, self.times = self, [], [], 0, 0, []
         self.lock = threading.Lock()
 
@@ -455,9 +456,10 @@ class Judge:
                 finally:
                     with judge.lock:
                         judge.active -= 1
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}/v1"
+        self.port = self.server.server_port
+        self.url = f"http://127.0.0.1:{self.port}/v1"
 
     def __enter__(self):
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
@@ -475,6 +477,14 @@ def no_key(monkeypatch):
 
 
 SUBCATEGORIES = {1: "Festival", 401: "Longitudinal time", 501: "Layout", 701: "State", 801: "Optics", 901: "Salt"}
+CATEGORIES = {
+    1: "Cultural knowledge",
+    401: "time",
+    501: "Space",
+    701: "Biology",
+    801: "Physical Knowledge",
+    901: "Chemistry",
+}
 WISE_SOURCE = '''
 def messages(prompt_data, image):
     return [{"role": "system", "content": [{"type": "text", "text": "Judge hard."}]},
@@ -485,7 +495,7 @@ raise SystemExit("this file must never be run")
 
 
 def wise_folder(root, name="out", per_group=2):
-    rows = [{"Prompt": f"prompt {i + k}", "Explanation": f"why {i + k}", "Category": "c", "Subcategory": s, "prompt_id": i + k}
+    rows = [{"Prompt": f"prompt {i + k}", "Explanation": f"why {i + k}", "Category": CATEGORIES[i], "Subcategory": s, "prompt_id": i + k}
             for i, s in SUBCATEGORIES.items() for k in range(per_group)]
     (root / "data").mkdir(parents=True, exist_ok=True)
     for low, high, stem in ((0, 400, "cultural_common_sense"), (400, 700, "spatio-temporal_reasoning"), (700, 2000, "natural_science")):
@@ -564,7 +574,7 @@ def test_malformed_replies_are_left_out_and_named(tmp_path, capsys):
         assert result["seeds"][0]["problems"] == {"malformed reply": ["702"]} and result["mean"]["Biology"] is not None
         assert not run("wise", out, *wise_args(tmp_path, judge, None, "--strict"), ok=False)
         assert "702" in capsys.readouterr().err
-    with Judge(good) as judge:                                                                # the next run asks only about the failed one
+    with Judge(good, judge.port) as judge:                                                    # the next run asks only about the failed one
         assert run("wise", out, *wise_args(tmp_path, judge, None, "--strict"))
         assert len(judge.requests) == 1 and scores(out / "eval/wise")["rows"][0]["n"] == 12
 
@@ -655,6 +665,489 @@ def test_redirects_do_not_carry_the_key_away(tmp_path, capsys, monkeypatch):
         assert thief.requests == []
 
 
+# ---- replies of every kind -----------------------------------------------------------------------
+
+
+def completion(content, finish="stop", model=None, **message):
+    """The body of a chat completion, as a Judge's answer."""
+    choice = {
+        "message": {"role": "assistant", "content": content, **message},
+        "finish_reason": finish,
+    }
+    return 200, json.dumps({"choices": [choice], **({"model": model} if model else {})}), {}
+
+
+def problems(folder):
+    """{kind: [names]} of the only row's only folder."""
+    return scores(folder)["rows"][0]["seeds"][0]["problems"]
+
+
+def imgedit_args(root, *ratings_of):
+    """One edit of each name, and the arguments of ImgEdit."""
+    edits = {
+        name: {"id": "a.jpg", "prompt": f"edit {name}", "edit_type": "style"} for name in ratings_of
+    }
+    (root / "edits.json").write_text(json.dumps(edits))
+    (root / "judge.json").write_text(json.dumps({"style": "Rate: <edit_prompt>"}))
+    save(root / "sources/a.jpg")
+    for k, name in enumerate(edits):
+        save(root / f"out/{name}.png", k)
+    return [
+        "imgedit", root / "out", "--prompts", root / "edits.json", "--judge-prompt",
+        root / "judge.json", "--sources", root / "sources"
+    ]
+
+
+def name_of(payload):
+    """The name of the edit, or of the prompt, that a request asks about."""
+    text = next(
+        part["text"] for part in payload["messages"][-1]["content"] if part["type"] == "text"
+    )
+    return text.split()[-1]
+
+
+def test_no_reply_can_end_the_run(tmp_path):
+    """Content in parts, digits that are no decimal digits, brackets nested too deep, a number of
+    5000 digits: scored where they say something, else malformed; the items beside them are
+    scored."""
+    answer = "A: 4\nB: 4\nC: 4"
+    replies = {
+        "parts": [{"type": "text", "text": "A: 4\nB: 4\n"}, {"type": "text", "text": "C: 4"}],
+        "reasoning": [
+            {"type": "reasoning", "text": "A: 1\nB: 1\nC: 1\n"},
+            {"type": "text", "text": answer},
+        ],
+        "circled": answer.replace("A: 4", "Prompt Compliance: ④"),
+        "power": answer.replace("A: 4", "A: 4¹"),
+        "number": 7,
+        "none": None,
+        "plain": answer,
+    }
+    arguments = imgedit_args(tmp_path, *replies)
+    with Judge(lambda n, p: completion(replies[name_of(p)])) as judge:
+        assert run(*arguments, "--judge-url", judge.url, "--reask", 0, "--retries", 0)
+    row = scores(tmp_path / "out/eval/imgedit")["rows"][0]
+    assert row["n"] == 3 and row["mean"]["Style"] == 4
+    found = problems(tmp_path / "out/eval/imgedit")
+    assert found == {"malformed reply": ["circled", "power", "none"], "no reply": ["number"]}
+
+
+def test_replies_that_break_a_parser_are_malformed():
+    nested = '{"score": ' + "[" * 100_000
+    for parse in (ev.strict_gedit, ev.strict_compbench, ev.strict_wise, ev.strict_imgedit):
+        assert parse(nested) is None
+    assert (
+        ev.strict_compbench('{"score": ' + "9" * 5000 + "}") is None
+    )  # int() refuses more than 4300 digits
+    with pytest.raises(RecursionError):
+        json.loads(nested)
+    item = ev.Item("a", [], "", json.loads)  # whatever the parser, also one that is not strict
+    assert ev.read_reply(item, ev.Reply(nested)) == (None, "malformed reply")
+
+
+# The reply, and what a judge of each benchmark has said with it.
+DRAFTS = [
+    ("<think>Consistency: 0?</think>Consistency: 2\nRealism: 2\nAesthetic Quality: 2", "wise", 1.0),
+    ("Consistency: 0 no\n</think>\nConsistency: 2\nRealism: 2\nAesthetic Quality: 2", "wise", 1.0),
+    ('{"score": 20}</think>{"score": 80}', "compbench", 80),
+    # A plain reply: as the official parser reads it.
+    ('For example, {"score": 2}. My answer: {"score": 80}', "compbench", 2),
+    ('<think>a</think>b</think>{"score": 70}', "compbench", 70),
+    ('<thinking>{"score": 1}</thinking>{"score": 60}', "compbench", 60),
+    ('◁think▷{"score": 1}◁/think▷{"score": 50}', "compbench", 50),
+    ('[THINK]{"score": 1}[/THINK]{"score": 40}', "compbench", 40),
+    ("<think>Consistency: 0\nRealism: 0\nAesthetic Quality: 0", "wise", None),
+    ('<think>{"score": 3}', "compbench", None),
+    ('<think>short</think>{"score": 3} <think>and again', "compbench", None),
+]
+
+
+@pytest.mark.parametrize("text, benchmark, expected", DRAFTS)
+def test_what_a_judge_thinks_is_not_its_verdict(text, benchmark, expected):
+    parse = {"wise": ev.strict_wise, "compbench": ev.strict_compbench}[benchmark]
+    value, error = ev.read_reply(ev.Item("a", [], "", parse), ev.Reply(text, finish="stop"))
+    assert (ev.wise_score(**value) if benchmark == "wise" and value else value) == pytest.approx(
+        expected
+    )
+    assert error == (None if expected is not None else "malformed reply, unclosed <think>")
+
+
+def test_drafts_and_cut_off_replies_through_the_endpoint(tmp_path, capsys):
+    """DPG: a draft that says no before the answer yes. WISE: a reply that the token limit cut off
+    is named so, though all its digits are there (MAX_TOKENS: as Gemini's gateway says it)."""
+    out = dpg_folder(tmp_path)
+    for name in "ab":
+        save(out / f"{name}.png")
+    with Judge(lambda n, p: "No wait, let me look.\n</think>\n\nYes") as judge:
+        assert run(
+            "dpg", out, "--questions", tmp_path / "dpg.csv", "--judge-url", judge.url, "--judge",
+            "stand-in", "--samples", 1
+        )
+    assert "| 100.00 |" in capsys.readouterr().out
+    out = wise_folder(tmp_path, "wise", 1)
+    finish = {401: "length", 501: "MAX_TOKENS"}
+    with Judge(lambda n, p: completion(good(n, p), finish.get(asked(p), "stop"))) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge))
+        assert run("wise", out, *wise_args(tmp_path, judge))  # the journal remembers why
+    assert problems(out / "eval/wise") == {"malformed reply, cut off": ["401", "501"]}
+    assert "malformed reply, cut off: 401, 501" in capsys.readouterr().out
+
+
+def test_a_local_judge_that_does_not_come_to_its_end_is_cut_off(tiny, tmp_path):
+    save(tmp_path / "a.png")
+    judge = ev.LocalJudge(str(tiny / "qwen"), "cpu")
+    item = ev.Item("a", [ev.Picture(tmp_path / "a.png")], "Say it.", str, max_tokens=3)
+    assert [reply.finish for reply in judge.replies([item])] == ["length"]
+    said = judge.model.generate(**judge.inputs([item]), max_new_tokens=1, do_sample=False)[0, -1]
+    judge.model.generation_config.eos_token_id = int(said)  # what it says first now ends the reply
+    assert [reply.finish for reply in judge.replies([item])] == ["stop"]
+
+
+# ---- what endpoints refuse, and say why ----------------------------------------------------------
+
+
+MODERATION = {
+    "error": {
+        "code": 403,
+        "message": "The model requires moderation and your input was flagged",
+        "metadata": {"reasons": ["violence"], "flagged_input": "<image>", "provider_name": "X"},
+    }
+}
+
+
+@pytest.mark.parametrize(
+    "status, body",
+    [
+        (403, MODERATION),
+        (
+            400,
+            {
+                "error": {
+                    "code": "content_filter",
+                    "message": "The response was filtered by the content management policy",
+                }
+            },
+        ),
+        (
+            403,
+            {
+                "error": {
+                    "message": "Request blocked by a guardrail",
+                    "metadata": {"stage": "input"},
+                }
+            },
+        ),
+        (200, MODERATION),
+    ],
+)
+def test_one_flagged_picture_fails_its_item_only(tmp_path, capsys, status, body):
+    """The refusal is named with the server's reason; it is not asked for twice."""
+    out = wise_folder(tmp_path)
+    with Judge(
+        lambda n, p: (status, json.dumps(body), {}) if asked(p) == 501 else good(n, p)
+    ) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 2))
+        assert len(judge.requests) == 12
+    assert (
+        problems(out / "eval/wise") == {"no reply": ["501"]}
+        and scores(out / "eval/wise")["rows"][0]["n"] == 11
+    )
+    assert body["error"]["message"] in capsys.readouterr().out
+
+
+def test_a_refusal_in_a_completion_is_named(tmp_path, capsys):
+    """content null with a refusal, and a finish_reason content_filter: not malformed, not asked
+    again."""
+    out = wise_folder(tmp_path, per_group=1)
+    odd = {
+        401: completion(None, refusal="I cannot judge people."),
+        501: completion(None, "content_filter"),
+    }
+    with Judge(lambda n, p: odd.get(asked(p)) or good(n, p)) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(judge.requests) == 6
+    assert (
+        problems(out / "eval/wise") == {"no reply": ["401", "501"]}
+        and "I cannot judge people." in capsys.readouterr().out
+    )
+
+
+def test_ten_flagged_pictures_in_a_row_are_no_accident(tmp_path, capsys):
+    out = wise_folder(tmp_path, per_group=4)
+    with Judge(lambda n, p: (403, json.dumps(MODERATION), {})) as judge:
+        assert (
+            not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False)
+            and len(judge.requests) <= 12
+        )
+    error = capsys.readouterr().err
+    assert (
+        "ten items in a row" in error
+        and "your input was flagged" in error
+        and "run again to go on" not in error
+    )
+
+
+def test_a_key_that_is_refused_still_stops_at_once(tmp_path, capsys):
+    out = wise_folder(tmp_path)
+    with Judge(
+        lambda n, p: (
+            good(n, p)
+            if n < 4
+            else (403, '{"error": {"message": "Your key has been revoked"}}', {})
+        )
+    ) as judge:
+        assert (
+            not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False)
+            and len(judge.requests) <= 5
+        )
+    assert "revoked" in capsys.readouterr().err
+
+
+def test_a_judge_whose_format_never_fits_is_stopped(tmp_path, capsys):
+    """60 items: ten are asked (and re-asked), then one reply is quoted; what is already paid for
+    stays in the journal."""
+    out = wise_folder(tmp_path, per_group=10)
+    with Judge(lambda n, p: "I would rate this 7/10.") as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False)
+        assert len(judge.requests) <= 3 * 11
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+    assert (
+        len(error) == 1
+        and "ten items in a row" in error[0]
+        and "'I would rate this 7/10.'" in error[0]
+    )
+    assert not (out / "eval/wise/scores.json").exists()
+
+
+def test_a_local_judge_whose_format_never_fits_is_stopped(tmp_path, tiny, capsys):
+    out = dpg_folder(tmp_path)
+    for k in range(8):
+        save(out / f"a_{k}.png", k)
+    assert not run(
+        "dpg", out, "--questions", tmp_path / "dpg.csv", "--judge", tiny / "qwen", "--device",
+        "cpu", "--samples", 8, ok=False
+    )
+    assert "ten items in a row without a usable reply" in capsys.readouterr().err
+    assert len((out / "eval/dpg/items.jsonl").read_text().splitlines()) == 10  # of 16
+
+
+def test_items_that_always_fail_do_not_stop_a_rerun(tmp_path, capsys):
+    """Twelve of 24 can never be read: found out among others, they are asked again in each run, and
+    the table is made."""
+    out = wise_folder(tmp_path, per_group=4)
+    with Judge(lambda n, p: "?" if asked(p) % 2 else good(n, p)) as judge:
+        for _ in range(2):
+            assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1, "--reask", 0))
+    assert scores(out / "eval/wise")["rows"][0]["n"] == 12
+
+
+def test_nothing_scored_is_exit_code_1(tmp_path, capsys):
+    """With the table, which says so; the same for answers of which none fits a question."""
+    out = wise_folder(tmp_path, per_group=1)
+    with Judge(lambda n, p: "?") as judge:
+        assert not run(
+            "wise", out, *wise_args(tmp_path, judge, None, "--reask", 0), ok=False, code=1
+        )
+    assert (
+        "0 of 6 scored" in capsys.readouterr().out
+        and scores(out / "eval/wise")["rows"][0]["n"] == 0
+    )
+    (tmp_path / "gqa.json").write_text(
+        json.dumps({"1": {"question": "What?", "imageId": "n1", "answer": "man"}})
+    )
+    (tmp_path / "answers.jsonl").write_text('{"question_id": "9", "answer": "man"}\n')
+    assert not run(
+        "gqa", tmp_path / "answers.jsonl", "--questions", tmp_path / "gqa.json", ok=False, code=1
+    )
+    assert "nothing was scored of" in capsys.readouterr().err
+
+
+REFUSED = [  # of the request, the server's words for it
+    (
+        "max_tokens",
+        400,
+        {
+            "error": {
+                "message": "Unsupported parameter: 'max_tokens' is not supported with this model. Use "
+                "'max_completion_tokens' instead.",
+                "param": "max_tokens",
+            }
+        },
+    ),
+    (
+        "temperature",
+        400,
+        {
+            "error": {
+                "message": "Unsupported value: 'temperature' does not support 0 with this model.",
+                "param": "temperature",
+            }
+        },
+    ),
+    (
+        "temperature",
+        422,
+        {"detail": [{"loc": ["body", "temperature"], "msg": "extra fields not permitted"}]},
+    ),
+]
+
+
+@pytest.mark.parametrize("name, status, body", REFUSED)
+def test_a_parameter_that_is_refused_is_adapted_once(tmp_path, capsys, name, status, body):
+    """One refused request, then the shape that fits, for all items; the journal and the table say
+    so."""
+    out = wise_folder(tmp_path)
+    with Judge(lambda n, p: (status, json.dumps(body), {}) if name in p else good(n, p)) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1))
+        assert len(judge.requests) == 13 and all(
+            name not in request for request in judge.requests[1:]
+        )
+        assert name == "temperature" or judge.requests[-1]["max_completion_tokens"] == 2000
+    note = "no temperature" if name == "temperature" else "max_completion_tokens for max_tokens"
+    records = [
+        json.loads(line) for line in (out / "eval/wise/items.jsonl").read_text().splitlines()
+    ]
+    assert (
+        all(record["request"] == [note] for record in records)
+        and f"asked with {note}" in capsys.readouterr().out
+    )
+
+
+def test_a_reasoning_endpoint_refuses_one_after_the_other(tmp_path):
+    out = wise_folder(tmp_path)
+
+    def behave(number, payload):
+        refused = next((body for name, _, body in REFUSED if name in payload), None)
+        return (400, json.dumps(refused), {}) if refused else good(number, payload)
+
+    with Judge(behave) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 4))
+        assert len(judge.requests) <= 12 + 2 * 4  # each worker may learn it for itself
+    assert scores(out / "eval/wise")["rows"][0]["n"] == 12
+
+
+def test_a_number_that_is_too_large_is_not_renamed(tmp_path, capsys):
+    """The refusal names max_tokens, but another name would not help (and might remove the
+    limit)."""
+    out = wise_folder(tmp_path, per_group=1)
+    body = {
+        "error": {
+            "message": "max_tokens is too large: 2000. The model's maximum context length is 1024",
+            "param": "max_tokens",
+        }
+    }
+    with Judge(lambda *_: (400, json.dumps(body), {})) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge), ok=False, code=1)
+        assert (
+            all("max_tokens" in request for request in judge.requests) and len(judge.requests) == 6
+        )
+
+
+def test_judge_extra_adds_fields(tmp_path, capsys):
+    out = wise_folder(tmp_path, per_group=1)
+    extra = {"reasoning_effort": "low", "max_completion_tokens": 9000, "temperature": 1}
+    with Judge(good) as judge:
+        assert run(
+            "wise", out, *wise_args(tmp_path, judge, None, "--judge-extra", json.dumps(extra))
+        )
+        request = judge.requests[0]
+        assert {name: request[name] for name in extra} == extra and "max_tokens" not in request
+        assert (
+            run("wise", out, *wise_args(tmp_path, judge)) and len(judge.requests) == 12
+        )  # other fields: another question
+        for wrong in ("{", "[1]", '{"model": "x"}'):
+            assert not run(
+                "wise", out, *wise_args(tmp_path, judge, None, "--judge-extra", wrong), ok=False
+            )
+        assert "is not a JSON object" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "status, body, words",
+    [
+        (
+            200,
+            {"error": {"message": "The engine core died", "type": "internal"}},
+            "The engine core died",
+        ),
+        (
+            200,
+            {
+                "choices": [
+                    {
+                        "error": {"message": "Upstream lost its connection", "code": 502},
+                        "message": {"content": ""},
+                    }
+                ]
+            },
+            "Upstream lost",
+        ),
+        (200, {"error": "model is loading"}, "model is loading"),
+        (400, {"error": {"message": "image too small"}}, "image too small"),
+    ],
+)
+def test_the_servers_reason_is_told(tmp_path, capsys, status, body, words):
+    out = wise_folder(tmp_path, per_group=2)
+    with Judge(lambda *_: (status, json.dumps(body), {})) as judge:
+        assert not run(
+            "wise", out, *wise_args(tmp_path, judge, None, "--workers", 1, "--retries", 0), ok=False
+        )
+    error = capsys.readouterr().err
+    assert words in error and "does the URL end in /v1?" not in error
+    assert ("run again to go on" in error) == (
+        status == 200
+    )  # not where another run is refused too
+
+
+def test_a_permanent_error_inside_a_200_is_not_asked_again(tmp_path):
+    out = wise_folder(tmp_path, per_group=1)
+    body = {"error": {"message": "Insufficient credits", "code": 402}}
+    with Judge(lambda *_: (200, json.dumps(body), {})) as judge:
+        assert (
+            not run("wise", out, *wise_args(tmp_path, judge, None, "--workers", 1), ok=False)
+            and len(judge.requests) == 1
+        )
+
+
+def test_a_url_that_ends_in_chat_completions_is_understood(tmp_path, capsys):
+    """As is one with a slash at its end; one without /v1 is told so."""
+    out = wise_folder(tmp_path, per_group=1)
+    paths = []
+
+    def behave(number, payload):
+        def answer(handler):
+            paths.append(handler.path)
+            found = handler.path == "/v1/chat/completions"
+            body = (
+                json.dumps({"choices": [{"message": {"content": good(number, payload)}}]})
+                if found
+                else "Not Found"
+            )
+            handler.send_response(200 if found else 404)
+            handler.send_header("Content-Length", str(len(body)))
+            handler.end_headers()
+            handler.wfile.write(body.encode())
+
+        return answer
+
+    with Judge(behave) as judge:
+        for url in (
+            judge.url + "/chat/completions",
+            judge.url + "/chat/completions/",
+            judge.url + "/",
+        ):
+            assert run("wise", out, *wise_args(tmp_path, None, url))
+        assert len(paths) == 6 and set(paths) == {
+            "/v1/chat/completions"
+        }  # three ways to write one endpoint
+        assert not run(
+            "wise",
+            wise_folder(tmp_path, "other"),
+            *wise_args(tmp_path, None, judge.url.removesuffix("/v1")),
+            ok=False,
+        )
+    assert "404: Not Found (does the URL end in /v1?)" in capsys.readouterr().err
+
+
 # ---- interrupted runs ----------------------------------------------------------------------------------
 
 
@@ -677,7 +1170,7 @@ def test_kill_in_the_middle_and_rerun(tmp_path):
         assert 8 <= done < 24 and not (out / "eval/wise/scores.json").exists()
     with open(journal, "ab") as file:                                                          # and the kill tore the line being written
         file.write(b'{"id": "901", "key": "abc", "re')
-    with Judge(good) as judge:
+    with Judge(good, judge.port) as judge:
         assert run("wise", out, *wise_args(tmp_path, judge))
         assert len(judge.requests) == 24 - done
         assert run("wise", peace, *wise_args(tmp_path, judge))
@@ -714,9 +1207,131 @@ def test_journal_repairs_only_the_last_line(tmp_path, capsys):
             pass
         add({"id": "c", "n": 3})
     assert [json.loads(line)["n"] for line in path.read_text().splitlines()] == [1, 2, 3]
-    path.write_bytes(b'{"id": "a"}\nrubbish\n{"id": "b"}\n')
-    with pytest.raises(ev.InputError, match="line 2"), ev.open_journal(path):
-        pass
+    # In the middle: rubbish, two lines that were fused, no object, an object without an id, bytes
+    # that are no text.
+    path.write_bytes(
+        b'{"id": "a"}\nrubbish\n{"id": "x{"id": "y"}\n5\n{"n": 1}\n\xff\xfe\n{"id": "b"}\n'
+    )
+    with ev.open_journal(path) as (records, add):
+        assert set(records) == {"a", "b"}
+        add({"id": "c"})
+    error = capsys.readouterr().err
+    assert [int(n) for n in re.findall(r"line (\d) cannot be read", error)] == [2, 3, 4, 5, 6]
+    assert b'\n{"id": "c"}\n' in path.read_bytes()
+
+
+def test_a_full_disk_leaves_whole_lines(tmp_path, capsys):
+    """The disk (here: the process's limit on a file's size) takes half a line: one line says so, no
+    line is torn, and the next run with room asks only about what is missing. A journal that an
+    older run fused is judged again at that line alone."""
+    out = wise_folder(tmp_path)
+    journal = out / "eval/wise/items.jsonl"
+    with Judge(good) as judge:
+        arguments = [
+            "wise",
+            str(out),
+            *map(str, wise_args(tmp_path, judge, None, "--workers", "1")),
+        ]
+        code = (
+            "import resource, sys, eval; "
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (3000, resource.RLIM_INFINITY)); "
+            "eval.main(sys.argv[1:])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True
+        )
+        error = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+        assert done.returncode == 2 and len(error) == 1 and "items.jsonl" in error[0]
+        lines = journal.read_bytes().split(b"\n")
+        assert (
+            lines.pop() == b""
+            and 3 <= len(lines) < 12
+            and all(json.loads(line)["id"] for line in lines)
+        )
+        paid = len(judge.requests)
+        assert run(*arguments) and len(judge.requests) == paid + 12 - len(lines)
+
+        lines = journal.read_bytes().split(b"\n")
+        lines[4:6] = [lines[4][:70] + lines[5]]  # as such a run left it before
+        journal.write_bytes(b"\n".join(lines))
+        before = len(judge.requests)
+        capsys.readouterr()
+        assert run(*arguments) and "line 5 cannot be read" in capsys.readouterr().err
+        assert scores(out / "eval/wise")["rows"][0]["n"] == 12 and len(judge.requests) == before + 2
+
+
+def test_who_judged_is_in_the_key_and_in_the_table(tmp_path, capsys):
+    """Another --judge-url, or another --judge there, is asked anew; the model that the replies name
+    is in journal and table."""
+    out = wise_folder(tmp_path, per_group=1)
+    with Judge(lambda n, p: completion(good(n, p), model="llava-1.6")) as one, Judge(good) as two:
+        assert run("wise", out, *wise_args(tmp_path, one))
+        text = capsys.readouterr().out
+        assert (
+            "Judge: gpt-4o-2024-05-13 (endpoint). Its replies name llava-1.6. "
+            "The paper's is gpt-4o-2024-05-13: do not compare. "
+            f"Host: 127.0.0.1:{one.port}/v1."
+        ) in text
+        records = [
+            json.loads(line) for line in (out / "eval/wise/items.jsonl").read_text().splitlines()
+        ]
+        assert all(
+            record["judge"]
+            == {
+                "place": f"127.0.0.1:{one.port}/v1",
+                "asked": "gpt-4o-2024-05-13",
+                "answered": "llava-1.6",
+            }
+            for record in records
+        )
+        assert (
+            run("wise", out, *wise_args(tmp_path, one)) and len(one.requests) == 6
+        )  # the same judge: nothing is asked
+        assert (
+            run("wise", out, *wise_args(tmp_path, two)) and len(two.requests) == 6
+        )  # another endpoint
+        assert (
+            run("wise", out, *wise_args(tmp_path, two, None, "--judge", "other"))
+            and len(two.requests) == 12
+        )
+        assert (
+            f"Host: 127.0.0.1:{two.port}/v1. The replies do not name their model."
+            in capsys.readouterr().out
+        )
+
+
+def test_rows_of_different_judges_are_marked(tmp_path, capsys):
+    """The endpoint changed its model between two folders, and within a third: no difference is
+    printed, the rows are marked."""
+    base, reca, mixed = (wise_folder(tmp_path, name, 1) for name in ("base", "reca", "mixed"))
+
+    def said_by(model):
+        return lambda n, p: completion(good(n, p), model=model(p) if callable(model) else model)
+
+    with Judge(said_by("m-1")) as judge:
+        assert run("wise", base, *wise_args(tmp_path, judge, None, "--judge", "m"))
+    with Judge(said_by("m-2"), judge.port) as judge:
+        assert run("wise", reca, *wise_args(tmp_path, judge, None, "--judge", "m"))
+    with Judge(said_by(lambda p: "m-1" if asked(p) < 600 else "m-2"), judge.port) as judge:
+        assert run("wise", mixed, *wise_args(tmp_path, judge, None, "--judge", "m"))
+        capsys.readouterr()
+        assert run("wise", base, reca, mixed, *wise_args(tmp_path, judge, None, "--judge", "m"))
+        assert len(judge.requests) == 6
+    lines = capsys.readouterr().out.splitlines()
+    rows = {
+        line.split("|")[1].split("/")[-1].strip(): line
+        for line in lines
+        if line.startswith(f"| {tmp_path}")
+    }
+    assert set(rows) == {
+        "base",
+        "reca (other judge, not comparable)",
+        "mixed (other judge, not comparable)",
+    }
+    assert not any("(+" in row or "(-" in row for row in rows.values())
+    assert "Replies of different judges are not comparable" in "\n".join(
+        lines
+    ) and "m-1 and m-2" in "\n".join(lines)
 
 
 # ---- the other benchmarks, from files to table ---------------------------------------------------------
@@ -763,7 +1378,7 @@ def test_dpg_separate_files_and_a_local_judge(tmp_path, tiny, capsys):
     for name in ("a_0", "a_1", "b_0", "zzz_0"):
         save(out / f"{name}.png", len(name))
     common = ["--questions", tmp_path / "dpg.csv", "--judge", tiny / "qwen", "--device", "cpu", "--samples", "2"]
-    assert run("dpg", out, *common)
+    assert not run("dpg", out, *common, ok=False, code=1)
     text = capsys.readouterr().out
     assert "| out" not in text and "–" in text and "0 of 6 scored" in text
     assert "1 x image of no known prompt: zzz_0.png" in text and "prompt without its 2 images: b (1)" in text and "5 x malformed reply" in text
@@ -852,7 +1467,7 @@ def test_pope(tmp_path, capsys):
     (tmp_path / "llava_pope_test.jsonl").write_text("\n".join(map(json.dumps, questions)))
     for c in ("random", "popular", "adversarial"):
         mine = [q for q in questions if q["category"] == c]
-        (tmp_path / f"coco_pope_{c}.json").write_text("\n".join(json.dumps({"image": q["image"], "label": ["yes", "no"][k % 2]}) for k, q in enumerate(mine)))
+        (tmp_path / f"coco_pope_{c}.json").write_text("\n".join(json.dumps({"image": q["image"], "text": q["text"], "label": ["yes", "no"][k % 2]}) for k, q in enumerate(mine)))
     right = {q["question_id"]: ["Yes", "No"][q["question_id"] // 3 % 2] for q in questions}
     answers = [{"question_id": i, "answer": a} for i, a in reversed(right.items())]            # in any order
     (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
@@ -864,6 +1479,352 @@ def test_pope(tmp_path, capsys):
     assert "(partial)" in text and "11 of 12" in text and "no known question: 77" in text and "without an answer: 11" in text and "answered twice" in text
     assert not run(*common, "--strict", ok=False)
     assert not run(*common[:4], ok=False) and "--labels" in capsys.readouterr().err
+
+
+def pope_folder(root):
+    """Two images with three questions each, in two categories; the labels' file is that of the
+    questions' order."""
+    words = ("snowboard", "car", "orange")
+    questions = [
+        {
+            "question_id": k,
+            "image": f"COCO_{k % 6 // 3}.jpg",
+            "text": f"Is there a {words[k % 3]} in the image?\n{ev.SHORT}",
+            "category": ("random", "popular")[k // 6],
+        }
+        for k in range(12)
+    ]
+    for category in ("random", "popular"):
+        rows = [
+            {
+                "image": q["image"],
+                "text": q["text"].split("\n")[0],
+                "label": "yes" if q["question_id"] % 3 == 0 else "no",
+            }
+            for q in questions
+            if q["category"] == category
+        ]
+        (root / f"coco_pope_{category}.json").write_text("\n".join(map(json.dumps, rows)))
+    answers = [
+        {"question_id": q["question_id"], "answer": "Yes" if q["question_id"] % 3 == 0 else "No"}
+        for q in questions
+    ]
+    (root / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    return questions
+
+
+def test_pope_labels_are_joined_by_image_and_question(tmp_path, capsys):
+    """Sorted questions, other capitals, a path before the image's name, "imange": the perfect
+    answers stay perfect."""
+    questions = pope_folder(tmp_path)
+    arguments = [
+        "pope", tmp_path / "answers.jsonl", "--questions", tmp_path / "q.jsonl", "--labels",
+        tmp_path
+    ]
+    for order in (questions, sorted(questions, key=lambda q: q["text"]), questions[::-1]):
+        (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, order)))
+        assert run(*arguments) and "| 100.0 | 100.0 |" in capsys.readouterr().out
+    odd = [
+        {
+            **q,
+            "image": f"val2014/{q['image']}",
+            "text": q["text"].replace("image", "imange").upper(),
+        }
+        for q in questions
+    ]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, odd)))
+    assert run(*arguments) and "| 100.0 | 100.0 |" in capsys.readouterr().out
+
+
+def test_pope_labels_that_do_not_fit_are_refused(tmp_path, capsys):
+    """A later release (more rows), another release (other questions), two labels for one question:
+    refused, with the commit that fits."""
+    questions = pope_folder(tmp_path)
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, questions)))
+    path = tmp_path / "coco_pope_random.json"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    arguments = [
+        "pope", tmp_path / "answers.jsonl", "--questions", tmp_path / "q.jsonl", "--labels",
+        tmp_path
+    ]
+    more = rows + [{"image": "COCO_9.jpg", "text": "Is there a cat in the image?", "label": "no"}]
+    other = [{**rows[0], "text": "Is there a dog in the image?"}, *rows[1:]]
+    fits = "github.com/RUCAIBox/POPE at commit e3e3926"
+    for changed, words in (
+        (more, ("0 questions of this category have no label there, 1 labels", fits)),
+        (other, ("1 questions", fits)),
+        (rows + [{**rows[0], "label": "no"}], ("two labels for COCO_0.jpg",)),
+        ([{"image": "a", "label": "no"}], ('no field "text"',)),
+    ):
+        path.write_text("\n".join(map(json.dumps, changed)))
+        assert not run(*arguments, ok=False)
+        error = capsys.readouterr().err
+        assert all(word in error for word in words)
+
+
+def test_mme_pairs_by_image_not_by_place(tmp_path, capsys):
+    """The sibling: sorted task files, in which the two questions of an image do not stand together;
+    perfect answers keep 2000 points."""
+    (tmp_path / "q").mkdir()
+    lines = ["2.jpg\tIs B?\tNo", "1.jpg\tIs A?\tYes", "2.jpg\tIs A?\tYes", "1.jpg\tIs B?\tNo"]
+    for task in ev.MME_TASKS:
+        (tmp_path / "q" / f"{task}.txt").write_text(
+            "\ufeff" + "\n".join(lines) + "\n", encoding="utf-8"
+        )  # with a byte order mark
+    # Of each image one question is answered rightly, of which none gets the points for both.
+    answers = [
+        {"question_id": f"{task}/{k}", "answer": "no"} for task in ev.MME_TASKS for k in range(4)
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert (
+        run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q")
+        and "| 500 |" in capsys.readouterr().out
+    )
+    answers = [
+        {"question_id": f"{task}/{k}", "answer": "yes" if k in (1, 2) else "no"}
+        for task in ev.MME_TASKS
+        for k in range(4)
+    ]
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert (
+        run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q")
+        and "| 2000 |" in capsys.readouterr().out
+    )
+    answers = [
+        {"question_id": f"{task}/{k}", "answer": "no" if k == 0 else "yes"}
+        for task in ev.MME_TASKS
+        for k in range(4)
+    ]  # 3 of 4, image 2 whole
+    (tmp_path / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)))
+    assert (
+        run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q")
+        and "| 1250 |" in capsys.readouterr().out
+    )
+    (tmp_path / "q" / "OCR.txt").write_text("\n".join(lines[:3]))
+    assert not run("mme", tmp_path / "answers.jsonl", "--questions", tmp_path / "q", ok=False)
+    assert "OCR.txt: 1.jpg has 1 questions, not two" in capsys.readouterr().err
+
+
+def test_mmmu_answers_that_are_lists_stored_as_text(tmp_path, capsys):
+    """Any answer of such a list is right; a text that only begins like a list is an answer
+    itself."""
+    golds = {
+        "a": ("['24/7', '3.429']", "The ratio is 3.429"),
+        "b": ("['24/7', '3.429']", "It is 24/7"),
+        "c": (["6", "8"], "The answer is 8"),
+        "d": ("[0, 1)", "The interval is [0, 1)"),
+    }
+    rows = [
+        {"id": k, "question": "How many?", "options": "[]", "answer": gold, "image_1": "a.png"}
+        for k, (gold, _) in golds.items()
+    ]
+    (tmp_path / "mmmu.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "answers.jsonl").write_text(
+        "\n".join(json.dumps({"id": k, "answer": said}) for k, (_, said) in golds.items())
+    )
+    assert (
+        run("mmmu", tmp_path / "answers.jsonl", "--questions", tmp_path / "mmmu.jsonl")
+        and "| 100.0 |" in capsys.readouterr().out
+    )
+
+
+def test_answers_of_a_model_that_thinks_aloud(tmp_path, capsys):
+    """The draft of an answer file is cut as a judge's is; an answer that ends in its draft is
+    named, not scored."""
+    (tmp_path / "gqa.json").write_text(
+        json.dumps({k: {"question": "What?", "imageId": "n1", "answer": "man"} for k in "12"})
+    )
+    (tmp_path / "a.jsonl").write_text(
+        '{"question_id": "1", "answer": "<think>A dog?</think> Man"}\n{"question_id": "2", "answer": "<think>man"}\n'
+    )
+    assert (
+        run("gqa", tmp_path / "a.jsonl", "--questions", tmp_path / "gqa.json")
+        and "| 100.0 |" in capsys.readouterr().out
+    )
+    assert problems(tmp_path / "eval/gqa") == {
+        "answer that ends in its draft, unclosed <think>": ["2"]
+    }
+
+
+def verified(root):
+    """The form of WISE's data_verified: other ranges of ids in three lists, and all of them again
+    in merge.json."""
+    kinds = {
+        1: ("Cultural knowledge", "Festival"),
+        401: ("time", "Horizontal time"),
+        521: ("Space", "Relative Position"),
+        641: ("Biology", "State"),
+        761: ("Physical Knowledge", "Optics"),
+        881: ("Chemistry", "Combustion"),
+    }
+    rows = [
+        {
+            "Prompt": f"prompt {i + k}",
+            "Explanation": f"why {i + k}",
+            "Category": c,
+            "Subcategory": s,
+            "prompt_id": i + k,
+        }
+        for i, (c, s) in kinds.items()
+        for k in range(2)
+    ]
+    (root / "data").mkdir(parents=True, exist_ok=True)
+    for low, high, stem in (
+        (0, 400, "cultural_common_sense"),
+        (400, 640, "spatio-temporal_reasoning"),
+        (640, 2000, "natural_science"),
+    ):
+        (root / "data" / f"{stem}_verified.json").write_text(
+            json.dumps([r for r in rows if low < r["prompt_id"] <= high])
+        )
+    (root / "data" / "merge.json").write_text(json.dumps(rows[::-1]))
+    (root / "gpt_eval.py").write_text(WISE_SOURCE)
+    for row in rows:
+        save(root / "out" / f"{row['prompt_id']}.png", row["prompt_id"])
+    return root / "out"
+
+
+def test_wise_groups_by_the_files_own_categories(tmp_path, capsys):
+    """Another release: Biology's ids from 641, which were Space's. Its columns get their own
+    scores; that it is another release is said."""
+    out = verified(tmp_path)
+    level = {"Cultural": 0, "Time": 0, "Space": 0, "Biology": 2, "Physics": 2, "Chemistry": 0}
+    with Judge(
+        lambda n, p: "Consistency: {0}\nRealism: {0}\nAesthetic Quality: {0}".format(
+            2 if 641 <= asked(p) < 881 else 0
+        )
+    ) as judge:
+        assert (
+            run("wise", out, *wise_args(tmp_path, judge)) and len(judge.requests) == 12
+        )  # merge.json's rows are no others
+    row = scores(out / "eval/wise")["rows"][0]
+    assert row["mean"] == pytest.approx(
+        {**{name: value / 2 for name, value in level.items()}, "Overall": 1 / 3}
+    )
+    assert row["seeds"][0]["values"]["weighted"] == pytest.approx(
+        1 / 3
+    )  # a sixth of the prompts each
+    text = capsys.readouterr().out
+    assert (
+        "another release than the paper's (WISE_legacy/data): do not compare: 641, 642, 761, 762"
+        in text
+        and "partial" not in text
+    )
+
+
+def test_wise_limit_counts_prompts_and_releases_do_not_mix(tmp_path, capsys):
+    out = verified(tmp_path)
+    with Judge(good) as judge:
+        assert run("wise", out, "--limit", 4, *wise_args(tmp_path, judge))
+        assert sorted(map(asked, judge.requests)) == [1, 2, 401, 402]  # not two, each read twice
+    assert "4 of 4 scored (--limit 4)" in capsys.readouterr().out
+    extra = [
+        {
+            "Prompt": "prompt 641",
+            "Explanation": "e",
+            "Category": "Space",
+            "Subcategory": "Layout",
+            "prompt_id": 641,
+        }
+    ]
+    (tmp_path / "data" / "spatio-temporal_reasoning.json").write_text(json.dumps(extra))
+    with Judge(good) as judge:
+        assert not run("wise", out, *wise_args(tmp_path, judge), ok=False) and not judge.requests
+    assert "prompt_id 641 is another prompt than in the files before it" in capsys.readouterr().err
+
+
+# ---- pictures: their types, others beside them, reading them once --------------------------------
+
+
+def test_pictures_are_sent_as_types_that_endpoints_take(tmp_path):
+    """A phone's MPO goes as the JPEG that it is, byte for byte; a BMP (and a TIFF under a .jpg's
+    name) as PNG."""
+    picture(1).save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[picture(2)])
+    picture(1).save(tmp_path / "b.bmp")
+    picture(1).save(tmp_path / "c.jpg", "TIFF")
+    assert Image.open(tmp_path / "a.jpg").format == "MPO"
+    kinds = {}
+    for name in ("a.jpg", "b.bmp", "c.jpg"):
+        kind, _, data = (
+            ev.Picture(tmp_path / name).data_url().removeprefix("data:").partition(";base64,")
+        )
+        kinds[name] = kind
+        sent = base64.b64decode(data)
+        assert (sent == (tmp_path / name).read_bytes()) == (name == "a.jpg")
+        np.testing.assert_array_equal(
+            np.asarray(Image.open(io.BytesIO(sent)).convert("RGB")),
+            np.asarray(Image.open(tmp_path / name).convert("RGB")),
+        )
+    assert kinds == {"a.jpg": "image/jpeg", "b.bmp": "image/png", "c.jpg": "image/png"}
+
+
+def test_dpg_csv_with_a_byte_order_mark(tmp_path):
+    out = dpg_folder(tmp_path)
+    (tmp_path / "dpg.csv").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "dpg.csv").read_bytes())
+    for name in "ab":
+        save(out / f"{name}.png")
+    with Judge(lambda n, p: "yes") as judge:
+        assert run(
+            "dpg", out, "--questions", tmp_path / "dpg.csv", "--judge-url", judge.url, "--judge",
+            "x", "--samples", 1, "--strict"
+        )
+
+
+def test_other_pictures_are_mentioned(tmp_path, capsys):
+    """A second file of a scored name is a problem; a picture that no row asks for is told, and
+    leaves the row whole."""
+    out = wise_folder(tmp_path, per_group=1)
+    save(out / "77.png")
+    save(out / "sub" / "1.jpg")
+    with Judge(good) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge), "--strict")
+        text = capsys.readouterr().out
+        assert (
+            "2 x picture that no row asks for: 77.png, sub/1.jpg" in text and "partial" not in text
+        )
+        save(out / "401.jpg")
+        assert run("wise", out, *wise_args(tmp_path, judge))
+        assert (
+            "1 x second picture of a name: 401.jpg beside 401.png, which counts"
+            in capsys.readouterr().out
+        )
+        assert not run("wise", out, *wise_args(tmp_path, judge), "--strict", ok=False)
+        assert len(judge.requests) == 6
+
+
+def test_a_rerun_decodes_no_picture_again(tmp_path, monkeypatch):
+    """Except one that has changed, also if its size has not."""
+    out, decoded = wise_folder(tmp_path, per_group=1), []
+    load = ev.load_image
+    monkeypatch.setattr(ev, "load_image", lambda source: decoded.append(source) or load(source))
+    with Judge(good) as judge:
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(decoded) == 6
+        assert run("wise", out, *wise_args(tmp_path, judge)) and len(decoded) == 6
+        data = (out / "1.png").read_bytes()
+        (out / "1.png").write_bytes(data)  # touched: looked at, the same, not judged again
+        assert (
+            run("wise", out, *wise_args(tmp_path, judge))
+            and len(decoded) == 7
+            and len(judge.requests) == 6
+        )
+        (out / "1.png").write_bytes(data[:-30] + b"x" * 30)  # damaged, of the same size
+        assert run("wise", out, *wise_args(tmp_path, judge)) and problems(out / "eval/wise") == {
+            "unreadable image": [str(out / "1.png")]
+        }
+
+
+@pytest.mark.parametrize("turn", [1, 6])
+def test_size_is_as_shown(tmp_path, turn):
+    exif = Image.Exif()
+    exif[0x112] = turn
+    picture(0, (40, 30)).save(tmp_path / "a.jpg", exif=exif)
+    assert (
+        ev.size_of(tmp_path / "a.jpg")
+        == ev.load_image(tmp_path / "a.jpg").size
+        == ((40, 30) if turn == 1 else (30, 40))
+    )
+    (tmp_path / "b.jpg").write_bytes(b"no picture")
+    assert ev.size_of(tmp_path / "b.jpg") is None and ev.size_of(tmp_path / "c.jpg") is None
 
 
 def test_mme_prepared_answered_and_scored(tmp_path, capsys):
@@ -1024,6 +1985,12 @@ def test_what_is_missing_or_broken_is_named_and_strict_stops(tmp_path, tiny, cap
     (["wise", "folder", "--prompts", "other.json", "--judge-prompt", "q.json", "--judge-url", "ftp://x"], "is this the benchmark's own file"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "q.json", "--judge-url", "http://127.0.0.1:9/v1"], "no judge text"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "judge.txt", "--judge-url", "ftp://x"], "must look like"),
+    (["wise", "folder", "--prompts", "nocategory.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], 'no field "Category"'),
+    (["wise", "folder", "--prompts", "othercategory.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], "unknown Category 'Music' (prompt_id 1)"),
+    (["wise", "folder", "--prompts", "contradiction.json", "--judge-prompt", "judge.txt", "--judge-url", "http://127.0.0.1:9/v1"], "contradicts Subcategory 'Horizontal time'"),
+    (["mmmu", "answers.jsonl", "--questions", "mmmu.jsonl"], "options '[red, blue' is no list"),
+    (["seed", "answers.jsonl", "--questions", "seed.json"], "question_id 1 stands there twice"),
+    (["seed", "--prepare", "ask.jsonl", "--questions", "seed.json"], "question_id 1 stands there twice"),
     (["wise", "folder", "--prompts", "wise.json", "--judge-prompt", "broken.py", "--judge-url", "http://127.0.0.1:9/v1"], "cannot read broken.py"),
     (["geneval", "folder", "--prompts", "q.json", "--limit", "0"], "--limit 0 is not above 0"),
     (["geneval", "folder"], "--prompts"),
@@ -1042,7 +2009,13 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, monkeypatch, capsys, ar
                        ("q.json", '{"1": {"question": "q", "imageId": "i", "answer": "x"}}'), ("judge.txt", "{prompt} {explanation}"), ("llava.jsonl", '{"question_id": 1, "image": "i", "text": "t"}'), ("other.json", '[{"a": 1}]'),
                        ("broken.py", "def ("),
                        ("geneval.jsonl", '{"tag": "t", "include": [{"class": "dog", "count": 1}], "prompt": "p"}'),
-                       ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]')):
+                       ("wise.json", '[{"Prompt": "p", "Explanation": "e", "Category": "Space", "Subcategory": "s", "prompt_id": 1}]'),
+                       ("nocategory.json", '[{"Prompt": "p", "Explanation": "e", "Subcategory": "s", "prompt_id": 1}]'),
+                       ("othercategory.json", '[{"Prompt": "p", "Explanation": "e", "Category": "Music", "Subcategory": "s", "prompt_id": 1}]'),
+                       ("contradiction.json", '[{"Prompt": "p", "Explanation": "e", "Category": "Space", "Subcategory": "Horizontal time", "prompt_id": 1}]'),
+                       ("mmmu.jsonl", '{"id": "1", "question": "q", "options": "[red, blue", "answer": "A", "image_1": "a.png"}'),
+                       ("seed.json", json.dumps({"questions": [{"question_id": 1, "data_id": "a.jpg", "question": "q", "answer": "A", "choice_a": "1",
+                                                                "choice_b": "2", "choice_c": "3", "choice_d": "4"}] * 2}))):
         (tmp_path / name).write_text(text)
     save(tmp_path / "folder" / "1.png") if arguments[0] == "wise" else None
     assert not run(*arguments, ok=False)

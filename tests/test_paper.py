@@ -160,9 +160,10 @@ def make_generation_benchmarks():
     write("bench/dpg/7.txt", "red circle and blue square")
     write("bench/dpg_bench.csv", "item_id,proposition_id,dependency,tuple,question_natural_language\n"
                                  "7,1,0,entity - whole (x),Is it red?\n")
-    kinds = {1: "Festival", 401: "Longitudinal time", 501: "Layout", 701: "State", 801: "Optics", 901: "Salt"}
-    write("bench/wise.json", [{"Prompt": "circle", "Explanation": "round", "Subcategory": kind, "prompt_id": k}
-                              for k, kind in kinds.items()])
+    kinds = {1: ("Cultural knowledge", "Festival"), 401: ("time", "Longitudinal time"), 501: ("Space", "Layout"),
+             701: ("Biology", "State"), 801: ("Physical Knowledge", "Optics"), 901: ("Chemistry", "Salt")}
+    write("bench/wise.json", [{"Prompt": "circle", "Explanation": "round", "Category": category, "Subcategory": kind,
+                               "prompt_id": k} for k, (category, kind) in kinds.items()])
     write("bench/gpt_eval.py", "def f(row, prompt):\n    return f'WISE {row[\"Explanation\"]} {prompt}'\n")
     write("bench/compbench.json", [{"Question": "circle", "Category": kind, "Question_id": 1}
                                    for kind in (*ev.COMPBENCH, *ev.COMPLEX)])
@@ -187,7 +188,7 @@ def make_understanding_benchmarks():
     write("bench/pope/llava_pope_test.jsonl", [{"question_id": k, "image": "a.jpg", "text": "red ?", "category": kind}
                                                for k, kind in enumerate(kinds)])
     for kind in kinds:
-        write(f"bench/pope/coco_pope_{kind}.json", [{"image": "a.jpg", "label": "yes"}])
+        write(f"bench/pope/coco_pope_{kind}.json", [{"image": "a.jpg", "text": "red ?", "label": "yes"}])
     for task in ev.MME_TASKS:
         write(f"bench/mme/{task}.txt", "a.jpg\tred ?\tYes\na.jpg\tblue ?\tNo\n")
         pictures(f"bench/mme/images/{task}", "a.jpg")

@@ -286,7 +286,7 @@ def test_descriptions_belong_to_their_run(tmp_path, images):
              "--out", tmp_path / "o"]
     run(*flags, "--steps", 1)
     said = tmp_path / "o" / "i2t_self.jsonl"
-    said.write_text(json.dumps({"index": 0, "question": "What?", "answer": "red circle"}) + "\n")
+    said.write_text(json.dumps({"name": "0.png", "question": "What?", "answer": "red circle"}) + "\n")
     run(*flags, "--steps", 2, "--resume")
     assert len(common.read_json(said, lines=True)) == 1
     run(*flags, "--steps", 1)
@@ -330,7 +330,7 @@ def test_outputs_are_what_eval_reads(tmp_path, images, capsys):
                  for k, word in enumerate(("circle", "square"))]
     common.write(tmp_path / "llava_pope_test.jsonl", questions)
     (tmp_path / "coco_pope_random.json").write_text(
-        "".join(json.dumps({"question_id": k, "label": "yes"}) + "\n" for k in range(2)))
+        "".join(json.dumps({"image": row["image"], "text": row["text"], "label": "yes"}) + "\n" for row in questions))
     (tmp_path / "shapes.txt").write_text("red circle top-left\nblue square top-right\n")
 
     def score(*arguments):

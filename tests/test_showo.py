@@ -791,7 +791,7 @@ def test_showo_end_to_end(name, tmp_path):
     assert len(list(made.glob("*.png"))) == 2
 
 
-def test_showo_switches_of_the_command_line(toy_cache, tmp_path, capsys):
+def test_showo_switches_of_the_command_line(tmp_path, capsys):
     """--und-size, --blur, --recon-trains-embeddings and the cache reach the model; what cannot work is refused in one line."""
     seen = {}
 

@@ -124,8 +124,13 @@ def test_out_of_memory_halves_the_micro_batch_once_and_loses_nothing(tmp_path, m
     assert [row["step"] for row in again] == [row["step"] for row in rows] == list(range(1, 7))
     for a, b in zip(rows, again):
         assert a["recon"] == pytest.approx(b["recon"], rel=1e-5)
-    for a, b in zip(expected.parameters(), model.parameters()):
-        assert torch.allclose(a, b, atol=1e-6)
+    # AdamW divides by the gradients' size: rounding in a tiny gradient becomes a step. A lost or doubled one would be 1.
+    start = dict(tiny("showo")[1].named_parameters())
+    moved, apart = 0, 0
+    for (name, a), b in zip(expected.named_parameters(), model.parameters()):
+        moved += (a - start[name]).square().sum().item()
+        apart += (a - b).square().sum().item()
+    assert moved > 0 and apart < 0.01 ** 2 * moved
     with pytest.raises(torch.OutOfMemoryError):
         run(tmp_path / "hopeless", limit=1)
 
@@ -139,16 +144,19 @@ def test_bf16_weights_learn_as_float32_weights_do(name):
         args = arguments(module, name, losses, micro_batch=BATCH, lr=1e-3, warmup=2, horizon=0, precision="bf16",
                          optimizer=optimizer, checkpointing=False)
         streams = streams_of(model, losses)
+        items = {loss: next(streams[loss].batches(0, BATCH)) for loss in losses}
+        for loss in losses:
+            common.encode_batch(model, items[loss], loss)           # once, in float32: it is frozen
         trainer = common.set_up_training(model, streams, args, lambda model, args: {}, common.Trainer)
         kinds = {p.dtype for p in trainer.parameters}
         assert kinds == {torch.bfloat16 if optimizer == "bf16" else torch.float32}
-        loaders = trainer.loaders()
-        return [trainer.take_step(loaders)[0]["loss"] for _ in range(24)]
+        loaders = {loss: iter([items[loss]] * 14) for loss in losses}
+        return [trainer.take_step(loaders)[0]["loss"] for _ in range(14)]
 
     exact, low = np.array(curve("fp32")), np.array(curve("bf16"))
-    assert exact[-8:].mean() < 0.9 * exact[:4].mean()                                        # there is something to learn
-    noise = exact[-8:].std() + 0.02 * exact[-8:].mean()
-    assert abs(exact[-8:].mean() - low[-8:].mean()) < 2 * noise
+    assert exact[-5:].mean() < 0.9 * exact[:2].mean()                                        # there is something to learn
+    noise = exact[-5:].std() + 0.02 * exact[-5:].mean()
+    assert abs(exact[-5:].mean() - low[-5:].mean()) < 2 * noise
 
 
 def test_the_cosine_ends_with_the_run():
@@ -182,7 +190,7 @@ def test_averaging_in_buckets_is_averaging(tmp_path):
     """Two processes, buckets smaller than some tensors, two types, and a parameter without a gradient on one of them."""
     program = tmp_path / "program.py"
     program.write_text(f"""
-import sys
+import os, sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch, torch.distributed as dist, common
 dist.init_process_group("gloo")
@@ -197,9 +205,10 @@ common.average_gradients(parameters)
 for k, p in enumerate(parameters):
     expected = 3.0 if k == 3 else 2.0 * k + 2.0
     assert (p.grad == expected).all(), (k, p.grad)
+print("equal", flush=True)
 dist.barrier()
-print("equal")
+os._exit(0)             # past Python's own exit, where gloo's threads abort now and then
 """)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29977"]
-    result = subprocess.run([*launcher, str(program)], capture_output=True, text=True)
+    result = subprocess.run([*launcher, str(program)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 0 and result.stdout.count("equal") == 2, result.stderr[-1500:]

@@ -79,8 +79,9 @@ def test_a_shipped_model_scores_what_is_written(name):
     model = model_class.from_pretrained(size)
     options = {}
     recipe = sys.modules[model_class.__module__].RECIPES[size]
-    if getattr(recipe, "guidance_scale", None) is not None:
-        options["guidance_scale"] = recipe.guidance_scale
+    for flag, option in (("guidance_scale", "guidance_scale"), ("sampling_steps", "num_steps")):
+        if getattr(recipe, flag, None) is not None:
+            options[option] = getattr(recipe, flag)
     with torch.no_grad():
         scores = common.score_toy(model, model.config.image_size, 128, 7, options)
     written = documented_scores()[name]
