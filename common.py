@@ -2736,6 +2736,7 @@ def post_train(model, args, rows, prepare, trainer, resume):
     def score(when):
         """out/scores.json: the toy world's scores now, under `when`, beside those that are there."""
         known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
+        say(f"scores {when}: 128 held-out scenes are painted from their images, 128 from words")
         with inference(model, args):
             known[when] = score_toy(model, size, 128, 7, sampler_options(args))
         write(out / "scores.json", known)
