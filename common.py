@@ -65,8 +65,8 @@ class InputError(Exception):
     """Something the user gave cannot work. The message is one line: what is wrong, and what to do."""
 
 def print_anything():
-    """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is printed as its code,
-    and ends nothing."""
+    """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is
+    printed as its code, and ends nothing."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -127,8 +127,8 @@ def atomic(path):
         remove(temporary)
 
 def write(path, content, made_from=None):
-    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file, atomically.
-    made_from: an object that a .png keeps within itself, see origin_of."""
+    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file,
+    atomically. made_from: an object that a .png keeps within itself, see origin_of."""
     with atomic(path) as temporary:
         if isinstance(content, Image.Image) and made_from:
             note = PngImagePlugin.PngInfo()
@@ -150,7 +150,8 @@ PREVIEW = re.compile(r"(step_\d{6,}|(before|input|told_before)_\d+)\.png")
 
 
 def named_checkpoints(folder):
-    """The folders in `folder` that are called like a run's checkpoints, by their step, lowest first.
+    """The folders in `folder` that are called like a run's checkpoints, by their step, lowest
+    first.
 
     The number is compared as a number, and nothing else counts: not checkpoint-best, not
     checkpoint-000002-keep, no file.
@@ -197,8 +198,12 @@ def inside(folder, name):
 
 # How a file begins that says its own encoding (utf-32 before utf-16, with which it begins alike).
 BYTE_ORDER_MARKS = (
-    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
-    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
 
 
 def read_text(path):
@@ -227,7 +232,8 @@ def read_text(path):
 
 
 def read_json(path, lines=False):
-    """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the malformed line."""
+    """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the
+    malformed line."""
     text = read_text(path)
     rows, parts = [], text.split("\n") if lines else [text]  # not splitlines: it also cuts at U+2028, which JSON allows
     for number, part in enumerate(parts):
@@ -238,7 +244,8 @@ def read_json(path, lines=False):
     return rows if lines else rows[0]
 
 def read_object(path):
-    """A .json file that must hold an object: a config, a run's record. InputError if it does not."""
+    """A .json file that must hold an object: a config, a run's record. InputError if it does
+    not."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object {{...}}, but a {type(content).__name__}")
@@ -261,7 +268,8 @@ def mend_lines(path, keep=lambda row: True):
 
 
 def read_whole_lines(path):
-    """The objects in a .jsonl that runs append to, without the lines that are none; [] if there is no such file."""
+    """The objects in a .jsonl that runs append to, without the lines that are none; [] if there is
+    no such file."""
     text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
     rows = []
     for line in text.split("\n"):
@@ -282,23 +290,26 @@ def newest_in(folder):
 
 
 def check_model(model, names):
-    """InputError for a --model that is no name, no file, no folder and no hub id either; the nearest name is told."""
+    """InputError for a --model that is no name, no file, no folder and no hub id either; the
+    nearest name is told."""
     place = model.partition(":")[0]
     if model in names or Path(model).expanduser().exists() or Path(place).expanduser().exists():
         return
     near = difflib.get_close_matches(model.lower(), names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     if model.startswith((".", "/", "~")) or place.count("/") != 1:
-        raise InputError(f"no such model: {model}{hint} (give a folder, a hub id like owner/name, or one of "
-                         f"{', '.join(names)})")
+        raise InputError(
+            f"no such model: {model}{hint} (give a folder, a hub id like owner/name, or one of "
+            f"{', '.join(names)})"
+        )
     if near:
         say(f"--model {model} is none of the names that are known here{hint}")
 
 
 def hub_folder(source, patterns):
     """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
-    the glob patterns; of a run's folder its newest checkpoint. Weights are fetched, code is never executed. InputError
-    where neither is to be had."""
+    the glob patterns; of a run's folder its newest checkpoint. Weights are fetched, code is never
+    executed. InputError where neither is to be had."""
     if Path(source).expanduser().is_dir():
         return newest_in(Path(source).expanduser())
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
@@ -334,7 +345,10 @@ def load_state(path):
     except Exception as error:      # truncated, not a checkpoint, or a pickle with code in it: one line for all of them
         raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
     if not isinstance(state, dict):
-        raise InputError(f"{path} is not a readable checkpoint: it holds a {type(state).__name__}, no dict of tensors")
+        raise InputError(
+            f"{path} is not a readable checkpoint: it holds a {type(state).__name__}, no dict of"
+            " tensors"
+        )
     for wrapper in ("state_dict", "model", "module"):
         state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
     state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
@@ -344,8 +358,8 @@ def load_state(path):
 
 
 def unwrapped(state):
-    """A dict whose keys are names of tensors, without what wrappers put in front of all of them: module. is
-    DistributedDataParallel's, _orig_mod. torch.compile's."""
+    """A dict whose keys are names of tensors, without what wrappers put in front of all of them:
+    module. is DistributedDataParallel's, _orig_mod. torch.compile's."""
     for wrapper in ("module.", "_orig_mod.", "module."):
         if all(key.startswith(wrapper) for key in state):
             state = {key.removeprefix(wrapper): value for key, value in state.items()}
@@ -353,13 +367,15 @@ def unwrapped(state):
 
 
 def load_training(folder, mmap=False):
-    """What a checkpoint holds beside the weights, as Trainer.save wrote it. InputError where it is damaged.
-    mmap: only look, without reading all of it."""
+    """What a checkpoint holds beside the weights, as Trainer.save wrote it. InputError where it is
+    damaged. mmap: only look, without reading all of it."""
     path = folder / "trainer.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
+        raise InputError(
+            f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})"
+        ) from error
     if not isinstance(state, dict) or not {"step", "updates", "seen"} <= state.keys():
         raise InputError(f"{path} is not a readable checkpoint: no step is told in it")
     return state
@@ -367,13 +383,18 @@ def load_training(folder, mmap=False):
 
 @contextlib.contextmanager
 def resuming(folder):
-    """with resuming(checkpoint): read it. Where that fails, the error offers the checkpoint before it."""
+    """with resuming(checkpoint): read it. Where that fails, the error offers the checkpoint before
+    it."""
     try:
         yield
     except torch.OutOfMemoryError:         # a RuntimeError, too
         raise
     except (InputError, KeyError, ValueError, RuntimeError) as error:
-        line = str(error) if isinstance(error, InputError) else f"{folder} cannot be gone on with ({brief(error)})"
+        line = (
+            str(error)
+            if isinstance(error, InputError)
+            else f"{folder} cannot be gone on with ({brief(error)})"
+        )
         known = own_checkpoints(folder.parent)
         earlier = known[:known.index(folder)]
         offer = (f"remove {folder} to go on from {earlier[-1].name}" if earlier
@@ -382,11 +403,14 @@ def resuming(folder):
 
 def shards_of(index):
     """The files that a .index.json lists: {name of a tensor: file beside it}."""
-    return {name: Path(shard).name for name, shard in read_object(index).get("weight_map", {}).items()}
+    return {
+        name: Path(shard).name for name, shard in read_object(index).get("weight_map", {}).items()
+    }
 
 
 def tensor_names(path):
-    """What a checkpoint file holds, by its header alone where it has one; nothing where it cannot be read."""
+    """What a checkpoint file holds, by its header alone where it has one; nothing where it cannot
+    be read."""
     try:
         if path.name.endswith(".index.json"):
             return set(shards_of(path))
@@ -405,12 +429,13 @@ def is_average(path):
 
 def find_checkpoint(source, released, kinds, beside, needs=()):
     """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
-    with ":FILE" where it holds several. kinds: lists of glob patterns, in the order of preference; beside: patterns of
-    what else a download needs. InputError where there is not exactly one.
+    with ":FILE" where it holds several. kinds: lists of glob patterns, in the order of preference;
+    beside: patterns of what else a download needs. InputError where there is not exactly one.
 
-    Among several files what they hold decides, not what they are called: only those count that have the tensors
-    `needs`. An average of the weights (EMA, in whose 0.9999 the old model outlives a post-training) comes last, unless
-    its very name is asked for. What is taken and what is left is said in a line.
+    Among several files what they hold decides, not what they are called: only those count that have
+    the tensors `needs`. An average of the weights (EMA, in whose 0.9999 the old model outlives a
+    post-training) comes last, unless its very name is asked for. What is taken and what is left is
+    said in a line.
     """
     source, file = released.get(source, source), ""
     path = Path(source).expanduser()
@@ -432,12 +457,18 @@ def find_checkpoint(source, released, kinds, beside, needs=()):
             paths = sorted(folder.glob(pattern)) or ([] if local else sorted(folder.rglob(pattern)))
             later = any(is_average(path) for path in paths) and "*" in pattern
             known = [path for _, path in found]
-            found += [((later and is_average(path), number), path) for path in paths if path not in known]
+            found += [
+                ((later and is_average(path), number), path) for path in paths if path not in known
+            ]
         # A download stops at the first kind that has the weights: the others may be 30 GB each.
-        if not local and any(not order[0] and tensor_names(path) >= set(needs) for order, path in found):
+        if not local and any(
+            not order[0] and tensor_names(path) >= set(needs) for order, path in found
+        ):
             break
     if not found:
-        raise InputError(f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint")
+        raise InputError(
+            f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint"
+        )
 
     chosen = choose(found, set(needs), folder, source)
     if chosen.name.endswith(".index.json") and not local:
@@ -446,7 +477,8 @@ def find_checkpoint(source, released, kinds, beside, needs=()):
 
 
 def choose(found, needs, folder, source):
-    """Of (place in the order of preference, file) the file with the tensors `needs`, for find_checkpoint."""
+    """Of (place in the order of preference, file) the file with the tensors `needs`, for
+    find_checkpoint."""
     if len(found) == 1:
         return found[0][1]
     indexes = [path for _, path in found if path.name.endswith(".index.json")]
@@ -454,14 +486,23 @@ def choose(found, needs, folder, source):
     whole = [(order, path) for order, path in found if path not in shards]
     good = sorted((order, path) for order, path in whole if tensor_names(path) >= needs)
     if not good:
-        names = ", ".join(path.name if tensor_names(path) else f"{path.name}: unreadable" for _, path in whole)
-        raise InputError(f"{folder} holds {len(whole)} files ({names}), none of which has {', '.join(sorted(needs))}")
+        names = ", ".join(
+            path.name if tensor_names(path) else f"{path.name}: unreadable" for _, path in whole
+        )
+        raise InputError(
+            f"{folder} holds {len(whole)} files ({names}), none of which has"
+            f" {', '.join(sorted(needs))}"
+        )
 
     first = [path for order, path in good if order == good[0][0]]
     if len(first) > 1:
-        raise InputError(f"{folder} holds {len(first)} checkpoints ({first[0].name} ...): give {source}:FILE")
+        raise InputError(
+            f"{folder} holds {len(first)} checkpoints ({first[0].name} ...): give {source}:FILE"
+        )
     if len(good) > 1:
-        left = ", ".join(f"{path.name}{' (an average)' if is_average(path) else ''}" for _, path in good[1:])
+        left = ", ".join(
+            f"{path.name}{' (an average)' if is_average(path) else ''}" for _, path in good[1:]
+        )
         say(f"{folder}: {first[0].name} is taken, left are {left}")
     return first[0]
 
@@ -648,9 +689,10 @@ def templates(which="all"):
     return [f"{verb} {noun} {manner}." for verb in verbs for noun in nouns for manner in manners]
 
 MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif")
+IMAGE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif")
 MAX_BYTES = 2 ** 30          # and a larger file before it is read
-MAX_SIDE = 6144              # of a square that an image is put on or stretched to, on the way to a smaller one
+MAX_SIDE = 6144  # of a square that an image is put on or stretched to, on the way to a smaller one
 UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)  # of damaged files
 
 
@@ -712,8 +754,8 @@ def decode(data):
     return image.convert("RGB")
 
 def plain(text, markers):
-    """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" -> "< IMG_CONTEXT>".
-    It then stands for itself, and not for an image or for the end of a turn."""
+    """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" ->
+    "< IMG_CONTEXT>". It then stands for itself, and not for an image or for the end of a turn."""
     for marker in markers:
         text = text.replace(marker, f"{marker[0]} {marker[1:]}")
     return text
@@ -748,11 +790,14 @@ def random_square(image, size, rng=None):
 def shrunk(image, longest):
     """The image with its longer side at most `longest`, in its proportions."""
     scale = longest / max(image.size)
-    return image.resize([max(1, round(side * scale)) for side in image.size]) if scale < 1 else image
+    if scale >= 1:
+        return image
+    return image.resize([max(1, round(side * scale)) for side in image.size])
 
 
 def stretch_square(image, size):
-    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's original."""
+    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's
+    original."""
     side = min(max(image.size), MAX_SIDE)
     return image.resize((side, side)).resize((size, size))
 
@@ -764,7 +809,9 @@ def short_side_square(image, size):
     if max(image.size) > 16 * min(image.size):
         left = max(0, (image.width - middle) // 2)
         top = max(0, (image.height - middle) // 2)
-        image = image.crop((left, top, min(image.width, left + middle), min(image.height, top + middle)))
+        image = image.crop(
+            (left, top, min(image.width, left + middle), min(image.height, top + middle))
+        )
     width, height = (int(size * side / min(image.size)) for side in image.size)
     left, top = (width - size) // 2, (height - size) // 2
     return image.resize((width, height)).crop((left, top, left + size, top + size))
@@ -777,7 +824,8 @@ def pad_square(image, size):
     return square.resize((size, size))
 
 def check_blur(factor, side):
-    """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before training."""
+    """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before
+    training."""
     if factor and not 1 <= factor <= side // 2:
         raise InputError(f"--blur {factor}: at most {side // 2}, half of the image's side")
 
@@ -834,7 +882,7 @@ def tar_rows(path, left):
     names the last one counts, as when it is unpacked."""
     members = {}
     try:
-        with tarfile.open(path, "r:") as archive:      # "r:": only so has a member an offset to read at
+        with tarfile.open(path, "r:") as archive:  # "r:": only so has a member an offset to read at
             for member in filter(tarfile.TarInfo.isfile, archive):
                 if why_left_out(member.name):
                     left[why_left_out(member.name)] += 1
@@ -862,12 +910,14 @@ def counted(counts):
 
 
 def image_rows(source, out=None):
-    """Rows of unlabelled images, with a name for each that no other has: those of a folder (recursive), and of the
-    uncompressed .tar files in it (WebDataset); or of one .tar, or one image. Prints what was found and what was left
-    out, and why. out: the run's own folder, which does not count.
+    """Rows of unlabelled images, with a name for each that no other has: those of a folder
+    (recursive), and of the uncompressed .tar files in it (WebDataset); or of one .tar, or one
+    image. out: the folder of a run, which does not count; the run says in a line what was found and
+    what was left out, and why.
 
-    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never extracted, so a path
-    inside an archive has no effect on the disk. InputError where there is no image.
+    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never
+    extracted, so a path inside an archive has no effect on the disk. InputError where there is no
+    image.
     """
     source, left, loose, packed = Path(source).expanduser(), collections.Counter(), [], []
     if not source.exists():
@@ -886,16 +936,24 @@ def image_rows(source, out=None):
         else:
             loose.append((name, path, None))
 
-    # Shards number their images alike: a name that is there more than once gets its archive's in front.
+    # Shards number their images alike: a name that is there more than once gets its archive's in
+    # front.
     often = collections.Counter(name for name, *_ in [*loose, *packed])
-    rows = [(name if often[name] == 1 else f"{archive}/{name}", place, None) for name, archive, place in packed] + loose
+    rows = [
+        (name if often[name] == 1 else f"{archive}/{name}", place, None)
+        for name, archive, place in packed
+    ] + loose
     aside = f"; left out: {counted(left)}" if +left else ""
     if not rows:
-        raise InputError(f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in {source}{aside}")
+        raise InputError(
+            f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in"
+            f" {source}{aside}"
+        )
     kinds = collections.Counter(os.path.splitext(name)[1].lower() for name, *_ in rows)
     archives = len({archive for _, archive, _ in packed})
     inside_tar = f", {len(packed)} of them in {archives} .tar" if packed else ""
-    say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
+    if out is not None:
+        say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
     return rows
 
 def read_rows(path, what, read):
@@ -922,8 +980,9 @@ ANSWERING = ("gpt", "assistant", "model")
 
 
 def paired_turns(turns):
-    """[{"from": who, "value": text}, ...] -> [(question, answer), ...] by who speaks, and how many turns are in no
-    pair: those of a system, answers to nothing, questions without an answer. (Some files say role and content.)"""
+    """[{"from": who, "value": text}, ...] -> [(question, answer), ...] by who speaks, and how many
+    turns are in no pair: those of a system, answers to nothing, questions without an answer. (Some
+    files say role and content.)"""
     pairs, question, single = [], None, 0
     for turn in turns:
         who = turn["from"] if "from" in turn else turn["role"]
@@ -942,8 +1001,9 @@ def paired_turns(turns):
 
 def conversation_rows(path, folder):
     """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
-    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images (None: the file's).
-    Turns that cannot be paired are left out, and rows without a pair or with several images; a line says how many."""
+    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images
+    (None: the file's). Turns that cannot be paired are left out, and rows without a pair or with
+    several images; a line says how many."""
     left = collections.Counter()
 
     def read(i, row):
@@ -952,12 +1012,17 @@ def conversation_rows(path, folder):
         if isinstance(image, list):
             image = image[0] if len(image) == 1 else image
         left["turns without a counterpart"] += single
-        if not turns or isinstance(image, list):
-            left["rows without a question and its answer" if not turns else "rows with several images"] += 1
+        if not turns:
+            left["rows without a question and its answer"] += 1
+            return None
+        if isinstance(image, list):
+            left["rows with several images"] += 1
             return None
         return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
 
-    rows = [row for row in read_rows(path, "a LLaVA conversation (image, conversations)", read) if row]
+    rows = [
+        row for row in read_rows(path, "a LLaVA conversation (image, conversations)", read) if row
+    ]
     aside = f"; left out: {counted(left)}" if +left else ""
     if not rows:
         raise InputError(f"{path}: no conversation of a human and gpt{aside}")
@@ -1222,6 +1287,12 @@ class StochasticAdamW(torch.optim.Optimizer):
     and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the
     chance given by what is cut off, is right in the mean. Draws follow from (seed, update, rank),
     so that a resumed run draws the same.
+
+    What it costs is noise. After n updates by u of weights whose last bit is worth b, they have moved
+    by n u, give or take sqrt(n u b). For BAGEL (u up to 4e-5, 1000 updates) and weights of 0.02
+    (b = 1.2e-4) that is a twentieth of the way; for Show-o (5e-7, 5000 updates), which moves a weight
+    by a two-hundredth of its last bit, a fifth of the way of a weight that always moves in one
+    direction, and more than the way of one that moves to and fro: take float32 there if it fits.
     """
 
     AT_ONCE = 2 ** 24       # numbers that are in float32 at a time: their copies stay below 1 GB
@@ -1312,9 +1383,12 @@ class MicroBatch:
 
 @contextlib.contextmanager
 def own_options(optimizer):
-    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this run: a state has its
-    own, which would count instead of what the command line says."""
-    kept = [{name: group[name] for name in ("weight_decay", "betas", "eps")} for group in optimizer.param_groups]
+    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this
+    run: a state has its own, which would count instead of what the command line says."""
+    kept = [
+        {name: group[name] for name in ("weight_decay", "betas", "eps")}
+        for group in optimizer.param_groups
+    ]
     yield
     for group, options in zip(optimizer.param_groups, kept):
         group.update(options)
@@ -1505,10 +1579,15 @@ class Trainer:
         for name in ("loss", "grad_norm"):
             if not math.isfinite(row.get(name, 0)):
                 saved = own_checkpoints(self.out)
-                kept = (f"the last good checkpoint, {saved[-1].name}, is kept in {self.out}" if saved
-                        else "no checkpoint had been written yet")
-                raise InputError(f"{name} is {row[name]} at step {self.step} on {names}: stopped; {kept} (try a lower "
-                                 "--lr or --precision fp32)")
+                kept = (
+                    f"the last good checkpoint, {saved[-1].name}, is kept in {self.out}"
+                    if saved
+                    else "no checkpoint had been written yet"
+                )
+                raise InputError(
+                    f"{name} is {row[name]} at step {self.step} on {names}: stopped; {kept} (try a"
+                    " lower --lr or --precision fp32)"
+                )
 
     def loaders(self):
         """{name: generator of lists of items} from the position that has been reached."""
@@ -1525,6 +1604,8 @@ class Trainer:
         tqdm.write(f"out of memory in step {self.step + 1}: from now on micro-batches of {self.micro_batch}, "
                    f"again from step {boundary['step'] + 1}")
         self.go_on_from(boundary)
+        self.args.micro_batch = self.micro_batch        # also for a run that resumes this one
+        record_run(self.args, self.model.device, again=True)
 
     def open_log(self):
         """out/log.jsonl, without the rows of steps that are taken again: after a kill it may be ahead
@@ -1639,6 +1720,15 @@ def worst_case_bytes(trainer, name, count):
     return torch.cuda.max_memory_allocated() - resident
 
 
+def agreed(sizes, device):
+    """The least that any process has found: sharded weights need equally many passes everywhere."""
+    if not dist.is_initialized():
+        return sizes
+    least = torch.tensor(list(sizes.values()), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return dict(zip(sizes, least.tolist()))
+
+
 def fit_micro_batches(trainer):
     """--micro-batch auto on a GPU -> {name: images}, the most that fit, and a line that says why.
 
@@ -1676,7 +1766,7 @@ def fit_micro_batches(trainer):
     trainer.optimizer.zero_grad(set_to_none=True)
     reason = (f"{'; '.join(told)}; {room / 1e9:.1f} GB are left beside weights, gradients, moments and "
               f"{SPARE_BYTES / 1e9:.0f} GB to spare")
-    return sizes, reason
+    return agreed(sizes, trainer.model.device), reason
 
 
 def float32_fits(model, sharded):
@@ -1720,7 +1810,6 @@ def set_up_training(model, streams, args, prepare, trainer_class, show=None):
             trainer.micro_batch, reason = fit_micro_batches(trainer)
         if not all(trainer.micro_batch.values()):
             raise InputError(f"one image at a time does not fit into this GPU's memory: {reason}")
-        trainer.micro_batch = agreed(trainer.micro_batch, model.device)
     elif args.micro_batch is not None:
         reason = "given"
     args.micro_batch = trainer.micro_batch
@@ -1730,18 +1819,10 @@ def set_up_training(model, streams, args, prepare, trainer_class, show=None):
                  "bf16": "bf16 weights and moments, stochastic rounding (8 bytes a weight)"}
         count = sum(p.numel() for p in trainer.parameters)
         print(f"{count / 1e6:,.1f}M trained weights on {world()[1]} x {model.device.type}: {kinds[args.optimizer]}"
-              + (", sharded" if sharded else "") + (", checkpointing" if args.checkpointing else ""))
+              + (f", FSDP2 over {world()[1]} ranks" if sharded else "")
+              + (", checkpointing" if args.checkpointing else ""))
         print(f"micro-batches of {trainer.micro_batch} of {args.batch} images a step ({reason})")
     return trainer
-
-
-def agreed(sizes, device):
-    """The least that any process has found: sharded weights need equally many passes everywhere."""
-    if not dist.is_initialized():
-        return sizes
-    least = torch.tensor(list(sizes.values()), device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return dict(zip(sizes, least.tolist()))
 
 
 def draw_losses(out):
@@ -1863,9 +1944,13 @@ def prompt_jobs(source, out, images):
     return jobs
 
 def sampler_options(args):
-    """The sampler's settings that the command line gives; the others keep the script's (the paper's) defaults.
-    args.sampler: those that only one architecture has."""
-    options = {"guidance_scale": args.guidance_scale, "num_steps": args.sampling_steps, **getattr(args, "sampler", {})}
+    """The sampler's settings that the command line gives; the others keep the script's (the
+    paper's) defaults. args.sampler: those that only one architecture has."""
+    options = {
+        "guidance_scale": args.guidance_scale,
+        "num_steps": args.sampling_steps,
+        **getattr(args, "sampler", {}),
+    }
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -1875,13 +1960,22 @@ def sampler_options(args):
 def origin(model, args, task, **what):
     """What an output of `task` is made from, as JSON holds it. what: prompt, source, seed ..."""
     digest = hashlib.sha256()
-    for name, weight in model.named_parameters():
+    for name, weight in [*model.named_parameters(), *model.named_buffers()]:
         numbers = weight.detach().flatten()
         some = numbers[::max(1, len(numbers) // 64)][:64]          # training moves them all
         digest.update(f"{name} {weight.dtype}".encode() + some.float().cpu().numpy().tobytes())
 
-    settings = {name: getattr(args, name, None) for name in ("precision", "und_size", "blur", "condition")}
-    made_from = {"task": task, "weights": digest.hexdigest()[:16], **settings, **sampler_options(args), **what}
+    settings = {
+        name: getattr(args, name, None)
+        for name in ("precision", "quantize", "und_size", "blur", "condition")
+    }
+    made_from = {
+        "task": task,
+        "weights": digest.hexdigest()[:16],
+        **settings,
+        **sampler_options(args),
+        **what,
+    }
     return json.loads(json.dumps(made_from))
 
 
@@ -1903,24 +1997,29 @@ def fingerprint(source):
 
 
 def check_outputs(outputs, source):
-    """outputs: (what it is made for, path) of each file. InputError where two inputs of `source` would write one file,
-    or where a file is in the way that these scripts have not made."""
+    """outputs: (what it is made for, path) of each file. InputError where two inputs of `source`
+    would write one file, or where a file is in the way that these scripts have not made."""
     known = {}
     for name, path in outputs:
         if path in known:
-            raise InputError(f"{source}: {known[path]} and {name} would both be written to {path}: give them "
-                             "different names")
+            raise InputError(
+                f"{source}: {known[path]} and {name} would both be written to {path}: give them "
+                "different names"
+            )
         known[path] = name
         if path.exists() and origin_of(path) is None:
-            raise InputError(f"{path} is in the way, and does not say that it was made here: move it, or choose "
-                             "another --out")
+            raise InputError(
+                f"{path} is in the way, and does not say that it was made here: move it, or choose "
+                "another --out"
+            )
 
 
 def output_paths(names, out):
     """Names of images -> {name: where in `out` the picture made from it belongs}.
 
-    That is <name without its suffix>.png; with its suffix where this alone tells two names apart (cat.jpg and cat.png),
-    or where a run has a file of its own there. InputError where a name leads out of the folder.
+    That is <name without its suffix>.png; with its suffix where this alone tells two names apart
+    (cat.jpg and cat.png), or where a run has a file of its own there. InputError where a name leads
+    out of the folder.
     """
     short = {name: str(Path(name).with_suffix(".png")) for name in names}
     often = collections.Counter(short.values())
@@ -1962,13 +2061,18 @@ class Outputs:
         return self.counts["made"] + self.counts["made again"]
 
     def report(self):
-        """": 3 kept, 1 made, 2 made again", and of how many earlier pictures nobody has asked now."""
+        """": 3 kept, 1 made, 2 made again", and of how many earlier pictures nobody has asked
+        now."""
         paths = {job[0] for job in self.jobs}
-        beside = {path for folder in {path.parent for path in paths} for path in folder.glob("*.png")}
+        folders = {path.parent for path in paths}
+        beside = {path for folder in folders for path in folder.glob("*.png")}
         others = [origin_of(path) for path in beside - paths]
         old = sum(made_from is not None and "overview" not in made_from for made_from in others)
+
         text = ", ".join(f"{self.counts[what]} {what}" for what in ("kept", "made", "made again"))
-        return f": {text}" + (f"; {old} pictures of other requests are there as well" if old else "")
+        if old:
+            text += f"; {old} pictures of other requests are there as well"
+        return f": {text}"
 
 def in_batches(title, rows, size, same=lambda row: None):
     """Lists of at most `size` rows, behind a progress bar; the rows of one list agree in same(row)."""
@@ -1997,23 +2101,35 @@ def generate_files(model, args, jobs):
             wanted.append((path, {**common_origin, "prompt": prompt, "seeds": seeds}))
 
     outputs, waiting = Outputs(wanted), {}
-    rows = [(path, made_from, seed) for path, made_from in outputs.todo for seed in made_from["seeds"]]
+    rows = [
+        (path, made_from, seed) for path, made_from in outputs.todo for seed in made_from["seeds"]
+    ]
     for chunk in in_batches("generate", rows, args.batch_images):
         prompts = [made_from["prompt"] for _, made_from, _ in chunk]
         seeds = [seed for _, _, seed in chunk]
-        for (path, made_from, _), image in zip(chunk, model.generate(prompts, seed=seeds, **sampler_options(args))):
-            # DPG-Bench wants four in one file, as a square: it is written when all of them are there.
+        for (path, made_from, _), image in zip(
+            chunk, model.generate(prompts, seed=seeds, **sampler_options(args))
+        ):
+            # DPG-Bench wants four in one file, as a square: it is written when all of them are
+            # there.
             made = waiting.setdefault(path, [])
             made.append(image)
             if len(made) == len(made_from["seeds"]):
-                picture = made[0] if len(made) == 1 else grid([made[:2], made[2:]], cell=image.width, gap=0)
+                picture = (
+                    made[0]
+                    if len(made) == 1
+                    else grid([made[:2], made[2:]], cell=image.width, gap=0)
+                )
                 outputs.write(path, picture, made_from)
                 del waiting[path]
-    print(f"{outputs.made} images generated for {len(jobs)} prompts in {args.out}{outputs.report()}")
+    print(
+        f"{outputs.made} images generated for {len(jobs)} prompts in {args.out}{outputs.report()}"
+    )
 
 
 def reconstruct_jobs(source, out):
-    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError for what cannot be."""
+    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError for what
+    cannot be."""
     rows = image_rows(source, out)
     paths = output_paths([name for name, *_ in rows], out)
     overview = Path(out) / "reconstructions.png"
@@ -2036,7 +2152,9 @@ def reconstruct_files(model, args, jobs):
                 outputs.write(path, again, made_from)
 
     if outputs.made:
-        first = list(readable((name, source, path) for name, source, path in jobs[:16] if path.exists()))
+        first = list(
+            readable((name, source, path) for name, source, path in jobs[:16] if path.exists())
+        )
         pairs = [(image.resize((256, 256)), load_image(path)) for _, image, path in first]
         sheet = grid(pairs, titles=("input", "reconstruction")) if pairs else None
         if sheet:
@@ -2068,27 +2186,35 @@ def answers(model, args, rows, title):
 
 def check_answers(out):
     """InputError where out/answers.jsonl is not ours to go on with."""
-    path, keys = Path(out) / "answers.jsonl", {"question_id", "image", "question", "answer", "made_from"}
+    path = Path(out) / "answers.jsonl"
+    keys = {"question_id", "image", "question", "answer", "made_from"}
     if path.exists() and not all(keys <= row.keys() for row in read_whole_lines(path)):
-        raise InputError(f"{path} is in the way, and does not say what it was made from: move it, or choose another "
-                         "--out")
+        raise InputError(
+            f"{path} is in the way, and does not say what it was made from: move it, or choose"
+            " another --out"
+        )
 
 
 def describe_files(model, args, rows):
-    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line, and from what it was made;
-    a rerun goes on. Benchmarks have several questions of one id: question and image belong to what identifies a row."""
+    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line, and
+    from what it was made; a rerun goes on. Benchmarks have several questions of one id: question
+    and image belong to what identifies a row."""
     common_origin = origin(model, args, "describe", max_new_tokens=args.max_new_tokens)
     wanted = {}
     for key, source, question, image in rows:
         made_from = json.dumps({**common_origin, "source": fingerprint(source)}, sort_keys=True)
-        wanted[json.dumps([key, image, question])] = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+        digest = hashlib.sha256(made_from.encode()).hexdigest()
+        wanted[json.dumps([key, image, question])] = digest[:16]
 
     def name(row):
         return json.dumps([row["question_id"], row["image"], row["question"]])
 
     path, count = Path(args.out) / "answers.jsonl", 0
     old = {name(row) for row in read_whole_lines(path)}
-    done = {name(row) for row in mend_lines(path, lambda row: wanted.get(name(row)) in (None, row["made_from"]))}
+    done = {
+        name(row)
+        for row in mend_lines(path, lambda row: wanted.get(name(row)) in (None, row["made_from"]))
+    }
     again = len((old - done) & wanted.keys())
     todo = [row for row in rows if json.dumps([row[0], row[3], row[2]]) not in done]
     with open(path, "a", buffering=1, encoding="utf-8") as file:
@@ -2098,8 +2224,10 @@ def describe_files(model, args, rows):
             count += 1
     kept, others = len(done & wanted.keys()), len(done - wanted.keys())
     aside = f"; {others} of other requests are there as well" if others else ""
-    print(f"{count} answers in {path}: {kept} kept, {count - min(again, count)} made, {min(again, count)} made again"
-          f"{aside}")
+    print(
+        f"{count} answers in {path}: {kept} kept, {count - min(again, count)} made,"
+        f" {min(again, count)} made again{aside}"
+    )
 
 def describe_first(model, args, rows, path):
     """L_i2t without I2T data: before any update the model describes --self-captions training images, its targets. Our
@@ -2110,8 +2238,11 @@ def describe_first(model, args, rows, path):
         print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training images first, and is "
               f"held to that ({path}). This is our addition; real data or --lambda-i2t 0 are the alternatives.")
         asked = [(*rows[i][:2], args.question) for i in order.tolist()]
-        said = [{"name": name, "question": question, "answer": answer}
-                for (name, _, question), answer in answers(model, args, asked, "targets of L_i2t") if answer.strip()]
+        said = [
+            {"name": name, "question": question, "answer": answer}
+            for (name, _, question), answer in answers(model, args, asked, "targets of L_i2t")
+            if answer.strip()
+        ]
         if not said:
             raise InputError("the model describes none of the images: give --i2t-data, or --lambda-i2t 0")
         write(path, said)
@@ -2121,26 +2252,35 @@ def describe_first(model, args, rows, path):
 
 
 def described(rows, path):
-    """The rows of L_i2t from what describe_first has kept. By the images' names: files may have come or gone since.
-    Descriptions of images that are not there are left out; InputError where none is left."""
+    """The rows of L_i2t from what describe_first has kept. By the images' names: files may have
+    come or gone since. Descriptions of images that are not there are left out; InputError where
+    none is left."""
     wanted = {}
     for said in read_json(path, lines=True):
         try:
             wanted[said["name"]] = [(said["question"], said["answer"])]
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path} does not hold this model's descriptions (name, question, answer)") from error
+            raise InputError(
+                f"{path} does not hold this model's descriptions (name, question, answer)"
+            ) from error
 
     if isinstance(rows, Shapes):
-        numbers = {name: int(name.removeprefix("shapes ")) for name in wanted if name.startswith("shapes ")}
+        numbers = {
+            name: int(name.removeprefix("shapes ")) for name in wanted if name.startswith("shapes ")
+        }
         found = [(name, rows[number][1]) for name, number in numbers.items()]
     else:
         found = [(name, source) for name, source, _ in rows if name in wanted]
     if not found:
-        raise InputError(f"{path} describes none of the images of --data: give back the folder of this run, or "
-                         "--i2t-data")
+        raise InputError(
+            f"{path} describes none of the images of --data: give back the folder of this run, or "
+            "--i2t-data"
+        )
     if len(found) < len(wanted):
-        say(f"{path}: {len(wanted) - len(found)} of {len(wanted)} descriptions are of images that are not there now: "
-            "left out")
+        say(
+            f"{path}: {len(wanted) - len(found)} of {len(wanted)} descriptions are of images that"
+            " are not there now: left out"
+        )
     return [(name, source, wanted[name]) for name, source in found]
 
 # ==== 7. The toy world ================================================================================
@@ -2300,7 +2440,8 @@ def tiny_tokenizer(special_tokens=()):
 
 # ==== 8. The command line =============================================================================
 
-# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so (--data=~/x).
+# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so
+# (--data=~/x).
 expanded = os.path.expanduser
 
 
@@ -2398,8 +2539,10 @@ def parse_args(description, recipes, default, argv=None, extend=None):
     print_anything()
     paper, group = vars(recipes[default]), None
     parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    models = (f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint). -reca: what the "
-              f"authors have trained (default {default})")
+    models = (
+        f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint)."
+        f" -reca: what the authors have trained (default {default})"
+    )
     parser.add_argument("--model", type=expanded, default=default, help=models)
     for flag in FLAGS:
         if isinstance(flag, str):
@@ -2442,7 +2585,9 @@ def parse_args(description, recipes, default, argv=None, extend=None):
         cores = (os.cpu_count() or 1) // launched_ranks()
         args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
     if (args.steps or args.bench) and not (args.lambda_recon or args.lambda_i2t or args.lambda_t2i):
-        raise InputError("all three λ are 0: nothing would be trained; --steps 0 for inference alone")
+        raise InputError(
+            "all three λ are 0: nothing would be trained; --steps 0 for inference alone"
+        )
     if args.lambda_t2i and not args.captions:
         raise InputError("--lambda-t2i needs --captions FILE")
     if args.quantize and (args.steps or args.resume or args.bench):
@@ -2473,15 +2618,21 @@ def build_rows(args):
     return rows
 
 def launched_ranks():
-    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not torchrun's: InputError
-    where the other variables are missing."""
+    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not
+    torchrun's: InputError where the other variables are missing."""
     count = os.environ.get("WORLD_SIZE") or "1"
     if count == "1":
         return 1
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if not os.environ.get(name)
+    ]
     if missing or not count.isdecimal() or count == "0":
-        raise InputError(f"WORLD_SIZE is {count}, but {', '.join(missing) or 'that is no number of processes'}"
-                         f"{' is not set' if missing else ''}: start with torchrun, or unset WORLD_SIZE")
+        raise InputError(
+            f"WORLD_SIZE is {count}, but {', '.join(missing) or 'that is no number of processes'}"
+            f"{' is not set' if missing else ''}: start with torchrun, or unset WORLD_SIZE"
+        )
     return int(count)
 
 
@@ -2524,7 +2675,8 @@ def past_runs(out):
 
 
 def last_training(out):
-    """What run.json says of the last run in `out` that trained (inference may have followed), or {}."""
+    """What run.json says of the last run in `out` that trained (inference may have followed), or
+    {}."""
     trained = [run for run in past_runs(out) if run.get("arguments", {}).get("steps")]
     return trained[-1] if trained else {}
 
@@ -2538,12 +2690,15 @@ FIXED = {
 
 
 def reconcile(args, given):
-    """--resume: what the command line does not give comes from run.json, as the run in --out was started or last gone
-    on with. given: {flag: value} of what it does give. What differs counts from here on, and is said in a line, or
-    cannot be changed: InputError."""
+    """--resume: what the command line does not give comes from run.json, as the run in --out was
+    started or last gone on with. given: {flag: value} of what it does give. What differs counts
+    from here on, and is said in a line, or cannot be changed: InputError."""
     run = last_training(args.out)
     if not run:
-        say(f"--resume: {args.out}/run.json does not say how the run was started; the command line alone counts")
+        say(
+            f"--resume: {args.out}/run.json does not say how the run was started; the command line"
+            " alone counts"
+        )
         return
 
     script = Path(sys.argv[0]).stem
@@ -2556,14 +2711,18 @@ def reconcile(args, given):
         if name in ("out", "resume", "bench", "workers") or not hasattr(args, name):
             continue
         if name not in given:
-            setattr(args, name, before)
+            # --captions that are new in this run switch L_t2i on, as at a start.
+            if name != "lambda_t2i" or "captions" not in given:
+                setattr(args, name, before)
             continue
         flag, now = f"--{name.replace('_', '-')}", given[name]
         if now == before:
             continue
         if name in FIXED and before not in (None, "auto"):
-            raise InputError(f"{flag} {now}: the run in {args.out} has {before}, and {FIXED[name]}; leave it out, or "
-                             "choose another --out")
+            raise InputError(
+                f"{flag} {now}: the run in {args.out} has {before}, and {FIXED[name]}; leave it"
+                " out, or choose another --out"
+            )
         changed.append(f"{flag} {now} instead of {before}")
     if changed:
         say(f"from here on: {', '.join(changed)}")
@@ -2601,7 +2760,8 @@ def check_out(args):
         return
 
     # A toy's run may be made again: but that run only, not another one that lies in the same place.
-    again = args.model in TOYS and last_training(out).get("arguments", {}).get("model") == args.model
+    before = last_training(out).get("arguments", {})
+    again = args.model in TOYS and before.get("model") == args.model
     if checkpoints and not args.resume and not again:
         raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose "
                          "another --out")
@@ -2728,13 +2888,15 @@ def post_train(model, args, rows, prepare, trainer, resume):
     def show(step):
         now = paint()                           # on all ranks: sharded weights are gathered by all together
         if main_process:
-            columns = [samples, before, now] if before else [samples, now]
-            titles = ("input", "before RecA", f"step {step}") if before else ("input", f"step {step}")
-            picture = grid(list(zip(*columns)), titles, cell=max(128, min(256, size)))
+            columns = {"input": samples, "before RecA": before, f"step {step}": now}
+            if not before:
+                del columns["before RecA"]
+            picture = grid(list(zip(*columns.values())), list(columns), cell=max(128, min(256, size)))
             write(previews / f"step_{step:06d}.png", picture)
 
     def score(when):
-        """out/scores.json: the toy world's scores now, under `when`, beside those that are there."""
+        """out/scores.json: the toy world's scores now, under `when`, beside those that are
+        there."""
         known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
         say(f"scores {when}: 128 held-out scenes are painted from their images, 128 from words")
         with inference(model, args):
@@ -2775,8 +2937,9 @@ def post_train(model, args, rows, prepare, trainer, resume):
         print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
 
 def kept_previews(folder):
-    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists where that is not whole:
-    then other images are shown, and none before RecA, as the model that could paint it is gone."""
+    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists
+    where that is not whole: then other images are shown, and none before RecA, as the model that
+    could paint it is gone."""
     images, before = [], []
     with contextlib.suppress(UnreadableImage):
         while (folder / f"before_{len(images)}.png").exists():

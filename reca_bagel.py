@@ -318,7 +318,7 @@ class Bagel(nn.Module):
         size, blur = size or self.und_size, blur or self.und_blur
         if not p <= size <= most:
             raise InputError(f"--und-size {size}: this ViT sees {p} to {most} pixels")
-        common.check_blur(blur, size)                           # here, as preprocess runs in a worker
+        common.check_blur(blur, size)  # here, as preprocess runs in a worker
         self.und_size, self.und_blur = size, blur
 
     def freeze(self, train_und=False):
@@ -795,7 +795,9 @@ class Bagel(nn.Module):
         if renorm not in ("global", "channel", "text_channel"):
             raise InputError(f"unknown renormalisation {renorm}: global, channel or text_channel")
         if num_steps < 2:
-            raise InputError(f"num_steps {num_steps}: the sampler goes from step to step, give 2 or more")
+            raise InputError(
+                f"num_steps {num_steps}: the sampler goes from step to step, give 2 or more"
+            )
         count, x = len(noise), [n.to(self.device) for n in noise]
         sets = [[c.seen_from_the_latents(self.config, k * count) for c in each] for k, each in enumerate(sets)]
         times = torch.linspace(1, 0, num_steps)
@@ -835,16 +837,24 @@ def guide(velocities, text_scale, image_scale, renorm, renorm_min):
 
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
 TABLES = ("latent_pos_embed.pos_embed", "vit_pos_embed.pos_embed")
-# In this order. The official trainer writes model and ema, an average with 0.9999 of which its authors advise against:
-# after 1000 steps it is 90% the old model. (The release has one file, called ema, as what save_pretrained writes.)
-WEIGHT_FILES = [["model_bf16.safetensors"], ["model.safetensors"], ["ema.safetensors"], ["*.safetensors"]]
-NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")                     # what only BAGEL's has
+# In this order. The official trainer writes model and ema, an average with 0.9999 of which its
+# authors advise against: after 1000 steps it is 90% the old model. (The release has one file,
+# called ema, as what save_pretrained writes.)
+WEIGHT_FILES = [
+    ["model_bf16.safetensors"],
+    ["model.safetensors"],
+    ["ema.safetensors"],
+    ["*.safetensors"],
+]
+NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")  # what only BAGEL's has
 OTHER_FIELDS = ("latent_patch_size", "max_latent_size", "vit_max_num_patch_per_side")             # in config.json
 
 def read_config(folder):
     """The sizes in the release's llm_config.json, vit_config.json and config.json; in the latter, under "reca", stand
     those of ours that no file of the release holds. Raises InputError."""
-    llm, vit = (common.read_object(folder / name) for name in ("llm_config.json", "vit_config.json"))
+    llm, vit = (
+        common.read_object(folder / name) for name in ("llm_config.json", "vit_config.json")
+    )
     config = common.read_object(folder / "config.json") if (folder / "config.json").exists() else {}
     known = {"llm": LLM | {name: llm[name] for name in LLM if name in llm},
              "vit": VIT | {name: vit[name] for name in VIT if name in vit}}
@@ -962,14 +972,39 @@ def flags(parser):
     add = parser.add_argument_group("BAGEL only").add_argument
     add("--condition", choices=("vit", "vae"), default="vit",
         help="what RecA conditions on: ViT (semantic) or VAE embeddings (the paper's Table 7)")
-    add("--edit", type=common.expanded, help="editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that layout")
-    add("--edit-images", type=common.expanded, help="folder of the source images of --edit (default: the folder of the file)")
+    add(
+        "--edit",
+        type=common.expanded,
+        help=(
+            "editing prompts: ImgEdit's singleturn.json, or GEdit's rows as .jsonl; results in that"
+            " layout"
+        ),
+    )
+    add(
+        "--edit-images",
+        type=common.expanded,
+        help="folder of the source images of --edit (default: the folder of the file)",
+    )
     add("--image-guidance-scale", type=common.number(0), default=2.0,
         help="of --edit (the original's command line: 1.5)")
-    add("--cfg-interval", type=common.number(0, 1), nargs=2, metavar=("FROM", "TO"),
-        help="guide where FROM < t <= TO; t falls from 1, noise, to 0 (default 0.4 1; edits and reconstructions 0 1)")
-    add("--cfg-renorm", choices=("global", "channel", "text_channel"),
-        help="how a guided velocity is shrunk back (default global; edits and reconstructions text_channel)")
+    add(
+        "--cfg-interval",
+        type=common.number(0, 1),
+        nargs=2,
+        metavar=("FROM", "TO"),
+        help=(
+            "guide where FROM < t <= TO; t falls from 1, noise, to 0 (default 0.4 1; edits and"
+            " reconstructions 0 1)"
+        ),
+    )
+    add(
+        "--cfg-renorm",
+        choices=("global", "channel", "text_channel"),
+        help=(
+            "how a guided velocity is shrunk back (default global; edits and reconstructions"
+            " text_channel)"
+        ),
+    )
     add("--timestep-shift", type=common.number(0.01, 100),
         help="above 1: more of the sampler's steps at high noise (default 3)")
 
@@ -988,7 +1023,9 @@ def edit_jobs(path, sources, out):
         out/gen_image/fullset/<task_type>/<language>/<key>.png and <key>_SRCIMG.png
     Images are relative to `sources` (default: the file's folder). Raises InputError.
     """
-    sources, gedit, jobs = Path(sources or Path(path).parent), Path(path).suffix.lower() == ".jsonl", []
+    sources = Path(sources or Path(path).parent)
+    gedit = Path(path).suffix.lower() == ".jsonl"
+    jobs = []
     table = common.read_json(path, lines=gedit)
     try:
         for key, row in enumerate(table) if gedit else table.items():
@@ -1002,14 +1039,18 @@ def edit_jobs(path, sources, out):
     except (KeyError, TypeError, AttributeError) as error:
         what = "is neither ImgEdit's (singleturn.json: id, prompt) nor GEdit's (.jsonl: key, task_type, instruction, "
         raise InputError(f"{path}: row {len(jobs) + 1} {what}instruction_language)") from error
-    common.check_outputs([(f"row {i + 1}", file) for i, (*_, paths) in enumerate(jobs) for file in paths], path)
+    common.check_outputs(
+        [(f"row {i + 1}", file) for i, (*_, paths) in enumerate(jobs) for file in paths], path
+    )
     return jobs
 
 def edit_files(model, args, jobs):
-    """Makes what is missing or was made from something else. (The original crops black borders off its results; we do
-    not.)"""
+    """Makes what is missing or was made from something else. (The original crops black borders off
+    its results; we do not.)"""
     options = {"image_guidance_scale": args.image_guidance_scale, **common.sampler_options(args)}
-    edit_origin = common.origin(model, args, "edit", seed=args.seed, image_guidance_scale=args.image_guidance_scale)
+    edit_origin = common.origin(
+        model, args, "edit", seed=args.seed, image_guidance_scale=args.image_guidance_scale
+    )
     wanted = []
     for name, source, text, paths in jobs:
         made_from = {**edit_origin, "instruction": text, "source": common.fingerprint(source)}
@@ -1025,18 +1066,25 @@ def edit_files(model, args, jobs):
         images, texts = [row[1] for row in read], [row[2] for row in read]
         edited = model.edit(images, texts, seed=[args.seed] * len(read), **options)
         for (_, source, _, path, made_from, copies), picture in zip(read, edited):
-            for copy in copies:                                    # first, as the edit says that both are there
+            for copy in copies:  # first, as the edit says that both are there
                 common.write(copy, source, {**made_from, "copy": True})
             outputs.write(path, picture, made_from)
     print(f"{outputs.made} images edited in {args.out}{outputs.report()}")
 
 def main():
     args = common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags)
-    args.sampler = {"timestep_shift": args.timestep_shift, "interval": args.cfg_interval, "renorm": args.cfg_renorm}
+    args.sampler = {
+        "timestep_shift": args.timestep_shift,
+        "interval": args.cfg_interval,
+        "renorm": args.cfg_renorm,
+    }
     if args.cfg_interval and not args.cfg_interval[0] < args.cfg_interval[1]:
         raise InputError("--cfg-interval FROM TO: FROM is less than TO")
     if args.sampling_steps == 1:
-        raise InputError("--sampling-steps 1: BAGEL's sampler goes from step to step, 1 paints nothing; give 2 or more")
+        raise InputError(
+            "--sampling-steps 1: BAGEL's sampler goes from step to step, 1 paints nothing; give 2"
+            " or more"
+        )
     Bagel.condition = args.condition
     if args.lambda_i2t or args.i2t_data:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")

@@ -109,9 +109,13 @@ CONFIGS = {
 # What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
 RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
             "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth"}
-# And what the authors' RecA has made of them (plus: fine-tuned on BLIP3o-60k first), with the size of each.
-RECA = {"harmon-1.5b-reca": "sanaka87/Harmon-1.5B-RecA", "harmon-1.5b-reca-plus": "sanaka87/Harmon-1.5B-RecA-plus",
-        "harmon-0.5b-reca": "sanaka87/Harmon-0.5B-RecA"}
+# And what the authors' RecA has made of them (plus: fine-tuned on BLIP3o-60k first), with the size
+# of each.
+RECA = {
+    "harmon-1.5b-reca": "sanaka87/Harmon-1.5B-RecA",
+    "harmon-1.5b-reca-plus": "sanaka87/Harmon-1.5B-RecA-plus",
+    "harmon-0.5b-reca": "sanaka87/Harmon-0.5B-RecA",
+}
 CONFIGS |= {name: CONFIGS[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
 
 @dataclass
@@ -337,7 +341,7 @@ def masked_after(N, num_steps):
     return left[1:]
 
 USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
-MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")                  # what the user's words must not say
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # what the user's words must not say
 LEAST_MASKED = 0.7      # of the tokens, in training
 LABELS_AT_ONCE = 128    # that meet the language model's head: float32 logits of 78 MB
 IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
@@ -479,7 +483,9 @@ class Harmon(nn.Module):
         `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
             source = common.tiny_folder("harmon")
-        path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES], NEEDED)
+        path = common.find_checkpoint(
+            str(source), RELEASED | RECA, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES], NEEDED
+        )
         folder, state = path.parent, dict(common.load_state(path))
         vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
         if not vae:
@@ -547,7 +553,11 @@ class Harmon(nn.Module):
         of the images: "unconditional" for the original, which yet leaves the image in."""
         if template is None:
             return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("Generate an image." + END)
-        return (self._tokens(USER + "\n") + [IMAGE_MARKER] + self._tokens(common.plain(template, MARKERS) + END))[:128]
+        return (
+            self._tokens(USER + "\n")
+            + [IMAGE_MARKER]
+            + self._tokens(common.plain(template, MARKERS) + END)
+        )[:128]
 
     def t2i_prompt(self, caption=None):
         """Text to image; without a caption, what guidance moves away from."""
@@ -557,13 +567,21 @@ class Harmon(nn.Module):
 
     def i2t_prompt(self, question):
         """The first turn of a conversation: the image, a newline, the question."""
-        return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("\n" + common.plain(question, MARKERS) + END)
+        return (
+            self._tokens(USER)
+            + [IMAGE_MARKER]
+            + self._tokens("\n" + common.plain(question, MARKERS) + END)
+        )
 
     def conversation(self, turns):
         """[(question, answer), ...] -> ids and labels, 1472 at most. Labels: the answers, each with its turn's end."""
         ids, labels = [], []
         for i, (question, answer) in enumerate(turns):
-            asked = self._tokens(USER + common.plain(question, MARKERS) + END) if i else self.i2t_prompt(question)
+            asked = (
+                self._tokens(USER + common.plain(question, MARKERS) + END)
+                if i
+                else self.i2t_prompt(question)
+            )
             answered = self._tokens(common.plain(answer, MARKERS) + "<|im_end|>")
             between = self._tokens("\n")
             ids += asked + answered + between
@@ -813,7 +831,7 @@ class Harmon(nn.Module):
 # ==== 3, continued: files, sizes, names ===============================================================
 
 WEIGHT_FILES = [["*.index.json"], ["*.pth"], ["*.safetensors"], ["*.bin"]]                     # in this order
-NEEDED = ("proj_in.0.weight", "mar.fake_latent")                                            # what only Harmon's has
+NEEDED = ("proj_in.0.weight", "mar.fake_latent")  # what only Harmon's has
 SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
 TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}        # by width
 

@@ -389,7 +389,9 @@ class OpenUni(nn.Module):
         key must fit, or InputError names what does not."""
         if source == "tiny":
             source = common.tiny_folder("openuni")
-        path = common.find_checkpoint(str(source), RELEASED | RECA, WEIGHT_FILES, ["*.json"], ["meta_queries"])
+        path = common.find_checkpoint(
+            str(source), RELEASED | RECA, WEIGHT_FILES, ["*.json"], ["meta_queries"]
+        )
         state = dict(common.load_state(path))
         settings = read_settings(path, state)
         for part, base in (bases or cls.base_overrides).items():
@@ -487,7 +489,9 @@ class OpenUni(nn.Module):
 
     def _turn(self, text, image=True):
         image = "<img>" + "<IMG_CONTEXT>" * self.image_tokens + "</img>\n" if image else ""
-        return f"<|im_start|>user\n{image}{common.plain(text, MARKERS)}<|im_end|>\n<|im_start|>assistant\n"
+        return (
+            f"<|im_start|>user\n{image}{common.plain(text, MARKERS)}<|im_end|>\n<|im_start|>assistant\n"
+        )
 
     def _tokens(self, text):
         return self.tokenizer(text, add_special_tokens=False).input_ids
@@ -689,8 +693,12 @@ def read_bases(settings, folder, need_sana):
                for part, wanted in patterns.items()}
     files = {"vae": folders["vae"] / "config.json", "sana": folders["sana"] / "transformer" / "config.json",
              "scheduler": folders["sana"] / "scheduler" / "scheduler_config.json"}
-    sizes = {part: {key: value for key, value in common.read_object(file).items() if not key.startswith("_")}
-             for part, file in files.items()}
+    sizes = {
+        part: {
+            key: value for key, value in common.read_object(file).items() if not key.startswith("_")
+        }
+        for part, file in files.items()
+    }
     try:
         return OpenUniConfig(lmm=internvl_sizes(folders["lmm"]), **sizes, **settings), folders
     except TypeError as error:
@@ -752,7 +760,11 @@ def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("OpenUni only")
     for part, text in (("lmm", "InternVL3, original or converted (-hf)"), ("sana", "SANA"), ("vae", "DC-AE")):
-        group.add_argument(f"--{part}", type=common.expanded, help=f"hub id or folder of {text} (default: what the checkpoint names)")
+        group.add_argument(
+            f"--{part}",
+            type=common.expanded,
+            help=f"hub id or folder of {text} (default: what the checkpoint names)",
+        )
 
 def prepare(model, args):
     """Called before training. The frozen parts take the working precision once: autocast would cast their float32

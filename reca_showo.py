@@ -113,7 +113,7 @@ CONFIGS = {
     "showlab/show-o-w-clip-vit": ShowoConfig(image_size=256),
     "showlab/show-o-512x512": ShowoConfig(w_clip_vit=False, max_text=381),
     "showlab/show-o": ShowoConfig(w_clip_vit=False, image_size=256, max_text=381),
-    "showo-512-reca": ShowoConfig(),                                # what the authors' RecA has made of the first two
+    "showo-512-reca": ShowoConfig(),  # what the authors' RecA has made of the first two
     "showo-256-reca": ShowoConfig(image_size=256),
     "tiny": TINY,
     "tiny-vq": dataclasses.replace(TINY, w_clip_vit=False),
@@ -158,8 +158,11 @@ LABELS_AT_ONCE = 2048                       # that meet the output layer
 TEXT_DROP = 0.1                             # training drops a caption with this probability: the unconditional prompt
 TOKENIZER_SOURCE, CLIP_SOURCE, VQ_SOURCE = "microsoft/phi-1_5", "openai/clip-vit-large-patch14-336", "showlab/magvitv2"
 WEIGHTS = ("pytorch_model.safetensors", "model.safetensors", "pytorch_model.bin")       # in the original's order
-WEIGHT_FILES = [*([name, f"{name}.index.json"] for name in WEIGHTS), ["*.safetensors", "*.bin", "*.pth"]]
-NEEDED = ("showo.model.embed_tokens.weight",)                                           # what only Show-o's has
+WEIGHT_FILES = [
+    *([name, f"{name}.index.json"] for name in WEIGHTS),
+    ["*.safetensors", "*.bin", "*.pth"],
+]
+NEEDED = ("showo.model.embed_tokens.weight",)  # what only Show-o's has
 
 # ==== 2. The model ====================================================================================
 # Phi and CLIP are transformers' own classes: PhiForCausalLM with qk_layernorm=True is Show-o's language model exactly.
@@ -298,7 +301,7 @@ class Showo(nn.Module):
             raise InputError(f"--und-size {size}: CLIP takes {c.clip_image_size} pixels only (VQ: multiples of 16)")
         if not c.w_clip_vit and (size % 16 or size > c.image_size):
             raise InputError(f"--und-size {size}: a multiple of 16, at most {c.image_size}, is needed")
-        common.check_blur(blur, c.image_size)                       # before training, not at the first image
+        common.check_blur(blur, c.image_size)  # before training, not at the first image
         self.und_size, self.und_blur = size, blur
 
     def parts(self, *names):
@@ -566,7 +569,9 @@ class Showo(nn.Module):
         for turns in conversations:
             ids, labels = [], []
             for question, answer in turns:
-                asked = self._text_ids(f"USER: {common.plain(question, MARKERS).strip()} ASSISTANT:")
+                asked = self._text_ids(
+                    f"USER: {common.plain(question, MARKERS).strip()} ASSISTANT:"
+                )
                 said = self._text_ids(f" {common.plain(answer, MARKERS).strip()}") + [c.eot]
                 ids, labels = ids + asked + said, labels + [IGNORED] * len(asked) + said
             all_ids.append(torch.tensor(ids[:room]))
@@ -684,7 +689,9 @@ class Showo(nn.Module):
         the original's VQ variant has one more <eot> and a line break, which no training had.)"""
         features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
         und = torch.stack([f["und"] for f in features])
-        ids = torch.tensor([self._text_ids(f"USER: {common.plain(question, MARKERS)} ASSISTANT:")] * len(images))
+        ids = torch.tensor(
+            [self._text_ids(f"USER: {common.plain(question, MARKERS)} ASSISTANT:")] * len(images)
+        )
         rows = self._i2t_rows(ids, torch.full_like(ids, IGNORED), und, self._system_ids())
         eot, answers = self.config.eot, self._continue(rows, und, max_new_tokens).tolist()
         answers = [answer[:answer.index(eot)] if eot in answer else answer for answer in answers]
@@ -796,6 +803,8 @@ def prepare(model, args):
     """Before training: what the flags set."""
     if args.flex and model.device.type != "cuda":
         raise InputError("--flex needs a GPU: on a CPU flex_attention has no backward pass")
+    if args.precision == "bf16" and model.device.type == "cuda" and model.config.w_clip_vit:
+        model.clip.to(torch.bfloat16)           # frozen; MAGVIT-v2 stays float32: rounding would change its codes
     model.train_embeddings_in_recon = args.recon_trains_embeddings
     model.flex = args.flex
     return {}

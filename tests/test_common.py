@@ -541,3 +541,15 @@ def test_a_batch_that_does_not_fit_is_one_line_too(capsys):
     assert end.value.code == 2
     error = capsys.readouterr().err
     assert error.startswith("error: this does not fit") and "--micro-batch" in error and error.count("\n") == 1
+
+
+def test_flops_of_a_depthwise_convolution():
+    """--bench counts SANA's depthwise convolutions: forward, gradient of the input, gradient of the weights are equally
+    much, 2 x places x channels x 9. torch's own formula forgets that each channel has its own weights."""
+    from torch.utils.flop_counter import FlopCounterMode
+    formulas = {torch.ops.aten.convolution_backward: common.convolution_backward_flops}
+    for groups in (1, 8):
+        layer = torch.nn.Conv2d(8, 8, 3, padding=1, groups=groups)
+        with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+            layer(torch.randn(2, 8, 5, 5, requires_grad=True)).sum().backward()
+        assert counter.get_total_flops() == 3 * 2 * (2 * 5 * 5) * 8 * (8 // groups) * 9

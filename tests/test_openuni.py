@@ -681,11 +681,11 @@ def test_preprocess_crops_at_random_and_centrally(spoken):
     image = common.draw_scene(common.random_scene(np.random.default_rng(1)), 64).resize((300, 100))
     centre = spoken.preprocess(image, "recon")["pixels"]
     size = spoken.config.image_size
-    assert centre.shape == (3, size, size) and centre.min() >= -1 and centre.max() <= 1
+    assert centre.shape == (3, size, size) and centre.dtype == torch.uint8
     assert torch.equal(centre, spoken.preprocess(image.crop((100, 0, 200, 100)), "recon")["pixels"])
     crops = [spoken.preprocess(image, "recon", np.random.default_rng(k))["pixels"] for k in range(4)]
     assert any(not torch.equal(crop, centre) for crop in crops)
-    assert torch.equal(spoken.preprocess(image, "i2t")["pixels"], common.to_tensor(image.resize((size, size))))
+    assert torch.equal(spoken.preprocess(image, "i2t")["pixels"], common.to_uint8(image.resize((size, size))))
 
 
 # ---- the command line: tiny, from the shipped files to pictures -------------------------------------------------------
@@ -779,7 +779,7 @@ def test_bench_runs_on_tiny(reca, capsys):
 def test_what_bad_input_gets(reca, tmp_path):
     for arguments, words in ((["--lambda-i2t", 1], "L_i2t trains nothing"),
                              (["--i2t-data", "shapes"], "L_i2t trains nothing"),
-                             (["--model", tmp_path / "none", "--data", tmp_path], "no image"),
+                             (["--model", tmp_path, "--data", tmp_path], "no image"),
                              (["--und-size", 30, "--steps", 1], "multiples of 8")):
         with pytest.raises(common.InputError, match=words):
             reca(*arguments)

@@ -270,16 +270,16 @@ TABLE_8 = {
     ("reca_bagel", "ByteDance-Seed/BAGEL-7B-MoT"): (4e-5, 0, 1000, 1000, 1, 8, 0),
 }
 
-# What the original counts -> ours: steps are batches of each loss, warm-up is weight updates.
+# What the original counts -> ours: (warm-up in weight updates, steps, steps of an update, images of each loss in a step).
 OUR_STEPS = {
-    # weight updates, of which each takes `accum` of our steps
-    "reca_showo": lambda warmup, steps, accum, batch: (warmup, steps * accum, accum, batch),
-    # micro-batches of one kind, reconstruction or understanding: two are one of our steps, 2 * accum are an update
-    "reca_harmon": lambda warmup, steps, accum, batch: (warmup // (2 * accum), steps // 2, accum, batch),
+    # weight updates of `accum` micro-batches, which are one step of ours
+    "reca_showo": lambda warmup, steps, accum, batch: (warmup, steps, 1, accum * batch),
+    # micro-batches of one loss, reconstruction or understanding; 2 * accum are an update. Half of one for each loss is a step
+    "reca_harmon": lambda warmup, steps, accum, batch: (warmup // (2 * accum), steps, 2 * accum, batch // 2),
     # micro-batches, which are our steps; `accum` are an update
     "reca_openuni": lambda warmup, steps, accum, batch: (warmup // accum, steps, accum, batch),
-    # weight updates of 8 images on each of 6 GPUs, for which we take four steps of 2
-    "reca_bagel": lambda warmup, steps, accum, batch: (warmup, 4 * steps, 4 * accum, batch // 4),
+    # weight updates of 8 images on each of 6 GPUs
+    "reca_bagel": lambda warmup, steps, accum, batch: (warmup, steps, accum, 6 * batch),
 }
 
 

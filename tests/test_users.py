@@ -544,13 +544,11 @@ def test_a_run_says_what_it_found_and_left_out(tmp_path, images, capsys):
     Image.new("RGB", (40, 40)).save(elsewhere / "linked.PNG")
     (images / "link").symlink_to(elsewhere)
     (images / "loop").symlink_to(images)
-    rows = common.image_rows(images)
+    rows = common.image_rows(images, tmp_path / "o")
     assert len(rows) == 9 + 5 + 5 + 1 + 1 and any(name == "link/linked.PNG" for name, *_ in rows)
-    line = capsys.readouterr().out.strip()
-    assert line == (f"{images}: 21 images (11 .png, 5 .gif, 5 .tif), 1 of them in 1 .tar; left out: "
-                    "111 macOS notes (._*), 1 .heic, 1 without a suffix, 1 .txt") or sorted(line) == sorted(
-                    f"{images}: 21 images (11 .png, 5 .gif, 5 .tif), 1 of them in 1 .tar; left out: "
-                    "111 macOS notes (._*), 1 .heic, 1 without a suffix, 1 .txt")
+    found, left = capsys.readouterr().out.strip().split("; left out: ")
+    assert found == f"{images}: 21 images (11 .png, 5 .gif, 5 .tif), 1 of them in 1 .tar"
+    assert set(left.split(", ")) == {"111 macOS notes (._*)", "1 .heic", "1 without a suffix", "1 .txt"}
     common.remove(images)
     images.mkdir()
     (images / "a.heic").write_text("x")
