@@ -72,7 +72,7 @@ def test_a_shipped_model_is_small_and_stored_in_16_bits(name):
     assert all(value.isfinite().all() for value in tensors.values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", documented_scores())
 def test_a_shipped_model_scores_what_is_written(name):
     """Loading is strict in every script; the scores are those of a toy run before its training."""
     model_class, size, _ = pretrain.MODELS[name]
@@ -138,10 +138,10 @@ def test_what_is_said_about_text_to_image():
     assert "-10 points" in common.effect_words({"overall": 0.5}, {"overall": 0.4})
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["openuni"])
 def test_the_first_fifth_of_a_run_is_as_expected(name, tmp_path, monkeypatch):
     """The losses of the first steps beside those that were written down, and the scores before them
-    beside the README's. (The whole runs take a minute and a half each.)"""
+    beside the README's. (The whole run takes minutes.)"""
     expected = ROOT / "tiny" / name / "expected"
     model_class, size, _ = pretrain.MODELS[name]
     script = sys.modules[model_class.__module__]
