@@ -53,10 +53,11 @@ def stored(folder):
 def documented_scores():
     """{name: {score: fraction}} of the table in tiny/README.md."""
     rows = re.findall(r"^\| (.*) \|$", (ROOT / "tiny" / "README.md").read_text(), re.MULTILINE)
-    header, _, *body = [[cell.strip() for cell in row.split("|")] for row in rows]
+    header, *body = [row.split("|") for row in rows]
     scores = {}
     for name, *cells in body:
-        scores[name.strip("`")] = dict(zip(header[1:], map(float, cells)))
+        names = [cell.strip() for cell in header[1:]]
+        scores[name.strip(" `")] = dict(zip(names, map(float, cells)))
     return scores
 
 
