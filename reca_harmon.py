@@ -654,15 +654,13 @@ class Harmon(nn.Module):
         # The ratio of masked tokens: normal(1, 0.25) in [0.7, 1], one for the batch, so that all images have equal V.
         ratio = torch.empty((), dtype=torch.float64)
         nn.init.trunc_normal_(ratio, 1.0, 0.25, LEAST_MASKED, 1.0, generator=rng.batch)
-        return {
-            # Leave the text out? [B]
-            "drop": rng.uniform() < 0.1,
-            # The places of an image in random order, the masked ones first: [B, N]
-            "orders": rng.permutation(h * w),
-            "num_masked": (h * w * ratio).ceil().long(),
-            # Timesteps and noise of every token and repeat: [4*B*N], [4*B*N, C], in the order repeat, image, token
-            "t": rng.integers(1000, repeats, h * w).transpose(0, 1).flatten(),
-            "noise": rng.normal(repeats, h * w, C).transpose(0, 1).flatten(0, 2)}
+        drop = rng.uniform() < 0.1                              # [B] leave the text out?
+        orders = rng.permutation(h * w)                         # [B, N] places in random order, the masked ones first
+        # Of every token and repeat, in the order repeat, image, token:
+        t = rng.integers(1000, repeats, h * w).transpose(0, 1).flatten()                    # [4*B*N] timesteps
+        noise = rng.normal(repeats, h * w, C).transpose(0, 1).flatten(0, 2)                 # [4*B*N, C]
+        number = (h * w * ratio).ceil().long()
+        return {"drop": drop, "orders": orders, "num_masked": number, "t": t, "noise": noise}
 
     def count_targets(self, task, features, texts, draws):
         """Of how many terms a loss is the mean: masked tokens, or tokens of answers."""

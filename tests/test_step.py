@@ -107,7 +107,9 @@ def test_the_micro_batch_changes_nothing(name, loss):
 
 
 def test_two_processes_change_nothing(tmp_path):
-    """All architectures and losses: five images on two processes, one at a time, against one process with all of them."""
+    """All architectures and losses: five images on two processes, one at a time, against one process with all of them.
+    And averaging in buckets is averaging: buckets smaller than some tensors, two types, a parameter without a gradient
+    on one of the processes."""
     for name, loss in CASES:
         row, whole = whole_step(name, loss)
         torch.save({"row": row, "gradients": whole}, tmp_path / f"{name}-{loss}.pt")
@@ -126,12 +128,25 @@ for name, loss in test_step.CASES:
     apart = test_step.distance(expected["gradients"], gradients)
     assert apart < 1e-5, (name, loss, apart)
     print("equal", name, loss, flush=True)
+
+common.BUCKET = 50
+rank = dist.get_rank()
+sizes, types = (7, 100, 30, 15, 40), (torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32)
+parameters = [torch.zeros(n, dtype=t, requires_grad=True) for n, t in zip(sizes, types)]
+for k, p in enumerate(parameters):
+    if (k, rank) != (3, 1):
+        p.grad = torch.full_like(p, 2.0 * k + 4.0 * rank)
+common.average_gradients(parameters)
+for k, p in enumerate(parameters):
+    expected = 3.0 if k == 3 else 2.0 * k + 2.0
+    assert (p.grad == expected).all(), (k, p.grad)
+print("equal buckets", flush=True)
 dist.barrier()
 os._exit(0)             # past Python's own exit, where gloo's threads abort now and then
 """)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run([*launcher, str(program)], capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0 and result.stdout.count("equal") == 2 * len(CASES), result.stderr[-1500:]
+    assert result.returncode == 0 and result.stdout.count("equal") == 2 * (len(CASES) + 1), result.stderr[-1500:]
 
 
 def test_the_noise_of_stochastic_rounding_is_what_its_docstring_says():
@@ -213,13 +228,13 @@ def test_bf16_weights_learn_as_float32_weights_do(name):
         trainer = common.set_up_training(model, streams, args, lambda model, args: {}, common.Trainer)
         kinds = {p.dtype for p in trainer.parameters}
         assert kinds == {torch.bfloat16 if optimizer == "bf16" else torch.float32}
-        loaders = {loss: iter([items[loss]] * 14) for loss in losses}
-        return [trainer.take_step(loaders)[0]["loss"] for _ in range(14)]
+        loaders = {loss: iter([items[loss]] * 10) for loss in losses}
+        return [trainer.take_step(loaders)[0]["loss"] for _ in range(10)]
 
     exact, low = np.array(curve("fp32")), np.array(curve("bf16"))
-    assert exact[-5:].mean() < 0.9 * exact[:2].mean()                                        # there is something to learn
-    noise = exact[-5:].std() + 0.02 * exact[-5:].mean()
-    assert abs(exact[-5:].mean() - low[-5:].mean()) < 2 * noise
+    assert exact[-4:].mean() < 0.9 * exact[:2].mean()                                        # there is something to learn
+    noise = exact[-4:].std() + 0.02 * exact[-4:].mean()
+    assert abs(exact[-4:].mean() - low[-4:].mean()) < 2 * noise
 
 
 @pytest.mark.parametrize("name", ["harmon", "showo", "openuni", "bagel"])
@@ -273,31 +288,3 @@ def test_the_recipes_are_the_papers():
             (reca_bagel, reca_bagel.DEFAULT, 6 * 8, 1000)):
         recipe = module.RECIPES[name]
         assert recipe.batch * recipe.accum == images and recipe.steps // recipe.accum == updates
-
-
-def test_averaging_in_buckets_is_averaging(tmp_path):
-    """Two processes, buckets smaller than some tensors, two types, and a parameter without a gradient on one of them."""
-    program = tmp_path / "program.py"
-    program.write_text(f"""
-import os, sys
-sys.path.insert(0, {str(ROOT)!r})
-import torch, torch.distributed as dist, common
-dist.init_process_group("gloo")
-common.BUCKET = 50
-rank = dist.get_rank()
-sizes, types = (7, 100, 30, 15, 40), (torch.float32, torch.float32, torch.bfloat16, torch.float32, torch.float32)
-parameters = [torch.zeros(n, dtype=t, requires_grad=True) for n, t in zip(sizes, types)]
-for k, p in enumerate(parameters):
-    if (k, rank) != (3, 1):
-        p.grad = torch.full_like(p, 2.0 * k + 4.0 * rank)
-common.average_gradients(parameters)
-for k, p in enumerate(parameters):
-    expected = 3.0 if k == 3 else 2.0 * k + 2.0
-    assert (p.grad == expected).all(), (k, p.grad)
-print("equal", flush=True)
-dist.barrier()
-os._exit(0)             # past Python's own exit, where gloo's threads abort now and then
-""")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run([*launcher, str(program)], capture_output=True, text=True, timeout=120)
-    assert result.returncode == 0 and result.stdout.count("equal") == 2, result.stderr[-1500:]
