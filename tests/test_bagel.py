@@ -610,10 +610,9 @@ def pictures(count, sizes=((64, 64),)):
     return [common.draw_scene(common.random_scene(rng), 64).resize(sizes[i % len(sizes)]) for i in range(count)]
 
 
-def test_bagel_draws_follow_the_image(monkeypatch):
+def test_bagel_draws_follow_the_image():
     """An image draws the same numbers in any batch, so a batch's loss is the token-weighted mean of its images' losses;
-    images of different sizes are encoded as they are (no padding); checkpointing and compiling the layers change
-    nothing."""
+    images of different sizes are encoded as they are (no padding); checkpointing the layers changes nothing."""
     model = random_tiny()
     samples = [model.preprocess(p, "recon") for p in pictures(5, ((64, 64), (64, 32), (48, 64)))]
     features, texts = model.encode(samples, "recon"), common.templates()[:5]
@@ -632,9 +631,6 @@ def test_bagel_draws_follow_the_image(monkeypatch):
     assert {id(p) for g in model.parameter_groups(0.0) for p in g["params"]} == {
         id(p) for n, p in model.named_parameters() if n in grads
     }
-    compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
-    common.compile_blocks(model)
     common.speed_up(model, argparse.Namespace(checkpointing=True))
     model.zero_grad()
     again = model.recon_loss(features, texts, rng=rng(range(5)))
@@ -642,7 +638,6 @@ def test_bagel_draws_follow_the_image(monkeypatch):
     assert again.item() == pytest.approx(loss.item(), rel=1e-6)
     for name, grad in grads.items():
         close(dict(model.named_parameters())[name].grad, grad, 1e-4)
-    torch.compiler.reset()
 
 
 def test_bagel_stochastic_rounding():

@@ -241,7 +241,7 @@ def test_bf16_weights_learn_as_float32_weights_do(name):
 def test_blocks_are_compiled_under_checkpointing(name, monkeypatch):
     """Compiled first, wrapped then: a compiled graph cannot hold the call of a checkpoint, and none was compiled."""
     compiler = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="eager"))
+    monkeypatch.setattr(torch, "compile", lambda function: compiler(function, backend="aot_eager"))
 
     def step(compiled):
         torch._dynamo.reset()
