@@ -78,13 +78,22 @@ def released_models():
 
 
 def run(model):
-    """Each card and job of a model -> rows of figures."""
-    command = [sys.executable, str(HERE / "driver.py"), model, "--jobs", "train", *JOBS,
-               "--passes", "2", "--cards", *map(str, CARDS)]
+    """Each card and job of a model -> rows of figures. A card that cannot even hold the weights while
+    they are loaded ends the driver, so each card has its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    rows = []
+    for card in CARDS:
+        jobs = ["train", *JOBS] if card == CARDS[-1] else ["train"]
+        command = [sys.executable, str(HERE / "driver.py"), model, "--jobs", *jobs, "--passes", "2",
+                   "--cards", str(card)]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        found = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+        full = {"model": model, "card": card, "job": "train", "error": "OutOfMemoryError: out of memory"}
+        if done.returncode != 0 and "OutOfMemoryError" not in done.stderr:
+            raise RuntimeError(f"{model} on {card} GB: {done.stderr[-2000:]}")
+        rows += found if found else [full]
     print(model, file=sys.stderr)
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    return rows
 
 
 def training_row(row):
