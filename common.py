@@ -1412,7 +1412,10 @@ class Trainer:
         self.optimizer = optimizer or make_optimizer(model, args, low_precision=False)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         size = args.micro_batch or CPU_MICRO_BATCH      # a number, or as run.json has it: one for each loss
-        self.micro_batch = {name: size[name] if isinstance(size, dict) else size for name in streams}
+        if not isinstance(size, dict):
+            size = dict.fromkeys(streams, size)
+        # A resumed run may have a loss that it did not begin with: what fitted for all others.
+        self.micro_batch = {name: size.get(name, min(size.values(), default=1)) for name in streams}
         self.halved = False
 
         self.out = Path(args.out)

@@ -263,6 +263,14 @@ def test_blocks_are_compiled_under_checkpointing(name, monkeypatch):
     assert loss == pytest.approx(plain_loss, rel=1e-5) and norm == pytest.approx(plain_norm, rel=1e-3)
 
 
+def test_a_loss_that_joins_on_resume_has_a_micro_batch():
+    """run.json names the losses that the run began with; --captions may add another."""
+    module, model = tiny("showo")
+    args = arguments(module, "showo", ["recon", "t2i"], micro_batch={"recon": 4, "i2t": 2})
+    trainer = common.Trainer(model, streams_of(model, ["recon", "t2i"]), args)
+    assert trainer.micro_batch == {"recon": 4, "t2i": 2}
+
+
 def test_the_cosine_ends_with_the_run():
     """OpenUni's recipe gives no end: the schedule follows --steps, also where a resumed run goes on for longer."""
     module, model = tiny("openuni")

@@ -2,7 +2,6 @@
 import io
 import json
 import os
-import signal
 import struct
 import subprocess
 import sys
@@ -12,10 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image
 
 import common
 import reca_harmon
+from test_run import run
 
 ROOT = Path(__file__).parent.parent
 TINY = ("--model tiny --pretrain 0.005 --batch 2 --self-captions 4 --max-new-tokens 4 --sampling-steps 2 "
@@ -43,18 +43,6 @@ def images(tmp_path):
     for k in range(9):
         Image.new("RGB", (48, 40), (k * 28, 90, k)).save(folder / f"{k:02d}.png")
     return folder
-
-
-def run(*arguments):
-    """main() in this process, as `python reca_harmon.py ...` would."""
-    argv, handlers = sys.argv, [(s, signal.getsignal(s)) for s in (signal.SIGINT, signal.SIGTERM)]
-    sys.argv = ["reca_harmon.py", *map(str, arguments)]
-    try:
-        reca_harmon.main()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers:
-            signal.signal(number, handler)
 
 
 def training(images, out, *arguments):
