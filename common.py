@@ -24,7 +24,6 @@ What a script provides (to write one for another architecture, start from the ne
   .generate(prompts, seed=, guidance_scale=, num_steps=)   .reconstruct(images, seed=, ...)   .describe(images,
         question=, max_new_tokens=)  seed: an int, or one per image. What the command line does not give is not passed
   Recipe       the dataclass whose fields are the defaults of the flags with the same names
-  pretrain_toy(model, fraction, seed)                in place; the model comes in train mode, on the CPU
 
 Legend of the shape comments: B images in a batch, H W pixels.
 """
@@ -54,7 +53,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -147,7 +146,7 @@ def write(path, content, made_from=None):
 # What a run calls its checkpoints, and what a kill leaves of a file that was being written.
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
 LEFTOVER = re.compile(r"\.tmp-(\d+-.+|checkpoint-\d{6,})")
-PREVIEW = re.compile(r"(step_\d{6,}|(before|input)_\d+)\.png")
+PREVIEW = re.compile(r"(step_\d{6,}|(before|input|told_before)_\d+)\.png")
 
 
 def named_checkpoints(folder):
@@ -184,7 +183,7 @@ def written_by_run(out):
     """What a run wrote into `out` and a new run begins without: its own files by their exact
     names. A user's files among them stay."""
     out = Path(out)
-    files = [out / name for name in ("log.jsonl", "loss.png", "scores.json", "i2t_self.jsonl")]
+    files = [out / name for name in ("log.jsonl", "loss.png", "scores.json", "effect.png", "i2t_self.jsonl")]
     if (out / "previews").is_dir():
         files += [path for path in (out / "previews").iterdir() if PREVIEW.fullmatch(path.name)]
     return [*own_checkpoints(out), *(path for path in files if path.is_file())]
@@ -321,6 +320,16 @@ def hub_folder(source, patterns):
     except Exception as error:        # the hub raises dozens of types: offline, not found, gated, time-out, proxy ...
         raise InputError(f"cannot get {source} from the Hugging Face hub ({type(error).__name__}): check the name "
                          "and the network, or give --model DIR with the files, or try --model tiny") from error
+
+def tiny_folder(name):
+    """The shipped tiny model `name`: a folder beside this file, in the released layout. InputError if
+    it is not there."""
+    folder = Path(__file__).resolve().parent / "tiny" / name
+    if not any(folder.glob("*.json")):
+        raise InputError(f"no tiny model in {folder}: copy the folder tiny/ of the repository to where "
+                         f"the script lies, or make the model: python tiny/pretrain.py {name}")
+    return folder
+
 
 def load_state(path):
     """A checkpoint file -> a flat dict of CPU tensors: .safetensors, an .index.json of shards, or a torch file, which
@@ -2372,6 +2381,49 @@ def score_toy(model, size, count, seed, options):
     images = model.generate([caption(s) for s in prompts], seed=seeds, **options)
     return {"reconstruction": reconstruction, **score_generations(prompts, images)}
 
+def told_scenes(count=6):
+    """Held-out scenes whose captions effect.png paints: half with one object, half with two. (This
+    seed's six scenes show all colors.)"""
+    rng = np.random.default_rng(264)
+    return [random_scene(rng, 1 if k < count // 2 else 2) for k in range(count)]
+
+
+def effect_picture(told, shown, cell=96, gap=6):
+    """What a run on the toy world changed, at a glance -> PIL. told: rows of (caption, what it gave
+    before, after), on the left; shown: rows of (image, its reconstruction before, after)."""
+    font = ImageFont.load_default(size=15)
+    header = 24
+    pitch = cell + gap
+    # The captions take the width of two cells, and a wider gap divides the halves.
+    columns = [gap, 2 * cell, 2 * cell + pitch]
+    columns += [2 * cell + 2 * pitch + 4 * gap + k * pitch for k in range(3)]
+    height = header + max(len(told), len(shown)) * pitch
+    sheet = Image.new("RGB", (columns[-1] + pitch, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    titles = ("asked for", "before", "after", "shown", "before", "after")
+    for left, title in zip(columns, titles):
+        pen.text((left, 3), title, fill="black", font=font)
+
+    for row, (said, *pictures) in enumerate(told):
+        place = (gap, header + row * pitch + cell // 3)
+        pen.text(place, said.replace(" and ", " and\n"), fill="black", font=font)
+        pictures += shown[row] if row < len(shown) else []
+        for left, picture in zip(columns[1:], pictures):
+            enlarged = picture.resize((cell - 2, cell - 2), Image.BICUBIC)
+            sheet.paste(ImageOps.expand(enlarged, 1, "lightgray"), (left, header + row * pitch))
+    return sheet
+
+
+def effect_words(before, after):
+    """A sentence on what RecA did to text to image in a toy run, from its scores."""
+    points = round(100 * (after["overall"] - before["overall"]))
+    if points >= 5:
+        return f"text to image {points:+d} points, and no caption was read"
+    return (f"text to image {points:+d} points: it is not better, because a generator this small\n"
+            "forgets how to follow words while only images speak to it. It is in reca_openuni.py,\n"
+            "whose language model is frozen and reads words and images alike.")
+
+
 def tiny_tokenizer(special_tokens=()):
     """A word-level tokenizer for the tiny models: the words of the toy world, the templates and the prompts; others are
     [UNK], newlines are tokens. special_tokens: the architecture's markers, their ids follow the words'."""
@@ -2388,50 +2440,6 @@ def tiny_tokenizer(special_tokens=()):
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-
-def toy_pixels(scenes, size):
-    """Scenes -> [B, 3, size, size] in [-1, 1]."""
-    return torch.stack([to_tensor(draw_scene(scene, size)) for scene in scenes])
-
-def crowded_scene(rng):
-    """Most cells full, any shape any number of times: what a toy autoencoder learns from (white teaches nothing)."""
-    return [(place, int(rng.integers(4)), int(rng.integers(8))) for place in range(4) if rng.random() < 0.7]
-
-def crowded_pixels(seed, positions, size):
-    """Crowded scenes of a seed -> [B, 3, size, size] in [-1, 1]."""
-    return toy_pixels([crowded_scene(np.random.default_rng((seed, 1, position))) for position in positions], size)
-
-TOY_WORDS = (*SHAPES, *COLORS, *PLACES)
-
-def scene_words(scene, side, p=1.0, rng=None):
-    """What side x side image tokens should say: [side * side, 16], 1 at the words (of TOY_WORDS) for what is in the
-    token's cell, all 0 where the cell is empty. p: probability with which color and place are said, as in caption()."""
-    said = torch.zeros(side, side, len(TOY_WORDS))
-    half = side // 2
-    for place, shape, color in scene:
-        row, column = divmod(place, 2)
-        for word in (shape, 4 + color, 12 + place):
-            if word < 4 or p >= 1 or rng.random() < p:
-                said[row * half:(row + 1) * half, column * half:(column + 1) * half, word] = 1
-    return said.flatten(0, 1)
-
-def toy_stage(title, parameters, loss, steps, fraction, lr=1e-3, batch=32, warmup=20):
-    """One stage of a tiny model's pretraining: a fraction of `steps` of AdamW on loss(positions), warm-up and a cosine
-    to a tenth."""
-    parameters, steps = list(parameters), max(2, int(steps * fraction))
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.0)
-    bar = tqdm(range(steps), desc=f"toy pretraining: {title}", unit="step", dynamic_ncols=True)
-    for step in bar:
-        for group in optimizer.param_groups:
-            cosine = 0.55 + 0.45 * math.cos(math.pi * step / steps)
-            group["lr"] = learning_rate(step, lr, min(warmup, steps // 4), 0) * cosine
-        value = loss(range(step * batch, (step + 1) * batch))
-        value.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if step % 20 == 0 or step == steps - 1:
-            bar.set_postfix(loss=f"{value.item():.4f}")
 
 # ==== 8. The command line =============================================================================
 
@@ -2506,8 +2514,6 @@ FLAGS = (
     ("--workers", at_least(0, 256), None, "processes that decode images (default: by the number of cores)"),
     ("--save-every", at_least(1), 500, "steps between checkpoints"),
     ("--sample-every", at_least(1), 250, "steps between preview pictures"),
-    ("--pretrain", number(0.0001, 100), 1.0, "tiny only: length of the toy pretraining, as a fraction (0.01, with --self-captions 8, "
-     "to try the mechanics)"),
     "the paper's ablations",
     ("--und-size", at_least(1, 4096), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
     ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
@@ -2682,7 +2688,6 @@ def last_training(out):
 FIXED = {
     "model": "the checkpoint is its model",
     "seed": "the order of the images and all draws follow from it",
-    "pretrain": "the tiny model has been pretrained",
     "optimizer": "the checkpoint holds its state",
     "self_captions": "the model has described its images before RecA changed it"}
 
@@ -2771,37 +2776,6 @@ def check_out(args):
                              "of this run; move it, or choose another --out")
 
 
-def cache_home():
-    """Where programs of this user keep what can be made again: XDG_CACHE_HOME if it is an absolute
-    path (else the standard wants it ignored), or ~/.cache."""
-    given = os.environ.get("XDG_CACHE_HOME", "")
-    if os.path.isabs(given):
-        return Path(given)
-    try:
-        return Path.home() / ".cache"
-    except RuntimeError as error:
-        raise InputError(
-            "this user has no home folder: set XDG_CACHE_HOME to a folder where the tiny model can"
-            " be kept"
-        ) from error
-
-
-def toy_folder(model_class, args, pretrain):
-    """The pretrained tiny model, as a released one: made once, kept in ~/.cache/reca (XDG_CACHE_HOME), by its code."""
-    code = Path(sys.modules[model_class.__module__].__file__).read_bytes() + Path(__file__).read_bytes()
-    name = f"{args.model}-{model_class.__name__.lower()}-{stable_seed(code, args.pretrain, args.seed):x}"
-    folder = cache_home() / "reca" / name
-    if not folder.exists() and world()[0] == 0:
-        model = model_class.from_pretrained(args.model)
-        model.train()
-        pretrain(model, args.pretrain, args.seed)
-        with atomic(folder) as temporary:
-            temporary.mkdir(parents=True)
-            model.save_pretrained(temporary)
-    if dist.is_initialized():
-        dist.barrier()
-    return folder
-
 @contextlib.contextmanager
 def inference(model, args):
     """with inference(model, args): no dropout, no gradients, in --precision. Afterwards training mode again."""
@@ -2838,7 +2812,7 @@ def speed_up(model, args):
         block.forward = wrap(block.forward)
 
 
-def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
+def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
     """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
     subclass of Trainer, for a script that needs one; inference_jobs: {function(model, args, jobs): jobs}, to be called
     after training like those of section 6."""
@@ -2857,7 +2831,7 @@ def run(model_class, args, pretrain_toy, prepare=lambda model, args: {}, trainer
         check_answers(out)
         todo[describe_files] = questions(args)
     resume = own_checkpoints(out)[-1] if args.resume else None
-    source = resume or (toy_folder(model_class, args, pretrain_toy) if toy else args.model)
+    source = resume or args.model
     dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
     with resuming(resume) if resume else contextlib.nullcontext():
         if resume:
@@ -2900,6 +2874,7 @@ def post_train(model, args, rows, prepare, trainer, resume):
         streams[name] = Stream(name, data, model.preprocess, args.seed, texts if name == "recon" else None, cache)
     samples, before = kept_previews(previews) if resume else ([], [])
     samples = samples or preview_images(next(iter(rows.values())), size)
+    told = [caption(scene) for scene in told_scenes()] if toy else []
 
     def paint():
         """The preview images, reconstructed by the model as it is now: one at a time, since in the
@@ -2907,6 +2882,11 @@ def post_train(model, args, rows, prepare, trainer, resume):
         with inference(model, args):
             return [model.reconstruct([sample], seed=[k], **sampler_options(args))[0]
                     for k, sample in enumerate(samples)]
+
+    def paint_told():
+        """The captions of effect.png, painted by the model as it is now."""
+        with inference(model, args):
+            return model.generate(told, seed=list(range(len(told))), **sampler_options(args))
 
     def show(step):
         now = paint()                           # on all ranks: sharded weights are gathered by all together
@@ -2921,6 +2901,7 @@ def post_train(model, args, rows, prepare, trainer, resume):
         """out/scores.json: the toy world's scores now, under `when`, beside those that are
         there."""
         known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
+        say(f"scores {when}: 128 held-out scenes are painted from their images, 128 from words")
         with inference(model, args):
             known[when] = score_toy(model, size, 128, 7, sampler_options(args))
         write(out / "scores.json", known)
@@ -2932,6 +2913,8 @@ def post_train(model, args, rows, prepare, trainer, resume):
             write(previews / f"input_{k}.png", image)
             write(previews / f"before_{k}.png", painted)
         if toy:
+            for k, image in enumerate(paint_told()):
+                write(previews / f"told_before_{k}.png", image)
             score("before")
     trainer = set_up_training(model, streams, args, prepare, trainer, show)
     record_run(args, model.device, again=True)
@@ -2946,6 +2929,13 @@ def post_train(model, args, rows, prepare, trainer, resume):
         print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
         for name, after in scores["after"].items():
             print(f"{name:<22}{scores.get('before', {}).get(name, math.nan):>8.2f}{after:>8.2f}")
+        if args.lambda_recon and not args.lambda_t2i and "before" in scores:
+            print(effect_words(scores["before"], scores["after"]))
+        told_before = [previews / f"told_before_{k}.png" for k in range(len(told))]
+        if before and all(path.is_file() for path in told_before):
+            left = list(zip(told, map(load_image, told_before), paint_told()))
+            right = list(zip(samples, before, paint()))
+            write(out / "effect.png", effect_picture(left, right))
     if main_process:
         print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
 

@@ -95,7 +95,7 @@ class BagelConfig:
     latent_dim = property(lambda self: self.latent_patch_size ** 2 * self.vae_z_channels)
 
 TINY = BagelConfig(
-    LLM | dict(hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
+    LLM | dict(hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
                num_key_value_heads=2),
     VIT | dict(hidden_size=64, intermediate_size=160, num_hidden_layers=3, num_attention_heads=4, image_size=32,
                patch_size=8),
@@ -478,12 +478,12 @@ class Bagel(nn.Module):
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
-        """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny (random weights).
+        """source: ByteDance-Seed/BAGEL-7B-MoT, sanaka87/BAGEL-RecA, a folder in that layout, or tiny.
         dtype: of the weights that RecA trains, quantize: None or "int8", see _fill. Every tensor goes from the file to
         its device by itself: nobody ever holds a second copy of the model (the original builds two float32 copies per
         process, 117 GB each). Strict, except that the two position tables may be missing. Raises InputError."""
         if source == "tiny":
-            return cls.random(source, device, dtype, quantize)
+            source = common.tiny_folder("bagel")
         small = ["*.json", "*.txt", "ae.safetensors"]
         weights = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, small, NEEDED)
         folder = base = weights.parent
@@ -967,101 +967,6 @@ class BagelTrainer(common.Trainer):
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
 
-def pretrain_toy(model, fraction, seed):
-    """Brings `tiny` to where BAGEL is before RecA, in small: an autoencoder; an understanding expert that reads and
-    describes; a ViT whose embeddings are words; a generation expert, started as a copy of the other (as BAGEL's was)
-    and brought up on sparse captions. fraction: of the usual number of steps."""
-    c, size, pool = model.config, model.config.image_size, max(64, int(2048 * fraction))
-    table = model.language_model["model"]["embed_tokens"].weight
-    words = model.tokenizer.convert_tokens_to_ids(list(common.TOY_WORDS))
-    side = c.vit["image_size"] // c.vit["patch_size"]
-
-    def rng(stage, position):
-        return np.random.default_rng((seed, stage, position))
-
-    # 1. The autoencoder, first on quarters of pictures (one cell, little work), then on whole ones: its norms see all.
-    with torch.no_grad():                       # the posterior's spread is set, not learnt: exp(-6 / 2) = 0.05
-        spread = model.vae.encoder.conv_out
-        spread.weight[c.vae_z_channels:], spread.bias[c.vae_z_channels:] = 0, -6
-
-    def autoencode(pixels):
-        mean = model.vae.encode(pixels).latent_dist.mean
-        back = model.vae.decode(mean + 0.05 * torch.randn_like(mean)).sample                  # neighbours decode alike
-        return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * mean.square().mean()
-
-    def quarters(positions):
-        pixels = common.crowded_pixels(seed, positions, size)
-        pixels = pixels.unflatten(2, (2, -1)).unflatten(4, (2, -1))                          # [B, 3, 2, S/2, 2, S/2]
-        return autoencode(pixels[:, :, positions[0] // 16 % 2, :, positions[0] // 32 % 2])
-
-    vae = list(model.vae.requires_grad_(True).parameters())
-    common.toy_stage("autoencoder", vae, quarters, 300, fraction, lr=2e-3, batch=16)
-    common.toy_stage("autoencoder", vae, lambda positions: autoencode(common.crowded_pixels(seed, positions, size)),
-                     200, fraction, batch=4)
-    scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
-    pictures = [model.preprocess(common.draw_scene(scene, size), "recon") for scene in scenes]
-    features = [f for k in range(0, pool, 64)
-                for f in model.encode([{"vae": s["vae"]} for s in pictures[k:k + 64]], "t2i")]
-    means = torch.stack([f["mean"] for f in features[:512]])
-    c.vae_scale_factor, c.vae_shift_factor = 1 / means.std().item(), means.mean().item()     # mean 0, deviation 1
-
-    # 2. Language: descriptions of what the places of the patches say, which are mixtures of words, and of captions in
-    # any order. From here on, a picture's "vit" is [side, side, 16], how loud each word is.
-    def mixed(said):
-        return (said @ table[words]).flatten(1, 2) + model.vit_pos_embed(side, side)
-
-    def language(positions):
-        seen, talks = [], []
-        for k, (g, scene) in enumerate((rng(3, p), common.random_scene(rng(4, p))) for p in positions):
-            said = common.scene_words(scene, side) * torch.from_numpy(g.uniform(0.3, 1.2, (side ** 2, 16))).float()
-            seen.append({"vit": said.unflatten(0, (side, side))} if k % 2 else {})
-            order = g.permutation(len(scene))
-            asked = common.templates()[g.integers(360)] if k % 2 else common.caption([scene[i] for i in order])
-            talks.append([(asked, common.caption(scene))])
-        return model.i2t_loss(seen, talks)
-
-    model.freeze(train_und=True)
-    model._embed_vit = mixed
-    und = [p for n, p in model.language_model.named_parameters() if "_moe_gen" not in n]
-    common.toy_stage("language", und, language, 1000, fraction)
-    model.freeze()
-
-    # 3. ViT and the first half of the connector; the second half is set to the words' embeddings, one word a hidden
-    # number. So an image's embeddings live where words live: RecA's premise, true of the real model by its size.
-    first, second = model.connector.values()
-    with torch.no_grad():
-        second.weight.zero_()[:, :len(words)] = table[words].T
-        second.bias.zero_()
-
-    def see(positions):
-        picked = [p % pool for p in positions]
-        vit = model._vit(common.normalize(torch.stack([pictures[i]["vit"] for i in picked]))).flatten(1, 2)
-        inner = first(vit)[..., :len(words)]                                                             # [B, M, 16]
-        said = torch.stack([common.scene_words(scenes[i], side) for i in picked])
-        # The squared error alone loses words: GELU is flat where one was never said, which leaves it no gradient.
-        return F.mse_loss(F.gelu(inner, approximate="tanh"), said) + F.binary_cross_entropy_with_logits(inner, said)
-
-    eyes = nn.ModuleList([model.vit_model, first]).requires_grad_(True)
-    common.toy_stage("vision", eyes.parameters(), see, 600, fraction, lr=2e-3)
-
-    # 4. Generation from sparse captions, some of them said in the places of the patches.
-    model.freeze()
-    own = model.state_dict()
-    model.load_state_dict({name: own[name.replace("_moe_gen", "")] for name in own})
-
-    def paint(positions):
-        picked, few = [p * 7919 % pool for p in positions], len(positions) // 4
-        captions = [common.caption(scenes[i], 0.15, rng(5, p)) for i, p in zip(picked, positions)]
-        draws = Rng(seed, "toy t2i", positions=positions)
-        loss = model.t2i_loss([features[i] for i in picked], captions, rng=draws)
-        shown = [{**features[i], "vit": common.scene_words(scenes[i], side, 0.15, rng(6, p)).unflatten(0, (side, side))}
-                 for i, p in zip(picked[:few], positions)]
-        draws = Rng(seed, "toy in place", positions=positions[:few])
-        return loss + model.recon_loss(shown, [common.SEED_TEMPLATE] * few, rng=draws)
-
-    common.toy_stage("generation", (p for p in model.parameters() if p.requires_grad), paint, 800, fraction, lr=2e-3)
-    del model._embed_vit                                                                # the class's own method again
-
 def flags(parser):
     """What only this architecture has."""
     add = parser.add_argument_group("BAGEL only").add_argument
@@ -1184,7 +1089,7 @@ def main():
     if args.lambda_i2t or args.i2t_data:
         raise InputError("--lambda-i2t: BAGEL's understanding expert is frozen, L_i2t would train nothing")
     editing = {edit_files: edit_jobs(args.edit, args.edit_images, args.out)} if args.edit else {}
-    common.run(Bagel, args, pretrain_toy, prepare, BagelTrainer, editing)
+    common.run(Bagel, args, prepare, BagelTrainer, editing)
 
 if __name__ == "__main__":
     common.cli(main)

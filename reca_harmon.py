@@ -482,7 +482,7 @@ class Harmon(nn.Module):
         .pth, .bin or .safetensors, whole or in shards. What is not there is fetched: kl16.ckpt, unless the weights hold
         `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
         if source == "tiny":
-            return common.quantize(cls.random(source, device), quantize).to(dtype)
+            source = common.tiny_folder("harmon")
         path = common.find_checkpoint(
             str(source), RELEASED | RECA, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES], NEEDED
         )
@@ -850,60 +850,6 @@ def read_config(folder, state):
 
 # ==== 7. main() =======================================================================================
 
-def pretrain_toy(model, fraction, seed):
-    """What the released Harmon had at scale, in small: a VAE, then understanding from full captions and generation from
-    sparse ones. RecA finds a model that can say everything it sees, and paints without minding what it was told."""
-    c, pool = model.config, max(64, round(4000 * fraction))
-
-    def vae_loss(positions):
-        x = common.crowded_pixels(seed, positions, c.image_size)
-        latents = model.vae.encode(x).latent_dist.mean
-        y = model.vae.decode(latents + 0.05 * torch.randn_like(latents)).sample        # neighbours decode alike
-        return (y - x).square().mean() + (y - x).abs().mean() + 1e-3 * latents.square().mean()
-
-    common.toy_stage("VAE", model.vae.requires_grad_(True).parameters(), vae_loss, 800, fraction, lr=2e-3, batch=8)
-    model.vae.requires_grad_(False)
-    with torch.no_grad():
-        pixels = common.crowded_pixels(seed, range(256), c.image_size)
-        c.vae_scale = 1 / model.vae.encode(pixels).latent_dist.mean.std().item()
-    scenes = [common.random_scene(np.random.default_rng((seed, 2, i))) for i in range(pool)]
-    samples = [{"pixels": x} for x in common.toy_pixels(scenes, c.image_size)]
-    features = [f for k in range(0, pool, 250) for f in model.encode(samples[k:k + 250], "i2t")]
-
-    def pick(positions):
-        return [p * 7919 % pool for p in positions]
-
-    # Understanding: captions, and tags. An image token is to be near the words (in the language model's own table) for
-    # what its cell holds: embeddings that live where words live are the premise that scale gives the released model.
-    words = model.tokenizer.convert_tokens_to_ids(list(common.TOY_WORDS))
-    tags = torch.stack([common.scene_words(scene, 4) for scene in scenes])                              # [pool, N, 16]
-
-    def understanding(positions):
-        picked = pick(positions)
-        seen = [features[i] for i in picked]
-        table = model.llm.model.embed_tokens.weight[words]                                                   # [16, D]
-        near = model.understand(seen)[:, :16] @ table.T / table.norm(dim=1).mean() ** 2                 # [B, N, 16]
-        return model.i2t_loss(seen, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]) + \
-            F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked])
-
-    # Generation, and a regression: the decoder's conditions, read by one linear layer, are to tell the latents. Without
-    # it a model of this size needs thousands of steps until anything of the prompt arrives at the diffusion head.
-    probe, decode, last = nn.Linear(c.decoder_width, c.latent_channels), model.mar.decode, {}
-    model.mar.decode = lambda *inputs: last.setdefault("z", decode(*inputs))
-
-    def both(positions):
-        last.clear()
-        picked, rng = pick(p + 5 for p in positions), np.random.default_rng((seed, 3, positions[0]))
-        captions = [common.caption(scenes[i], 0.3, rng) for i in picked]           # shapes; color and place seldom
-        loss = model.t2i_loss([features[i] for i in picked], captions)
-        latents = torch.stack([features[i]["latents"] for i in picked]).flatten(1, 2)                       # [B, N, C]
-        return understanding(positions) + loss + F.mse_loss(probe(last["z"]), latents)
-
-    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("understanding", trained, understanding, 150, fraction, lr=1.5e-3)
-    common.toy_stage("generation", [*trained, *probe.parameters()], both, 800, fraction, lr=2e-3)
-    del model.mar.decode                                                    # the method of the class again
-
 def prepare(model, args):
     """Called before training. The frozen VAE takes the working precision once: autocast would cast its float32 weights
     anew in every step (it remembers only those that are trained)."""
@@ -912,7 +858,7 @@ def prepare(model, args):
     return {}
 
 def main():
-    common.run(Harmon, common.parse_args(__doc__, RECIPES, DEFAULT), pretrain_toy, prepare)
+    common.run(Harmon, common.parse_args(__doc__, RECIPES, DEFAULT), prepare)
 
 if __name__ == "__main__":
     common.cli(main)

@@ -35,7 +35,6 @@ import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderDC, DPMSolverMultistepScheduler, SanaTransformer2DModel
@@ -115,9 +114,9 @@ _TINY_LMM = dict(
     vision_config=dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128,
                        image_size=[32, 32], patch_size=[4, 4], attention_bias=True, use_qk_norm=False))
 TINY = OpenUniConfig(
-    _TINY_LMM, sana(4, 4, 4, 32, channels=16, caption_channels=96, sample_size=4),
-    dc_ae((32, 64, 128, 128), 16, (0, 1, 1, 1), (0, 1, 1, 1), 16, 1.0, residual_levels=4), SCHEDULER,
-    connector_layers=2, connector_heads=4, connector_intermediate=192, num_queries=16, image_size=32)
+    _TINY_LMM, sana(3, 4, 4, 24, channels=16, caption_channels=96, sample_size=4, mlp_ratio=2.0),
+    dc_ae((12, 24, 48, 48), 16, (0, 1, 1, 1), (0, 1, 1, 1), 16, 1.0, residual_levels=4), SCHEDULER,
+    connector_layers=1, connector_heads=4, connector_intermediate=192, num_queries=16, image_size=32)
 
 def hub_bases(lmm, sana):
     return {"lmm": f"OpenGVLab/{lmm}-hf", "sana": f"Efficient-Large-Model/{sana}_diffusers",
@@ -171,7 +170,7 @@ class Recipe:
 
 DEFAULT = "openuni-b-512"
 RECIPES = {DEFAULT: Recipe(), "openuni-l-512": Recipe(batch=20), "openuni-l-1024": Recipe(batch=20),
-           "tiny": Recipe(steps=800, batch=32, accum=1, lr=1.5e-3, weight_decay=0.0, warmup=20, horizon=0,
+           "tiny": Recipe(steps=150, batch=32, accum=1, lr=1e-3, weight_decay=0.0, warmup=20, horizon=0,
                           guidance_scale=2.0)}
 RECIPES |= {"openuni-b-reca": RECIPES["openuni-b-512"], "openuni-reca": RECIPES["openuni-l-512"]}
 
@@ -389,7 +388,7 @@ class OpenUni(nn.Module):
         instead of those that the checkpoint names. quantize: None or "int8", before anything is on the device. Every
         key must fit, or InputError names what does not."""
         if source == "tiny":
-            return common.quantize(cls.random(source, device), quantize).to(dtype)
+            source = common.tiny_folder("openuni")
         path = common.find_checkpoint(
             str(source), RELEASED | RECA, WEIGHT_FILES, ["*.json"], ["meta_queries"]
         )
@@ -757,88 +756,6 @@ def internvl_to_transformers(state):
 
 # ==== 7. main() =======================================================================================
 
-def pretrain_toy(model, fraction, seed):
-    """The history of the published model in small, for `--model tiny`: an autoencoder; a language model; a vision
-    encoder whose embeddings say words; then, with all of that frozen, generation from sparse captions. What RecA
-    finds is a model that draws the right shapes, was seldom told colors and places, and has never been shown an image
-    while it draws.
-    """
-    size, words = model.config.image_size, model.tokenizer.convert_tokens_to_ids(list(common.TOY_WORDS))
-    side = math.isqrt(model.image_tokens)
-    table = model.lmm.get_input_embeddings().weight
-
-    def scenes(stage, positions):
-        """(generator, scene) of each position, the same for the same seed."""
-        for rng in (np.random.default_rng((seed, stage, position)) for position in positions):
-            yield rng, common.random_scene(rng)
-
-    def pixels(drawn):
-        return common.toy_pixels([scene for _, scene in drawn], size)
-
-    # 1. DC-AE: reconstruct, also from slightly disturbed latents, as the generator will leave some disturbance.
-    def autoencoder_loss(positions):
-        x = common.crowded_pixels(seed, positions, size)
-        z = model.vae.encode(x).latent
-        error = model.vae.decode(z + 0.1 * torch.randn_like(z)).sample - x
-        return error.square().mean() + error.abs().mean() + 1e-3 * z.square().mean()
-
-    parameters = model.vae.requires_grad_(True).parameters()
-    common.toy_stage("autoencoder", parameters, autoencoder_loss, 1000, fraction, lr=2e-3, batch=8)
-    with torch.no_grad():                                       # latents of unit variance, as flow matching wants them
-        scale = 1 / model.vae.encode(common.crowded_pixels(seed, range(256), size)).latent.std().item()
-    model.vae.requires_grad_(False).register_to_config(scaling_factor=scale)
-
-    # 2. Qwen2: descriptions and answers, from captions in any order and from image tokens that are mixtures of words.
-    def language_loss(positions):
-        features, talks = [], []
-        for k, (rng, scene) in enumerate(scenes(2, positions)):
-            full = common.caption(scene)
-            place = int(rng.integers(4))
-            there = [f"{list(common.COLORS)[c]} {common.SHAPES[s]}" for p, s, c in scene if p == place] or ["."]
-            ask = common.templates()[rng.integers(360)]
-            if k % 2:
-                shuffled = common.caption([scene[i] for i in rng.permutation(len(scene))])
-                features.append({})
-                talks.append([(f"Generate an image: {shuffled}", full), (f"{common.PLACES[place]} ?", there[0])])
-            else:
-                loudness = torch.from_numpy(rng.uniform(0.3, 1.2, (side * side, len(words))))
-                features.append({"und": (common.scene_words(scene, side) * loudness).to(table) @ table[words]})
-                talks.append([(ask, full), (f"{common.PLACES[place]} ?", there[0])])
-        return model.i2t_loss(features, talks)
-
-    llm = nn.ModuleList([model.lmm.model.language_model, model.lmm.lm_head]).requires_grad_(True)
-    common.toy_stage("language", llm.parameters(), language_loss, 900, fraction, lr=1e-3)
-    model.lmm.requires_grad_(False)
-
-    # 3. InternViT and the first half of mlp1. The second half is set to the words' embeddings, one word a hidden
-    # number: an image token is then a mixture of words. This is the premise of RecA (its embeddings live where words
-    # live), which billions of captions have made true of the published model.
-    projector = model.lmm.model.multi_modal_projector
-    with torch.no_grad():
-        projector.linear_2.weight.zero_()[:, :len(words)] = table[words].T
-        projector.linear_2.bias.zero_()
-    gates = {}
-    hook = projector.act.register_forward_hook(lambda _, inputs, out: gates.update(said=out[..., :len(words)]))
-
-    def vision_loss(positions):
-        drawn = list(scenes(3, positions))
-        model.lmm.model.get_image_features(model._vit_input(pixels(drawn)))
-        return F.mse_loss(gates["said"], torch.stack([common.scene_words(scene, side) for _, scene in drawn]))
-
-    eyes = nn.ModuleList([model.lmm.model.vision_tower, projector.layer_norm, projector.linear_1]).requires_grad_(True)
-    common.toy_stage("vision", eyes.parameters(), vision_loss, 300, fraction, lr=1e-3)
-    model.lmm.requires_grad_(False)
-    hook.remove()
-
-    # 4. Queries, connector, projector and SANA: text to image, from captions that seldom say color and place.
-    def generation_loss(positions):
-        drawn = list(scenes(4, positions))
-        features = [{"latents": latents} for latents in model._latents(pixels(drawn))]
-        return model.t2i_loss(features, [common.caption(scene, 0.1, rng) for rng, scene in drawn])
-
-    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    common.toy_stage("generation", trained, generation_loss, 1200, fraction, lr=1e-3)
-
 def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("OpenUni only")
@@ -864,7 +781,7 @@ def main():
         raise InputError("OpenUni's understanding model is frozen, L_i2t trains nothing here: leave --lambda-i2t at 0")
     bases = {"lmm": args.lmm, "sana": args.sana, "vae": args.vae}
     OpenUni.base_overrides = {part: source for part, source in bases.items() if source}
-    common.run(OpenUni, args, pretrain_toy, prepare)
+    common.run(OpenUni, args, prepare)
 
 if __name__ == "__main__":
     common.cli(main)

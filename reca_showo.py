@@ -39,7 +39,6 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers.models.unets.unet_2d_blocks import DownEncoderBlock2D, UNetMidBlock2D, UpDecoderBlock2D
@@ -103,11 +102,11 @@ class ShowoConfig:
     vocab_size = property(lambda self: self.mask_token + 1)                                 # 58,498
 
 TINY = ShowoConfig(
-    image_size=64, codebook_bits=8, hidden=128, layers=3, heads=4, intermediate=384, max_positions=512,
-    clip_hidden=96, clip_intermediate=192, clip_layers=3, clip_heads=4, clip_image_size=32, clip_patch=8,
+    image_size=64, codebook_bits=8, hidden=128, layers=3, heads=4, intermediate=320, max_positions=512,
+    clip_hidden=96, clip_intermediate=128, clip_layers=3, clip_heads=4, clip_image_size=32, clip_patch=8,
     # GroupNorm has 32 groups, so widths are multiples of 32; no residual block where the image is still 64 pixels wide.
-    vq_ch=32, vq_enc_mult=(1, 1, 2, 4, 4), vq_enc_res=(0, 1, 1, 1, 1),
-    vq_dec_mult=(1, 1, 2, 4, 4), vq_dec_res=(0, 1, 1, 1, 1),
+    vq_ch=32, vq_enc_mult=(1, 1, 1, 1, 2), vq_enc_res=(0, 1, 1, 1, 1),
+    vq_dec_mult=(1, 1, 1, 1, 2), vq_dec_res=(0, 1, 1, 1, 1),
     recon_text=32, max_text=96, max_prompt=48, system_len=0)
 CONFIGS = {
     "showlab/show-o-w-clip-vit-512x512": ShowoConfig(),
@@ -401,7 +400,7 @@ class Showo(nn.Module):
         from the hub. dtype: of all but MAGVIT-v2, which stays float32. quantize: None or "int8", before anything is on
         the device. InputError for keys that do not fit."""
         if source in ("tiny", "tiny-vq"):
-            return common.quantize(cls.random(source, device), quantize).eval()
+            source = common.tiny_folder(source.replace("tiny", "showo"))
         path = common.find_checkpoint(str(source), RECA, WEIGHT_FILES, ["config.json", "*unwrapped_model/config.json"],
                                       NEEDED)
         # A repository with nothing but the weights has the sizes of the name it goes by.
@@ -793,148 +792,6 @@ def clip_keys(state):
 
 # ==== 7. main() =======================================================================================
 
-def pretrain_toy(model, fraction, seed):
-    """What the released Show-o had at scale, in small: RecA finds a model that can say all it sees, but draws from
-    captions that seldom name a color or a place. RecA's premise is that an image's embeddings live where words live.
-    1.3 billion parameters get there by themselves; this model is taken there by hand: CLIP's rows are trained to be the
-    words' own embeddings, and words stand in their places while it learns to describe and to draw."""
-    c, pool, table = model.config, max(64, round(2000 * fraction)), model.showo.model.embed_tokens
-
-    def stage(title, parameters, loss, count, **options):
-        common.toy_stage(title, parameters, loss, count, fraction, lr=2e-3, **options)
-
-    def rng(number, position):
-        return np.random.default_rng((seed, number, position))
-
-    # 1. The tokenizer. The toy world has a few dozen kinds of 16 x 16 patches; the number of a kind is its code, which
-    # the encoder learns to say and the decoder to paint. (A real tokenizer invents its codes; that takes longer.) The
-    # VQ variant also reads images of half the size.
-    def patches(images):                                                            # [B, 3, S, S] -> [B, N, 768]
-        return F.unfold(images, 16, stride=16).transpose(1, 2)
-
-    cells = [[]] + [[(0, shape, color)] for shape in range(4) for color in range(8)]
-    sizes = (c.image_size,) if c.w_clip_vit else (c.image_size, c.image_size // 2)
-    book = torch.cat([patches(common.toy_pixels(cells, size)).flatten(0, 1) for size in sizes]).unique(dim=0)
-
-    def tokenizer_loss(positions):
-        loss = 0
-        for size in sizes:
-            images = common.crowded_pixels(seed, positions, size)
-            codes = torch.cdist(patches(images), book.expand(len(images), -1, -1)).argmin(-1)               # [B, N]
-            signs = model.magvit.quantize.embedding[codes].transpose(1, 2).unflatten(2, (size // 16,) * 2)
-            loss = loss + F.binary_cross_entropy_with_logits(model.magvit.encoder(images), (signs > 0).float())
-            loss = loss + F.mse_loss(model.magvit.decoder(signs), images)
-        return loss
-
-    stage("image tokenizer", model.magvit.requires_grad_(True).parameters(), tokenizer_loss, 250, batch=16)
-    model.magvit.requires_grad_(False)
-
-    scenes = [common.random_scene(rng(2, i)) for i in range(pool)]
-    pictures = [common.draw_scene(scene, c.image_size) for scene in scenes]
-    templates = common.templates()
-    comma, *known = [model._text_ids(word)[0] for word in (",", *common.TOY_WORDS)]
-
-    def surrounded(text, g):
-        """A caption with gaps in it and sometimes a template behind it: a word means the same wherever it is."""
-        words = text.split()
-        for _ in range(int(g.integers(6)) if g.random() < 0.5 else 0):
-            words.insert(int(g.integers(len(words) + 1)), ",")
-        if g.random() < 0.4:
-            words.append(f"<|endoftext|> USER: \n {templates[int(g.integers(len(templates)))]} ASSISTANT:")
-        return " ".join(words)
-
-    def said(scene, p=1.0, g=None):
-        """A scene as C words: 4k + 0, 1, 2 say color, shape and place in cell k, color and place with probability p."""
-        row = [comma] * c.num_clip
-        for place, shape, color in scene:
-            for k, word in enumerate((4 + color, shape, 12 + place)):
-                if k == 1 or p >= 1 or g.random() < p:
-                    row[4 * place + k] = known[word]
-        return row
-
-    def in_place(rows, words):
-        """Rows that wait for CLIP rows, with words in their places."""
-        return dataclasses.replace(rows, ids=rows.ids.masked_scatter(rows.ids == IGNORED, torch.tensor(words)))
-
-    # 2. Language: a description with its objects in any order and with gaps, then the canonical one. The description
-    # stands where a caption stands, or in the places of the CLIP rows.
-    def language_loss(positions):
-        drawn, ids, labels = [common.random_scene(rng(3, p)) for p in positions], [], []
-        for scene, g in zip(drawn, (rng(4, p) for p in positions)):
-            mixed = surrounded(common.caption([scene[i] for i in g.permutation(len(scene))]), g)
-            prompt = [c.t2i, *model._bracket(model._text_ids(mixed))]
-            answer = model._text_ids(common.caption(scene)) + [c.eot]
-            ids.append(torch.tensor(prompt + answer))
-            labels.append(torch.tensor([IGNORED] * len(prompt) + answer))
-        rows = Rows.causal(pad_sequence(ids, True, c.pad).tolist(), c.pad)
-        rows.labels = pad_sequence(labels, True, IGNORED)
-        loss = model._cross_entropy(rows, shift=True)
-        if not c.w_clip_vit:
-            return loss
-        talks = model._conversations([[(common.SEED_TEMPLATE, common.caption(scene))] for scene in drawn[::2]])
-        words = [said(scene) for scene in drawn[::2]]
-        return loss + model._cross_entropy(in_place(model._i2t_rows(*talks, words), words), shift=True)
-
-    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    stage("language", trained, language_loss, 400)
-
-    # 3. CLIP and projector learn to say the words. CLIP sees images with its own statistics, and in RecA with the
-    # tokenizer's (see `shown`).
-    def alignment(rows, picked):
-        """Distance of the projected CLIP rows to their words, and how well other words are told apart."""
-        words, choice = torch.tensor([said(scenes[i]) for i in picked]), torch.tensor([comma, *known])
-        projected, target, others = model.mm_projector(rows), table(words).detach(), table(choice).detach()
-        scale = target.square().mean()
-        nearer = -5 * torch.cdist(projected.flatten(0, 1), others).square() / (scale * c.hidden)        # [B C, words]
-        right = (words.flatten()[:, None] == choice).long().argmax(1)
-        weight = torch.where(right == 0, 0.2, 1.0)                                              # most rows are commas
-        told_apart = (F.cross_entropy(nearer, right, reduction="none") * weight).mean()
-        return F.mse_loss(projected, target) / scale + told_apart
-
-    def pick(positions):
-        return [p * 7919 % pool for p in positions]
-
-    if c.w_clip_vit:
-        views = [model.shown(common.toy_pixels(scenes, c.image_size)),
-                 clip_normalize(common.normalize(torch.stack([
-                     model.preprocess(picture, "i2t")["clip_pixels"] for picture in pictures])))]
-
-        def seeing_loss(positions):
-            picked = pick(positions)
-            rows = torch.cat([model.clip_rows(view[picked[k::2]]) for k, view in enumerate(views)])
-            return alignment(rows, picked[::2] + picked[1::2])
-
-        seeing = [*model.clip.requires_grad_(True).parameters(), *model.mm_projector.parameters()]
-        stage("CLIP and projector", seeing, seeing_loss, 400)
-        model.clip.requires_grad_(False)
-
-    # 4. Understanding from full captions, generation from sparse ones, some of them in the places of the CLIP rows.
-    def features(task, samples):
-        return [f for k in range(0, pool, 250) for f in model.encode(samples[k:k + 250], task)]
-
-    painted, seen = (features(task, [model.preprocess(image, task) for image in pictures]) for task in ("t2i", "i2t"))
-    half = [{"pixels": x} for x in common.toy_pixels(scenes, c.image_size // 2)]
-    seen = [seen] if c.w_clip_vit else [seen, features("i2t", half)]                        # VQ variant: both sizes
-
-    def joint_loss(positions):
-        picked, generators = pick(positions), [rng(5, p) for p in positions]
-        captions = [surrounded(common.caption(scenes[i], 0.15, g), g) for i, g in zip(picked, generators)]
-        loss = model.t2i_loss([painted[i] for i in picked], captions, rng=Rng(seed, "toy", positions=positions))
-        some = picked[:max(1, len(picked) // 3)]
-        und = [seen[positions[0] // len(positions) % len(seen)][i] for i in some]
-        loss = loss + model.i2t_loss(und, [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in some])
-        loss = loss + 0.5 * language_loss(positions[:8])
-        if not c.w_clip_vit:
-            return loss
-        few = [painted[i] for i in some]
-        tokens = model._mask_tokens(few, model.draw("recon", few, Rng(seed, "toy in place", positions=positions[:len(some)])))
-        words = [said(scenes[i], 0.15, g) for i, g in zip(some, generators)]
-        texts = [model._recon_text(templates[int(g.integers(len(templates)))]) for g in generators[:len(some)]]
-        rows = in_place(model._recon_rows(texts, words, *tokens), words)
-        return loss + model._cross_entropy(rows) + alignment(torch.stack([f["und"] for f in und]), some)
-
-    stage("understanding and generation", trained, joint_loss, 1200)
-
 def flags(parser):
     """What only this architecture has."""
     group = parser.add_argument_group("Show-o only")
@@ -953,7 +810,7 @@ def prepare(model, args):
     return {}
 
 def main():
-    common.run(Showo, common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags), pretrain_toy, prepare)
+    common.run(Showo, common.parse_args(__doc__, RECIPES, DEFAULT, extend=flags), prepare)
 
 if __name__ == "__main__":
     common.cli(main)

@@ -795,11 +795,10 @@ def test_bagel_resume_is_exact_with_stochastic_rounding(workplace, monkeypatch):
 
 
 def test_bagel_tiny_end_to_end(workplace, monkeypatch, capsys):
-    """The toy from nothing to scores, previews, loss.png, then inference from its checkpoint: generate, reconstruct,
+    """The toy from the shipped files to scores, previews, loss.png, then inference from its checkpoint: generate, reconstruct,
     describe."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(workplace / "xdg"))
     out = workplace / "tiny"
-    tiny = ["--model", "tiny", "--pretrain", 0.005, "--steps", 3, "--batch", 4]
+    tiny = ["--model", "tiny", "--steps", 3, "--batch", 4]
     run_main(monkeypatch, *tiny, "--sampling-steps", 3, "--out", out)
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores) == {"before", "after"} and "reconstruction" in scores["after"]

@@ -1,4 +1,4 @@
-"""Every shape comment is checked by running: the tiny models pretrain, train and answer under a trace. Wherever a
+"""Every shape comment is checked by running: the tiny models train and answer under a trace. Wherever a
 statement with a comment like `# [B, N, 4*D]` was executed, the tensors that it made have that shape; so have the
 arguments and the result of a function whose docstring says "x [B, N, D]" or "-> [B, D]". A name is an integer variable
 of the function, or gets its value where it first stands in a call, and keeps it until that line runs again."""
@@ -144,15 +144,14 @@ def test_the_watch_sees_wrong_shapes(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ("harmon", "showo", "openuni", "bagel"))
 def test_shape_comments_hold(name, tmp_path, monkeypatch):
-    """Toy pretraining, steps of every loss, previews, scores, and all ways of inference."""
+    """Steps of every loss, previews, scores, and all ways of inference."""
     watch, script = Watch(ROOT / f"reca_{name}.py"), __import__(f"reca_{name}")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "prompts.txt").write_text("a red circle\na blue cross at the top left\n")
     images = tmp_path / "images"
     images.mkdir()
     for i in range(2):
         common.Shapes(64)[i][1].save(images / f"{i}.png")
-    flags = ["--model", "tiny", "--pretrain", 0.005, "--steps", 2, "--batch", 3, "--captions", "sparse", "--workers", 0,
+    flags = ["--model", "tiny", "--steps", 2, "--batch", 3, "--captions", "sparse", "--workers", 0,
              "--self-captions", 4, "--max-new-tokens", 4, "--sampling-steps", 2, "--out", tmp_path / "out",
              "--generate", tmp_path / "prompts.txt", "--reconstruct", images, "--describe", images]
     monkeypatch.setattr(sys, "argv", [f"reca_{name}.py", *map(str, flags)])

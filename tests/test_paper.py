@@ -19,6 +19,7 @@ import eval as ev
 from test_eval import Judge, tiny                                                  # noqa: F401 (a fixture)
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+STUDY = (Path(__file__).parent.parent / "docs" / "toy-study.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"<!-- paper: (.*?) -->\n```bash\n(.*?)```", README, re.DOTALL))
 SETUP = BLOCKS.pop("setup")
 
@@ -73,7 +74,7 @@ def run_script(module, arguments, sides):
     proportion, few steps of few images. A checkpoint gets the number that the real run would give it, so that the
     README's next commands must name that one. sides: {folder: side of the real model's images}, extended."""
     args, small = asked(module, arguments), ["--batch", 1, "--images", 1, "--sampling-steps", 2, "--max-new-tokens", 1]
-    small += ["--pretrain", 0.001, "--precision", "fp32", "--workers", 0, "--sample-every", 100]
+    small += ["--precision", "fp32", "--workers", 0, "--sample-every", 100]
     small += ["--steps", 2, "--accum", 1] if args.steps else []
     if Path(args.model).is_dir():
         sides[args.out] = sides[str(Path(args.model).parent)]
@@ -205,7 +206,6 @@ def session(tmp_path_factory, tiny):                                            
     """session(title) runs the README's blocks up to that one, in one folder, each once, as a reader would."""
     with pytest.MonkeyPatch.context() as patch, Judge(reply) as judge:
         patch.chdir(tmp_path_factory.mktemp("paper"))
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
         patch.setenv("no_proxy", "127.0.0.1")
         patch.delenv("OPENAI_API_KEY", raising=False)
         make_data()
@@ -234,10 +234,10 @@ def test_the_commands_run(session, title):
 
 
 def test_the_study_of_the_tiny_models(tmp_path, monkeypatch):
-    """The README's runs of the tiny models, five seeds of each, are command lines that the scripts understand; from
+    """The study's runs of the tiny models, five seeds of each, are command lines that the scripts understand; from
     what such runs leave, its last command makes the table, with a number in every cell, and the picture."""
     monkeypatch.chdir(tmp_path)
-    block = re.search(r"<!-- study -->\n```bash\n(.*?)```", README, re.DOTALL)[1]
+    block = re.search(r"<!-- study -->\n```bash\n(.*?)```", STUDY, re.DOTALL)[1]
     script = "python() { printf '%s\\t' \"$@\"; echo; }\n" + block
     done = subprocess.run(["bash", "-euc", script], capture_output=True, text=True, check=True)
     *runs, (last, *arguments) = [line.rstrip("\t").split("\t") for line in done.stdout.splitlines()]
@@ -253,7 +253,7 @@ def test_the_study_of_the_tiny_models(tmp_path, monkeypatch):
     assert all("±" in cell for row in table[2:] for cell in row.split("|")[2:-1])
     assert len(runs) == 5 * len({Path(flags[flags.index("--out") + 1]).parent for _, *flags in runs})
     names = [row.split("|")[1] for row in table[2:]]
-    assert names == re.findall(r"^\|( \w[\w-]+: [^|]*)\|", README, re.MULTILINE)                # the README's own table
+    assert names == re.findall(r"^\|( \w[\w-]+: [^|]*)\|", STUDY, re.MULTILINE)                 # the study's own table
     assert Image.open("out/toy/scores.png").width > 1000
 
 

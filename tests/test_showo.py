@@ -381,7 +381,7 @@ def contents(folder):
 @pytest.fixture(scope="module", params=["tiny", "tiny-vq"])
 def tiny(request):
     torch.manual_seed(0)
-    return Showo.from_pretrained(request.param)
+    return Showo.random(request.param).eval()
 
 
 def test_showo_save_load_save(tiny, tmp_path):
@@ -717,8 +717,6 @@ def test_showo_text_only_conversations_are_left_out(tiny):
 # ---- the command line ------------------------------------------------------------------------------------------------
 
 SHORT = [
-    "--pretrain",
-    "0.005",
     "--batch",
     "2",
     "--self-captions",
@@ -730,14 +728,6 @@ SHORT = [
     "--precision",
     "fp32",
 ]
-
-
-@pytest.fixture(scope="module")
-def toy_cache(tmp_path_factory):
-    """One (very short) toy pretraining per variant for this file, nothing in the user's own cache."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 def run(*arguments):
@@ -753,8 +743,8 @@ def run(*arguments):
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-vq"])
-def test_showo_end_to_end(name, toy_cache, tmp_path):
-    """Toy pretraining, RecA, scores; an interrupted run resumes to the same numbers and weights; inference on the checkpoint."""
+def test_showo_end_to_end(name, tmp_path):
+    """RecA, scores; an interrupted run resumes to the same numbers and weights; inference on the checkpoint."""
     tiny = ["--model", name, *SHORT]
     run(*tiny, "--steps", 4, "--out", tmp_path / "whole")
     scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
@@ -801,7 +791,7 @@ def test_showo_end_to_end(name, toy_cache, tmp_path):
     assert len(list(made.glob("*.png"))) == 2
 
 
-def test_showo_switches_of_the_command_line(toy_cache, tmp_path, capsys):
+def test_showo_switches_of_the_command_line(tmp_path, capsys):
     """--und-size, --blur, --recon-trains-embeddings and the cache reach the model; what cannot work is refused in one line."""
     seen = {}
 

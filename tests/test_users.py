@@ -18,21 +18,9 @@ import reca_harmon
 from test_run import run
 
 ROOT = Path(__file__).parent.parent
-TINY = ("--model tiny --pretrain 0.005 --batch 2 --self-captions 4 --max-new-tokens 4 --sampling-steps 2 "
+TINY = ("--model tiny --batch 2 --self-captions 4 --max-new-tokens 4 --sampling-steps 2 "
         "--precision fp32 --workers 0").split()
 INFER = [*TINY, "--steps", "0"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def toy_cache(tmp_path_factory):
-    """One (very short) toy pretraining for all tests of this file, nothing in the user's own cache."""
-    before = os.environ.get("XDG_CACHE_HOME")
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
-    yield
-    if before is None:
-        os.environ.pop("XDG_CACHE_HOME")
-    else:
-        os.environ["XDG_CACHE_HOME"] = before
 
 
 @pytest.fixture
@@ -613,23 +601,6 @@ def test_roles_are_read_and_what_cannot_be_paired_is_counted(tmp_path, capsys):
 # ---- the user's surroundings -------------------------------------------------------------------------------------------
 
 
-def test_the_cache_folder_follows_the_standard(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(Path, "home", lambda: pytest.fail("not needed: XDG_CACHE_HOME is set"))
-    assert common.cache_home() == tmp_path
-    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
-    for given in ("", "relative"):
-        monkeypatch.setenv("XDG_CACHE_HOME", given)
-        assert common.cache_home() == tmp_path / "home" / ".cache"
-
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-    monkeypatch.setattr(Path, "home", homeless)
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    with pytest.raises(common.InputError, match="no home folder: set XDG_CACHE_HOME"):
-        common.cache_home()
-
-
 @pytest.mark.parametrize("environment, count", [
     ({}, 1), ({"WORLD_SIZE": ""}, 1), ({"WORLD_SIZE": "1"}, 1), ({"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK"),
     ({"WORLD_SIZE": "four"}, "unset WORLD_SIZE"), ({"WORLD_SIZE": "0"}, "unset WORLD_SIZE"),
@@ -736,7 +707,7 @@ def test_what_a_resume_cannot_change_is_refused(tmp_path, images):
     again = ["--resume", "--out", out, "--steps", 3]
     assert "--model harmon-0.5b: the run in" in refused(*again, "--model", "harmon-0.5b")
     assert "--seed 5: the run in" in refused(*again, "--seed", 5)
-    assert "leave it out" in refused(*again, "--pretrain", 0.5)
+    assert "leave it out" in refused(*again, "--self-captions", 5)
     record = json.loads((out / "run.json").read_text())
     common.write(out / "run.json", {**record, "script": "reca_showo"})
     assert "is a run of reca_showo.py" in refused(*again)
@@ -755,7 +726,7 @@ def test_what_a_resume_cannot_change_is_refused(tmp_path, images):
     ("--clip -1", "-1 is no number from 0 on"), ("--clip inf", "inf is no number"), ("--lr=-1e-3", "no number"),
     ("--lr nan", "no number"), ("--weight-decay -0.1", "no number"), ("--lambda-recon -1", "no number"),
     ("--lambda-i2t inf", "no number"), ("--lambda-t2i -0.5", "no number"), ("--seed -1", "-1 is less than 0"),
-    ("--seed 99999999999999999999", "is more than"), ("--pretrain nan", "no number"), ("--pretrain 0", "no number"),
+    ("--seed 99999999999999999999", "is more than"),
     ("--guidance-scale nan", "no number"), ("--workers 100000", "is more than 256"),
     ("--images 1000000000", "is more than"), ("--sampling-steps 0", "is less than 1"),
     ("--lambda-recon 0 --lambda-i2t 0", "all three λ are 0"), ("--lr one", "invalid"),
@@ -767,7 +738,7 @@ def test_numbers_out_of_their_range(tmp_path, images, flags, message):
 
 def test_the_ends_of_the_ranges_are_in_them(tmp_path, images):
     training(images, tmp_path / "o", "--steps", 1, "--clip", 0, "--weight-decay", 0, "--warmup", 0, "--lr", 0,
-             "--seed", 2 ** 63 - 1, "--pretrain", 0.001)
+             "--seed", 2 ** 63 - 1)
     assert checkpoints(tmp_path / "o") == ["checkpoint-000001"]
 
 

@@ -191,8 +191,6 @@ def test_bagels_guidance_flags_reach_its_sampler(tmp_path, monkeypatch):
         seen.append(options)
         return noise
     monkeypatch.setattr(reca_bagel.Bagel, "_sample", sample)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(reca_bagel, "pretrain_toy", lambda *_: None)
     (tmp_path / "p.txt").write_text("red circle\n")
 
     def generate(*flags):
