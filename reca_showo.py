@@ -102,11 +102,12 @@ class ShowoConfig:
     vocab_size = property(lambda self: self.mask_token + 1)                                 # 58,498
 
 TINY = ShowoConfig(
-    image_size=64, codebook_bits=8, hidden=128, layers=3, heads=4, intermediate=320, max_positions=512,
+    image_size=64, codebook_bits=8, hidden=128, layers=3, heads=4, intermediate=288, max_positions=512,
     clip_hidden=96, clip_intermediate=128, clip_layers=3, clip_heads=4, clip_image_size=32, clip_patch=8,
-    # GroupNorm has 32 groups, so widths are multiples of 32; no residual block where the image is still 64 pixels wide.
-    vq_ch=32, vq_enc_mult=(1, 1, 1, 1, 2), vq_enc_res=(0, 1, 1, 1, 1),
-    vq_dec_mult=(1, 1, 1, 1, 2), vq_dec_res=(0, 1, 1, 1, 1),
+    # GroupNorm has 32 groups, so widths are multiples of 32, and of 64 where an image of 16 pixels is
+    # one number a channel: a group of one number has no variance.
+    vq_ch=32, vq_enc_mult=(1, 1, 1, 2, 2), vq_enc_res=(0, 0, 0, 1, 1),
+    vq_dec_mult=(1, 1, 1, 1, 2), vq_dec_res=(0, 0, 1, 1, 1),
     recon_text=32, max_text=96, max_prompt=48, system_len=0)
 CONFIGS = {
     "showlab/show-o-w-clip-vit-512x512": ShowoConfig(),
