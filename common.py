@@ -59,10 +59,13 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
-# ==== 1. Errors and files =============================================================================
+
+# ==== 1. Errors and files =========================================================================
+
 
 class InputError(Exception):
     """Something the user gave cannot work. The message is one line: what is wrong, and what to do."""
+
 
 def print_anything():
     """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is
@@ -90,9 +93,11 @@ def cli(main):
         print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
         sys.exit(2)
 
+
 def brief(error):
     """The first line of an exception, without the addresses of objects (<... at 0x7f...>)."""
     return (str(error).split(" <")[0].splitlines() or [type(error).__name__])[0][:120]
+
 
 def remove(path):
     """Delete a file, or a folder with all that is in it; nothing happens where there is none."""
@@ -101,6 +106,7 @@ def remove(path):
     else:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError):
             path.unlink()
+
 
 @contextlib.contextmanager
 def atomic(path):
@@ -126,6 +132,7 @@ def atomic(path):
     finally:
         remove(temporary)
 
+
 def write(path, content, made_from=None):
     """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file,
     atomically. made_from: an object that a .png keeps within itself, see origin_of."""
@@ -142,6 +149,7 @@ def write(path, content, made_from=None):
             temporary.write_text("".join(json.dumps(row) + "\n" for row in content))
         else:
             temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False))
+
 
 # What a run calls its checkpoints, and what a kill leaves of a file that was being written.
 CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
@@ -196,6 +204,7 @@ def inside(folder, name):
         raise InputError(f"{name} leads out of {folder}: not written")
     return path
 
+
 # How a file begins that says its own encoding (utf-32 before utf-16, with which it begins alike).
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -243,6 +252,7 @@ def read_json(path, lines=False):
             raise InputError(f"{path}: line {number + error.lineno} is not JSON ({error.msg})") from error
     return rows if lines else rows[0]
 
+
 def read_object(path):
     """A .json file that must hold an object: a config, a run's record. InputError if it does
     not."""
@@ -276,6 +286,10 @@ def read_whole_lines(path):
         with contextlib.suppress(json.JSONDecodeError):
             rows.append(json.loads(line))
     return [row for row in rows if isinstance(row, dict)]
+
+
+# ==== 2. Checkpoints ==============================================================================
+
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt")
 
@@ -320,6 +334,7 @@ def hub_folder(source, patterns):
     except Exception as error:        # the hub raises dozens of types: offline, not found, gated, time-out, proxy ...
         raise InputError(f"cannot get {source} from the Hugging Face hub ({type(error).__name__}): check the name "
                          "and the network, or give --model DIR with the files, or try --model tiny") from error
+
 
 def tiny_folder(name):
     """The shipped tiny model `name`: a folder beside this file, in the released layout. InputError if
@@ -400,6 +415,7 @@ def resuming(folder):
         offer = (f"remove {folder} to go on from {earlier[-1].name}" if earlier
                  else "there is no checkpoint before it")
         raise InputError(f"{line}; {offer}") from error
+
 
 def shards_of(index):
     """The files that a .index.json lists: {name of a tensor: file beside it}."""
@@ -506,6 +522,7 @@ def choose(found, needs, folder, source):
         say(f"{folder}: {first[0].name} is taken, left are {left}")
     return first[0]
 
+
 def find_weights(folder, *names):
     """The state dict of the first of `names` in the folder: one file, or shards with an index. InputError if none."""
     for name in names:
@@ -513,6 +530,7 @@ def find_weights(folder, *names):
             if path.exists():
                 return load_state(path)
     raise InputError(f"{folder} holds no {' and no '.join(names)}")
+
 
 def load_strictly(module, state, name):
     """load_state_dict whose InputError names the missing, unexpected or wrongly shaped keys."""
@@ -524,6 +542,7 @@ def load_strictly(module, state, name):
             raise InputError(f"{name} {what} {len(keys)} keys: {', '.join(sorted(keys)[:4])}{' ...' * (len(keys) > 4)}")
     module.load_state_dict(state)
 
+
 def load_tokenizer(folder):
     """The tokenizer in a folder. Where it was read from is forgotten, so that saving it again gives equal files."""
     from transformers import AutoTokenizer
@@ -534,6 +553,7 @@ def load_tokenizer(folder):
     for origin in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(origin, None)
     return tokenizer
+
 
 def autoencoder_names(module):
     """{name in diffusers' autoencoder blocks: name in the released file} (KL-16 of Harmon, MAGVIT-v2 of Show-o, FLUX's
@@ -552,6 +572,7 @@ def autoencoder_names(module):
         names[key] = name
     return names
 
+
 def autoencoder_from_original(module, state):
     """A released autoencoder's state dict -> diffusers' names; unknown keys stay. Its attention has 1 x 1 convolutions,
     [out, in, 1, 1], diffusers' has matrices."""
@@ -559,13 +580,107 @@ def autoencoder_from_original(module, state):
     return {own.get(key, key): value.flatten(1) if "attn" in key and value.dim() == 4 else value
             for key, value in state.items()}
 
+
 def autoencoder_to_original(module):
     """The inverse: the state dict of diffusers' blocks as it is released."""
     state, names = module.state_dict(), autoencoder_names(module)
     return {names[key]: (value[..., None, None] if "attn" in names[key] and value.dim() == 2 else value).contiguous()
             for key, value in state.items()}
 
-# ==== 2. Random numbers ===============================================================================
+
+# ==== 3. Processes and random numbers =============================================================
+
+
+def world():
+    """(rank, number of ranks): (0, 1) without torchrun."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def say(text):
+    """Print a line, on one rank."""
+    if world()[0] == 0:
+        print(text)
+
+
+def launched_ranks():
+    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not
+    torchrun's: InputError where the other variables are missing."""
+    count = os.environ.get("WORLD_SIZE") or "1"
+    if count == "1":
+        return 1
+    missing = [
+        name
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+        if not os.environ.get(name)
+    ]
+    if missing or not count.isdecimal() or count == "0":
+        raise InputError(
+            f"WORLD_SIZE is {count}, but {', '.join(missing) or 'that is no number of processes'}"
+            f"{' is not set' if missing else ''}: start with torchrun, or unset WORLD_SIZE"
+        )
+    return int(count)
+
+
+def start_process(args):
+    """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda and device.index >= torch.cuda.device_count():
+        raise InputError(f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                         "start as many processes with --nproc-per-node")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+        # On Hopper torch prefers cuDNN's attention, which builds a plan, in milliseconds, for every
+        # new shape. Prompts, masks and images have new lengths at every step: flash attention has no plans.
+        torch.backends.cuda.enable_cudnn_sdp(False)
+    if launched_ranks() > 1 and not dist.is_initialized():
+        # The others wait while rank 0 describes images, paints previews and writes checkpoints: not only 10 minutes.
+        # NCCL is told its device: otherwise it guesses one at the first barrier, and may guess another rank's.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4),
+                                device_id=device if cuda else None)
+    torch.manual_seed(args.seed)
+    return device
+
+
+def own_share(batch):
+    """(first, last) of the images 0 .. batch - 1 that are this rank's; shares differ by one at most."""
+    rank, ranks = world()
+    return batch * rank // ranks, batch * (rank + 1) // ranks
+
+
+BUCKET = 2 ** 25        # numbers in one all_reduce: enough to fill the network, little beside the gradients
+
+
+def average_gradients(parameters):
+    """Data parallelism: every rank gets the mean gradient, once per weight update. In flat buckets:
+    an all_reduce for each of a thousand tensors costs more in latency than in transfer.
+
+    DistributedDataParallel expects one forward and one backward per step, while a step here has a
+    backward per micro-batch and loss, and each loss leaves other parameters without a gradient (the
+    public Show-o code cannot run on two GPUs for this reason).
+    """
+    if not dist.is_initialized():
+        return
+
+    buckets = {}
+    for parameter in parameters:
+        if parameter.grad is None:          # all ranks must bring the same tensors
+            parameter.grad = torch.zeros_like(parameter)
+        bucket = buckets.setdefault(parameter.grad.dtype, [[]])
+        if bucket[-1] and sum(grad.numel() for grad in bucket[-1]) + parameter.numel() > BUCKET:
+            bucket.append([])
+        bucket[-1].append(parameter.grad)
+
+    for gradients in itertools.chain(*buckets.values()):
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
+            gradient.copy_(part.view_as(gradient))
+
+
 # Every draw of a step (mask, order, timestep, noise, template, crop) is a function of the seed and of the image's
 # position in the endless stream, drawn on the CPU. Hence a run is resumed without storing any generator, two processes
 # with half the batch each draw what one process draws, and a GPU draws what a CPU draws. The one exception is dropout,
@@ -574,6 +689,7 @@ def autoencoder_to_original(module):
 def stable_seed(*keys):
     """A 63-bit seed from any printable keys, the same on every machine and in every Python (unlike hash())."""
     return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little") >> 1
+
 
 class Rng:
     """The random numbers of one batch, Rng(seed, "recon", step, positions=[...]): the methods draw row i of their
@@ -609,71 +725,12 @@ class Rng:
     def permutation(self, n):
         return torch.stack([torch.randperm(n, generator=g) for g in self.images])
 
-def world():
-    """(rank, number of ranks): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
-def mean(total, count):
-    """total / count for a count known on the host; 0 where a micro-batch holds no target at all."""
-    return total / max(1, count)
+# ==== 4. Templates and images =====================================================================
 
-
-class HeadCrossEntropy(torch.autograd.Function):
-    """See cross_entropy_sum. The gradients are known as soon as the logits are there: they are computed
-    with them, so that no logits are kept for the backward, or made in it a second time."""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, bias, labels, at_once):
-        wanted = ctx.needs_input_grad
-        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight) if wanted[1] else None
-        grad_bias = torch.zeros_like(bias) if wanted[2] else None
-        total = torch.zeros((), device=hidden.device)
-
-        for begin in range(0, len(labels), at_once):
-            rows = hidden[begin:begin + at_once]                                    # [n, D]
-            targets = labels[begin:begin + at_once]                                 # [n]
-            logits = F.linear(rows, weight, bias)                                   # [n, V]
-            precision = logits.dtype
-            logits = logits.float()
-            total += F.cross_entropy(logits, targets, reduction="sum")
-            if not any(wanted):
-                continue
-
-            # d loss / d logits = probabilities - 1 at the target, in the precision of the product.
-            slope = logits.softmax(-1)
-            del logits
-            slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
-            slope = slope.to(precision)
-            if wanted[0]:
-                grad_hidden[begin:begin + at_once] = slope @ weight
-            if wanted[1]:
-                grad_weight.addmm_(slope.T.to(weight.dtype), rows.to(weight.dtype))
-            if wanted[2]:
-                grad_bias += slope.sum(0)
-
-        ctx.gradients = grad_hidden, grad_weight, grad_bias
-        return total
-
-    @staticmethod
-    def backward(ctx, upstream):
-        gradients = [None if grad is None else grad.mul_(upstream) for grad in ctx.gradients]
-        ctx.gradients = None        # the last reference: autograd may add to these tensors in place
-        return *gradients, None, None
-
-
-def cross_entropy_sum(head, hidden, labels, at_once=1024):
-    """Sum of the cross-entropies of labels [n] under the linear layer head(hidden [n, D]) -> scalar, float32.
-
-    The logits, a column for each of up to 150,000 words, would be the largest tensors of a step:
-    they are made for `at_once` labels at a time.
-    """
-    return HeadCrossEntropy.apply(hidden, head.weight, head.bias, labels, at_once)
-
-
-# ==== 3. Templates and images =========================================================================
 
 SEED_TEMPLATE = "Describe the image in detail."
+
 
 def templates(which="all"):
     """The instructions behind the image embeddings (paper, section 3): 10 x 6 x 6 = 360 ways to ask for a detailed
@@ -687,6 +744,7 @@ def templates(which="all"):
     manners = ("in detail", "in great detail", "as precisely as you can", "without leaving anything out",
                "so that someone could draw it from your words", "with every object, its color and its place")
     return [f"{verb} {noun} {manner}." for verb in verbs for noun in nouns for manner in manners]
+
 
 MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
 IMAGE_SUFFIXES = (
@@ -753,6 +811,7 @@ def decode(data):
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
+
 def plain(text, markers):
     """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" ->
     "< IMG_CONTEXT>". It then stands for itself, and not for an image or for the end of a turn."""
@@ -781,11 +840,13 @@ def to_pil(pixels):
     pixels = (127.5 * pixels.detach().float().cpu() + 128).clamp(0, 255).to(torch.uint8)
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
+
 def random_square(image, size, rng=None):
     """Square crop along the long side (rng: a numpy Generator for its place; None: the centre), bicubic to size."""
     side = min(image.size)
     left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
     return image.crop((left, top, left + side, top + side)).resize((size, size))
+
 
 def shrunk(image, longest):
     """The image with its longer side at most `longest`, in its proportions."""
@@ -794,34 +855,6 @@ def shrunk(image, longest):
         return image
     return image.resize([max(1, round(side * scale)) for side in image.size])
 
-
-def stretch_square(image, size):
-    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's
-    original."""
-    side = min(max(image.size), MAX_SIDE)
-    return image.resize((side, side)).resize((size, size))
-
-
-def short_side_square(image, size):
-    """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
-    # The long side grows with the short one: of a strip, no more than the middle is needed.
-    middle = 3 * min(image.size)
-    if max(image.size) > 16 * min(image.size):
-        left = max(0, (image.width - middle) // 2)
-        top = max(0, (image.height - middle) // 2)
-        image = image.crop(
-            (left, top, min(image.width, left + middle), min(image.height, top + middle))
-        )
-    width, height = (int(size * side / min(image.size)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
-    return image.resize((width, height)).crop((left, top, left + size, top + size))
-
-def pad_square(image, size):
-    """Centred on a grey square of the longer side, then size x size (LLaVA's padding)."""
-    image = shrunk(image, MAX_SIDE)
-    square = Image.new("RGB", (max(image.size),) * 2, (127,) * 3)
-    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
-    return square.resize((size, size))
 
 def check_blur(factor, side):
     """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before
@@ -838,14 +871,10 @@ def blur(pixels, factor):
     small = F.interpolate(pixels, size=[side // factor for side in size], mode="bilinear")
     return F.interpolate(small, size=size, mode="bilinear")
 
-# ==== 4. Data =========================================================================================
+
+# ==== 5. Data =====================================================================================
 # Rows are (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or None (a text
 # without image). text: None (RecA needs none), a caption, or a conversation [(question, answer), ...].
-
-def say(text):
-    """Print a line, on one rank."""
-    if world()[0] == 0:
-        print(text)
 
 
 def files_below(root, out, left):
@@ -956,6 +985,7 @@ def image_rows(source, out=None):
         say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
     return rows
 
+
 def read_rows(path, what, read):
     """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first that is not `what`."""
     table, rows = read_json(path, lines=Path(path).suffix.lower() == ".jsonl"), []
@@ -968,12 +998,14 @@ def read_rows(path, what, read):
             raise InputError(f"{path}: row {i + 1} is not {what}") from error
     return rows
 
+
 def text_in(row, *keys):
     """The text under the first of the keys that the row has; KeyError where there is none."""
     text = next((row[key] for key in keys if key in row), None)
     if not isinstance(text, str) or not text.strip():
         raise KeyError(keys)
     return text
+
 
 ASKING = ("human", "user")
 ANSWERING = ("gpt", "assistant", "model")
@@ -1029,10 +1061,12 @@ def conversation_rows(path, folder):
     say(f"{path}: {len(rows)} conversations{aside}")
     return rows
 
+
 def caption_rows(path):
     """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
     return read_rows(path, "an image with its caption (image, caption)", lambda i, row: (
         row["image"], Path(path).parent / row["image"], text_in(row, "caption")))
+
 
 class Cache:
     """What the frozen parts compute for an image, a safetensors file each: folder/<hash of settings>/<hash of image>.
@@ -1055,6 +1089,7 @@ class Cache:
     def write(self, path, features):
         with atomic(path) as temporary:
             save_file({k: v.detach().cpu().contiguous() for k, v in features.items()}, temporary)
+
 
 class Stream(torch.utils.data.Dataset):
     """An endless, shuffled stream over rows: stream[position] for any position >= 0, so it can be entered anywhere.
@@ -1121,12 +1156,6 @@ class Stream(torch.utils.data.Dataset):
         finally:
             if workers:
                 packed._shutdown_workers()
-
-
-def own_share(batch):
-    """(first, last) of the images 0 .. batch - 1 that are this rank's; shares differ by one at most."""
-    rank, ranks = world()
-    return batch * rank // ranks, batch * (rank + 1) // ranks
 
 
 ALIGNMENT = 16      # bytes: tensors of every type may begin here
@@ -1213,7 +1242,8 @@ def encode_batch(model, items, task, cache=None):
     return to_device([item["features"] for item in items], model.device)
 
 
-# ==== 5. Training =====================================================================================
+# ==== 6. Equation (3) and training ================================================================
+
 
 LOSSES = ("recon", "i2t", "t2i")
 
@@ -1239,136 +1269,17 @@ def objective(losses, weights, backward):
     return sum(weights[name] * value for name, value in values.items()), values
 
 
+def mean(total, count):
+    """total / count for a count known on the host; 0 where a micro-batch holds no target at all."""
+    return total / max(1, count)
+
+
 def learning_rate(update, peak, warmup, horizon):
     """Linear warm-up over `warmup` weight updates (counted from 0), then a cosine to 0 at `horizon` (0: constant)."""
     if update < warmup:
         return peak * (update + 1) / warmup
     progress = min(1, (update - warmup) / max(1, horizon - warmup)) if horizon else 0
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-BUCKET = 2 ** 25        # numbers in one all_reduce: enough to fill the network, little beside the gradients
-
-
-def average_gradients(parameters):
-    """Data parallelism: every rank gets the mean gradient, once per weight update. In flat buckets:
-    an all_reduce for each of a thousand tensors costs more in latency than in transfer.
-
-    DistributedDataParallel expects one forward and one backward per step, while a step here has a
-    backward per micro-batch and loss, and each loss leaves other parameters without a gradient (the
-    public Show-o code cannot run on two GPUs for this reason).
-    """
-    if not dist.is_initialized():
-        return
-
-    buckets = {}
-    for parameter in parameters:
-        if parameter.grad is None:          # all ranks must bring the same tensors
-            parameter.grad = torch.zeros_like(parameter)
-        bucket = buckets.setdefault(parameter.grad.dtype, [[]])
-        if bucket[-1] and sum(grad.numel() for grad in bucket[-1]) + parameter.numel() > BUCKET:
-            bucket.append([])
-        bucket[-1].append(parameter.grad)
-
-    for gradients in itertools.chain(*buckets.values()):
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
-        dist.all_reduce(flat)
-        flat /= dist.get_world_size()
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
-
-
-class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and
-    moments in bf16, rounded stochastically: 8 bytes a weight with its gradient, where float32
-    needs 16.
-
-    bf16 keeps 8 bits: rounding to nearest loses an update below 1/256 of a weight, at every step,
-    and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the
-    chance given by what is cut off, is right in the mean. Draws follow from (seed, update, rank),
-    so that a resumed run draws the same.
-
-    What it costs is noise. After n updates by u of weights whose last bit is worth b, they have moved
-    by n u, give or take sqrt(n u b). For BAGEL (u up to 4e-5, 1000 updates) and weights of 0.02
-    (b = 1.2e-4) that is a twentieth of the way; for Show-o (5e-7, 5000 updates), which moves a weight
-    by a two-hundredth of its last bit, a fifth of the way of a weight that always moves in one
-    direction, and more than the way of one that moves to and fro: take float32 there if it fits.
-    """
-
-    AT_ONCE = 2 ** 24       # numbers that are in float32 at a time: their copies stay below 1 GB
-
-    def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0}
-        super().__init__(groups, defaults)
-        self.seed = seed
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            group["updates"] += 1
-            generator = None
-
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(p)
-                    state["exp_avg_sq"] = torch.zeros_like(p)
-
-                # Sharded weights are DTensors; everything here is elementwise, so each rank works
-                # on its own part, and on one piece of a large tensor after another.
-                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-                tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
-                if generator is None:
-                    key = stable_seed(self.seed, "rounding", group["updates"], world()[0])
-                    generator = torch.Generator(tensors[0].device).manual_seed(key)
-                for pieces in zip(*(t.view(-1).split(self.AT_ONCE) for t in tensors)):
-                    self._update(group, generator, *pieces)
-
-    def _update(self, group, generator, weight, grad, m, v):
-        """One piece of a tensor, all [n]: AdamW's equations in float32."""
-        beta1, beta2 = group["betas"]
-        n = group["updates"]
-
-        grad = grad.float()
-        first = m.float().lerp_(grad, 1 - beta1)
-        second = v.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        step = first / (1 - beta1 ** n) / ((second / (1 - beta2 ** n)).sqrt_().add_(group["eps"]))
-        new = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
-
-        self._store(weight, new, generator)
-        self._store(m, first, generator)
-        self._store(v, second, generator)
-
-    @staticmethod
-    def _store(target, value, generator):
-        """float32 value into target, rounded stochastically where target is bf16. bf16 is the upper
-        half of a float32: adding a uniform 16-bit number to the lower half carries into the upper
-        one exactly as often as it should."""
-        if target.dtype == torch.bfloat16:
-            noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device,
-                                  generator=generator)
-            bits = value.contiguous().view(torch.int32) + noise
-            value = bits.bitwise_and_(-65536).view(torch.float32)
-        target.copy_(value)
-
-
-def lower_precision(model):
-    """The trained weights to bf16, one after the other, for StochasticAdamW."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.grad = None
-            parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def make_optimizer(model, args, low_precision):
-    """AdamW for float32 weights, StochasticAdamW for those of lower_precision."""
-    groups = model.parameter_groups(args.weight_decay)
-    options = {"lr": args.lr, "betas": args.betas, "eps": args.eps}
-    if low_precision:
-        return StochasticAdamW(groups, **options, seed=args.seed)
-    return torch.optim.AdamW(groups, **options, fused=model.device.type == "cuda")
 
 
 @dataclasses.dataclass
@@ -1379,19 +1290,6 @@ class MicroBatch:
     texts: list
     draws: dict
     targets: int
-
-
-@contextlib.contextmanager
-def own_options(optimizer):
-    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this
-    run: a state has its own, which would count instead of what the command line says."""
-    kept = [
-        {name: group[name] for name in ("weight_decay", "betas", "eps")}
-        for group in optimizer.param_groups
-    ]
-    yield
-    for group, options in zip(optimizer.param_groups, kept):
-        group.update(options)
 
 
 class Trainer:
@@ -1696,91 +1594,526 @@ class Trainer:
         self.optimizer.state.clear()
 
 
+@contextlib.contextmanager
+def own_options(optimizer):
+    """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this
+    run: a state has its own, which would count instead of what the command line says."""
+    kept = [
+        {name: group[name] for name in ("weight_decay", "betas", "eps")}
+        for group in optimizer.param_groups
+    ]
+    yield
+    for group, options in zip(optimizer.param_groups, kept):
+        group.update(options)
+
+
+def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
+    """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
+    subclass of Trainer, for a script that needs one; inference_jobs: {function(model, args, jobs): jobs}, to be called
+    after training like those of section 6."""
+    device = start_process(args)
+    if args.bench:
+        return bench(model_class, args, device, prepare, trainer)
+    out = Path(args.out)
+    check_out(args)
+    # Bad files fail before anything is downloaded, and not after days of training.
+    rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
+    if args.generate:
+        todo[generate_files] = prompt_jobs(args.generate, out, args.images)
+    if args.reconstruct:
+        todo[reconstruct_files] = reconstruct_jobs(args.reconstruct, out)
+    if args.describe:
+        check_answers(out)
+        todo[describe_files] = questions(args)
+    resume = own_checkpoints(out)[-1] if args.resume else None
+    source = resume or args.model
+    dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
+    with resuming(resume) if resume else contextlib.nullcontext():
+        if resume:
+            load_training(resume, mmap=True)
+        model = model_class.from_pretrained(str(source), device=device, dtype=dtype, quantize=args.quantize)
+    if args.und_size or args.blur:
+        model.set_und(size=args.und_size, blur=args.blur)
+    if args.compile:
+        compile_blocks(model)
+    record_run(args, device)
+    if args.steps:
+        post_train(model, args, rows, prepare, trainer, resume)
+    if world()[0] == 0:
+        with inference(model, args):
+            for make_files, jobs in todo.items():
+                make_files(model, args, jobs)
+
+
+def post_train(model, args, rows, prepare, trainer, resume):
+    """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
+    out, main_process, size = Path(args.out), world()[0] == 0, model.config.image_size
+    toy, previews, texts = args.data == "shapes", out / "previews", templates(args.templates)
+    if main_process:
+        for path in [*leftovers(out), *([] if resume else written_by_run(out))]:
+            remove(path)
+    for shapes in rows.values():
+        if isinstance(shapes, Shapes):
+            shapes.size = size
+    if args.lambda_i2t and not args.i2t_data:
+        with inference(model, args):
+            rows["i2t"] = describe_first(model, args, rows["recon"], out / "i2t_self.jsonl")
+    if not args.lambda_recon:
+        rows.pop("recon", None)
+    # What is cached depends on these; the frozen weights are told apart by their first numbers.
+    frozen = [p.detach().flatten()[:4].float().tolist() for p in model.parameters() if not p.requires_grad]
+    settings = {"model": args.model, "frozen": stable_seed(frozen), "image_size": size, "und_size": args.und_size,
+                "blur": args.blur, "precision": args.precision}
+    streams = {}
+    for name, data in rows.items():
+        cache = Cache(args.cache, {**settings, "task": name}) if args.cache else None
+        streams[name] = Stream(name, data, model.preprocess, args.seed, texts if name == "recon" else None, cache)
+    samples, before = kept_previews(previews) if resume else ([], [])
+    samples = samples or preview_images(next(iter(rows.values())), size)
+    told = [caption(scene) for scene in told_scenes()] if toy else []
+
+    def paint():
+        """The preview images, reconstructed by the model as it is now: one at a time, since in the
+        middle of an accumulation gradients and moments fill the memory."""
+        with inference(model, args):
+            return [model.reconstruct([sample], seed=[k], **sampler_options(args))[0]
+                    for k, sample in enumerate(samples)]
+
+    def paint_told():
+        """The captions of effect.png, painted by the model as it is now."""
+        with inference(model, args):
+            return model.generate(told, seed=list(range(len(told))), **sampler_options(args))
+
+    def show(step):
+        now = paint()                           # on all ranks: sharded weights are gathered by all together
+        if main_process:
+            columns = {"input": samples, "before RecA": before, f"step {step}": now}
+            if not before:
+                del columns["before RecA"]
+            picture = grid(list(zip(*columns.values())), list(columns), cell=max(128, min(256, size)))
+            write(previews / f"step_{step:06d}.png", picture)
+
+    def score(when):
+        """out/scores.json: the toy world's scores now, under `when`, beside those that are
+        there."""
+        known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
+        say(f"scores {when}: 128 held-out scenes are painted from their images, 128 from words")
+        with inference(model, args):
+            known[when] = score_toy(model, size, 128, 7, sampler_options(args))
+        write(out / "scores.json", known)
+        return known
+
+    if main_process and not resume:
+        before = paint()
+        for k, (image, painted) in enumerate(zip(samples, before)):
+            write(previews / f"input_{k}.png", image)
+            write(previews / f"before_{k}.png", painted)
+        if toy:
+            for k, image in enumerate(paint_told()):
+                write(previews / f"told_before_{k}.png", image)
+            score("before")
+    trainer = set_up_training(model, streams, args, prepare, trainer, show)
+    record_run(args, model.device, again=True)
+    if resume:
+        with resuming(resume):
+            trainer.resume(resume)
+    model.train()
+    trainer.train()
+    show(trainer.step)
+    if main_process and toy:
+        scores = score("after")
+        print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
+        for name, after in scores["after"].items():
+            print(f"{name:<22}{scores.get('before', {}).get(name, math.nan):>8.2f}{after:>8.2f}")
+        if args.lambda_recon and not args.lambda_t2i and "before" in scores:
+            print(effect_words(scores["before"], scores["after"]))
+        told_before = [previews / f"told_before_{k}.png" for k in range(len(told))]
+        if before and all(path.is_file() for path in told_before):
+            left = list(zip(told, map(load_image, told_before), paint_told()))
+            right = list(zip(samples, before, paint()))
+            write(out / "effect.png", effect_picture(left, right))
+    if main_process:
+        print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
+
+
+@contextlib.contextmanager
+def inference(model, args):
+    """with inference(model, args): no dropout, no gradients, in --precision. Afterwards training mode again."""
+    model.eval()
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+        yield
+    model.train()
+
+
+def preview_images(rows, size, count=6):
+    """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
+    if isinstance(rows, Shapes):
+        rng = np.random.default_rng(12345)
+        return [draw_scene(random_scene(rng), size) for _ in range(count)]
+    images, first = [], None
+    for name, source, _ in (row for row in rows if row[1] is not None):
+        try:
+            images.append(load_image(source))
+        except UnreadableImage as error:       # the run names it, when it comes to it
+            first = first or f"{name} ({error})"
+        if len(images) == count:
+            break
+    if not images:
+        raise InputError(f"none of the {len(rows)} images could be read; the first: {first}")
+    return [shrunk(image, 1024) for image in images]
+
+
+def kept_previews(folder):
+    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists
+    where that is not whole: then other images are shown, and none before RecA, as the model that
+    could paint it is gone."""
+    images, before = [], []
+    with contextlib.suppress(UnreadableImage):
+        while (folder / f"before_{len(images)}.png").exists():
+            k = len(images)
+            pair = [load_image(folder / f"{when}_{k}.png") for when in ("input", "before")]
+            images.append(pair[0])
+            before.append(pair[1])
+        return images, before
+    return [], []
+
+
+def draw_losses(out):
+    """out/log.jsonl -> out/loss.png: the losses over the steps, smoothed, each between its own low and high."""
+    rows, picture = read_json(out / "log.jsonl", lines=True), Image.new("RGB", (900, 420), "white")
+    draw, width = ImageDraw.Draw(picture), 1 + len(rows) // 20
+    for name, color, x in zip(LOSSES, ("#c0392b", "#2471a3", "#1e8449"), (20, 310, 600)):
+        values = [row[name] for row in rows if name in row]
+        if values:
+            curve = np.convolve(values, np.ones(width) / width, "valid")
+            low, high = curve.min(), curve.max()
+            ys = 390 - 350 * (curve - low) / max(high - low, 1e-9)
+            draw.line([*zip(np.linspace(20, 880, len(ys)), ys), (880, ys[-1])], fill=color, width=2)
+            draw.text((x, 10), f"{name}: {curve[0]:.4g} to {curve[-1]:.4g} ({low:.4g} to {high:.4g})", fill=color)
+    draw.text((20, 400), f"steps 1 to {len(rows)}, means of {width}", fill="black")
+    write(out / "loss.png", picture)
+
+
+def grid(rows, titles=(), cell=192, gap=4):
+    """Rows of PIL images (equal lengths) -> one picture of square cells, a title above each column."""
+    header, pitch = 18 if titles else 0, cell + gap
+    sheet = Image.new("RGB", (len(rows[0]) * pitch, header + len(rows) * pitch), "lightgray")
+    for column, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((column * pitch + 4, 3), title, fill="black")
+    for r, row in enumerate(rows):
+        for column, image in enumerate(row):
+            image = image.resize((cell, cell), Image.NEAREST if image.width < cell else Image.BICUBIC)
+            sheet.paste(image, (column * pitch, header + r * pitch))
+    return sheet
+
+
+# ==== 7. The command line =========================================================================
+
+
+# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so
+# (--data=~/x).
+expanded = os.path.expanduser
+
+
+def at_least(least, most=10 ** 9):
+    """The type of a flag: a whole number from `least` to `most`."""
+    def whole_number(text):
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if value > most:
+            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
+        return value
+    return whole_number
+
+
+def number(least, most=math.inf):
+    """The type of a flag: a finite number from `least` to `most`."""
+    def real_number(text):
+        value = float(text)
+        if not (math.isfinite(value) and least <= value <= most):
+            limit = f"from {least} on" if most == math.inf else f"from {least} to {most}"
+            raise argparse.ArgumentTypeError(f"{text} is no number {limit}")
+        return value
+    return real_number
+
+
+def micro_batch(text):
+    """The type of --micro-batch."""
+    return None if text == "auto" else at_least(1)(text)
+
+
+# Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
+FLAGS = (
+    "what",
+    ("--data", expanded, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
+    ("--out", expanded, None, "folder of the run (default out/<script>-<model>)"),
+    ("--resume", bool, None, "go on from the newest checkpoint in --out, to the same numbers"),
+    ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
+    "training (defaults: the paper's Table 8, in our steps)",
+    ("--steps", at_least(0), None, "evaluations of equation (3); 0: inference only"),
+    ("--batch", at_least(1), None, "images of each loss in a step, over all GPUs"),
+    ("--accum", at_least(1), None, "steps per weight update"),
+    ("--micro-batch", micro_batch, None, "images that go through the model at once on one GPU; auto (default): what "
+     "fits, found before training. Changes memory and speed, not the result"),
+    ("--optimizer", ("auto", "fp32", "bf16"), "auto", "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: "
+     "weights and moments in bf16, stochastic rounding, 8 bytes; auto: fp32 where it fits"),
+    ("--lr", number(0), None, "peak learning rate"),
+    ("--warmup", at_least(0), None, "weight updates of linear warm-up"),
+    ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant. Not given: the "
+     "recipe's, which may be the end of the run"),
+    ("--weight-decay", number(0), None, "of AdamW"),
+    ("--clip", number(0), None, "limit of the gradient's norm; 0: none"),
+    ("--seed", at_least(0, 2 ** 63 - 1), 0, "of every random number"),
+    ("--precision", ("bf16", "fp32"), None, "bf16 (autocast, float32 master weights; default on a GPU) or fp32"),
+    ("--compile", bool, None, "torch.compile the repeated blocks"),
+    ("--checkpointing", argparse.BooleanOptionalAction, None, "recompute activations in the backward: a tenth of the "
+     "memory, about a third more time (default: on a GPU)"),
+    ("--lambda-recon", number(0), None, "weight of L_recon in equation (3)"),
+    ("--lambda-i2t", number(0), None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
+    ("--lambda-t2i", number(0), None, "weight of L_t2i; 1 where --captions is given"),
+    ("--i2t-data", expanded, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
+    ("--i2t-images", expanded, None, "folder of its images (default: the folder of the file)"),
+    ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for it (ours)"),
+    ("--captions", expanded, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
+    ("--cache", expanded, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
+    ("--workers", at_least(0, 256), None, "processes that decode images (default: by the number of cores)"),
+    ("--save-every", at_least(1), 500, "steps between checkpoints"),
+    ("--sample-every", at_least(1), 250, "steps between preview pictures"),
+    "the paper's ablations",
+    ("--und-size", at_least(1, 4096), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
+    ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
+    ("--templates", ("all", "one"), "all", "all 360, or the one seed template"),
+    "inference (after training; alone with --steps 0)",
+    ("--generate", expanded, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
+    ("--images", at_least(1, 10_000), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
+    ("--reconstruct", expanded, None, "folder of images to reconstruct from their understanding embeddings"),
+    ("--describe", expanded, None, "folder of images, or a question file (.jsonl)"),
+    ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
+    ("--max-new-tokens", at_least(1, 100_000), 256, "of a description"),
+    ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
+    ("--guidance-scale", number(0), None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
+    ("--sampling-steps", at_least(1, 1000), None, "of the sampler. Not given: the paper's"),
+    ("--quantize", ("int8",), None, "keep the weights of all linear layers but the heads in int8: half the memory of "
+     "bf16, slower; only with --steps 0"),
+)
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise InputError(f"{message} (see python {self.prog} --help)")
+
+
+def parse_args(description, recipes, default, argv=None, extend=None):
+    """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
+    line is taken from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
+    print_anything()
+    paper, group = vars(recipes[default]), None
+    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    models = (
+        f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint)."
+        f" -reca: what the authors have trained (default {default})"
+    )
+    parser.add_argument("--model", type=expanded, default=default, help=models)
+    for flag in FLAGS:
+        if isinstance(flag, str):
+            group = parser.add_argument_group(flag)
+            continue
+        name, kind, value, text = flag
+        shown = paper.get(name[2:].replace("-", "_"), value)
+        text += "" if shown is None else f" (default {shown})"
+        if kind is bool:
+            group.add_argument(name, action="store_true", help=text)
+        elif kind is argparse.BooleanOptionalAction:
+            group.add_argument(name, action=kind, default=value, help=text)
+        else:
+            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
+            group.add_argument(name, default=value, help=text, **how)
+    if extend:
+        extend(parser)
+    args = parser.parse_args(argv)
+    if args.quantize and (args.steps != 0 or args.resume or args.bench):        # not given: the recipe's steps
+        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
+                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
+    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
+    if args.resume and not args.bench:
+        unset = object()
+        namespace = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+        given = vars(parser.parse_args(argv, namespace)).items()
+        check_out(args)
+        reconcile(args, {name: value for name, value in given if value is not unset})
+    if args.captions and args.lambda_t2i is None:
+        args.lambda_t2i = 1.0
+    check_model(args.model, list(recipes))
+    for name, value in vars(recipes.get(args.model, recipes[default])).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    cuda = torch.cuda.is_available()
+    args.precision = args.precision or ("bf16" if cuda else "fp32")
+    if args.checkpointing is None:
+        args.checkpointing = cuda
+    if args.batch_images is None:
+        args.batch_images = 32 if cuda else 8
+    args.data = args.data or ("shapes" if args.model in TOYS else None)
+    if args.workers is None:
+        cores = (os.cpu_count() or 1) // launched_ranks()
+        args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
+    if (args.steps or args.bench) and not (args.lambda_recon or args.lambda_i2t or args.lambda_t2i):
+        raise InputError(
+            "all three λ are 0: nothing would be trained; --steps 0 for inference alone"
+        )
+    if args.lambda_t2i and not args.captions:
+        raise InputError("--lambda-t2i needs --captions FILE")
+    if 0 < args.steps < args.accum and not args.bench:
+        raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
+    ranks = launched_ranks()
+    if args.steps and args.batch < ranks:
+        raise InputError(f"--batch {args.batch} is less than the {ranks} processes: one would have no image")
+    if args.optimizer == "bf16" and args.precision != "bf16":
+        raise InputError("--optimizer bf16 needs --precision bf16")
+    if args.steps and not args.data and not args.bench:
+        raise InputError("--data is missing: a folder of images (--model tiny draws its own, --steps 0 needs none)")
+    return args
+
+
+def build_rows(args):
+    """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
+    rows, toy = {}, args.data == "shapes"
+    if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
+        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data, args.out)
+    if args.lambda_i2t and args.i2t_data:
+        rows["i2t"] = (Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes"
+                       else conversation_rows(args.i2t_data, args.i2t_images))
+    if args.lambda_t2i:
+        p = {"full": 1.0, "sparse": 0.1}.get(args.captions) if toy else None
+        rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else caption_rows(args.captions)
+    return rows
+
+
+# The scripts' own small models, pretrained on the spot. Only these exact names mean them: a folder
+# called tiny-b is a folder, and so is ./tiny.
+TOYS = ("tiny", "tiny-vq")
+
+
+def past_runs(out):
+    """What out/run.json says of the runs in this folder, oldest first; [] where there were none.
+    InputError where it cannot be read."""
+    path = Path(out) / "run.json"
+    if not path.is_file():
+        return []
+    latest = read_object(path)
+    return [*latest.pop("history", []), latest]
+
+
+def last_training(out):
+    """What run.json says of the last run in `out` that trained (inference may have followed), or
+    {}."""
+    trained = [run for run in past_runs(out) if run.get("arguments", {}).get("steps")]
+    return trained[-1] if trained else {}
+
+
+# What a run that goes on keeps as it began, and why another value would be another run.
+FIXED = {
+    "model": "the checkpoint is its model",
+    "seed": "the order of the images and all draws follow from it",
+    "optimizer": "the checkpoint holds its state",
+    "self_captions": "the model has described its images before RecA changed it"}
+
+
+def reconcile(args, given):
+    """--resume: what the command line does not give comes from run.json, as the run in --out was
+    started or last gone on with. given: {flag: value} of what it does give. What differs counts
+    from here on, and is said in a line, or cannot be changed: InputError."""
+    run = last_training(args.out)
+    if not run:
+        say(
+            f"--resume: {args.out}/run.json does not say how the run was started; the command line"
+            " alone counts"
+        )
+        return
+
+    script = Path(sys.argv[0]).stem
+    begun = run.get("script", script)
+    if begun != script and begun.startswith("reca_") and script.startswith("reca_"):
+        raise InputError(f"{args.out} is a run of {begun}.py: go on with that")
+
+    changed = []
+    for name, before in run["arguments"].items():
+        if name in ("out", "resume", "bench", "workers") or not hasattr(args, name):
+            continue
+        if name not in given:
+            # --captions that are new in this run switch L_t2i on, as at a start.
+            if name != "lambda_t2i" or "captions" not in given:
+                setattr(args, name, before)
+            continue
+        flag, now = f"--{name.replace('_', '-')}", given[name]
+        if now == before:
+            continue
+        if name in FIXED and before not in (None, "auto"):
+            raise InputError(
+                f"{flag} {now}: the run in {args.out} has {before}, and {FIXED[name]}; leave it"
+                " out, or choose another --out"
+            )
+        changed.append(f"{flag} {now} instead of {before}")
+    if changed:
+        say(f"from here on: {', '.join(changed)}")
+
+
+def record_run(args, device, again=False):
+    """out/run.json: arguments, versions and device of this run, those before it as its history. again: with what auto
+    took, once it is known."""
+    if world()[0] != 0:
+        return
+    import diffusers
+    import transformers
+
+    history = past_runs(args.out)
+    if again:
+        history.pop()
+    modules = (torch, transformers, diffusers, np)
+    versions = {module.__name__: module.__version__ for module in modules}
+    versions["python"] = sys.version.split()[0]
+    write(Path(args.out) / "run.json", {
+        "script": Path(sys.argv[0]).stem, "arguments": vars(args), "versions": versions,
+        "device": str(device), "history": history})
+
+
+def check_out(args):
+    """InputError where --out cannot take what is asked for, before anything is made."""
+    out, checkpoints = Path(args.out), own_checkpoints(args.out)
+    for flag, folder in (("--out", out), ("--cache", args.cache and Path(args.cache))):
+        for path in [folder, *folder.parents] if folder else ():
+            if path.exists() and not path.is_dir():
+                raise InputError(f"{flag} {folder}: {path} is a file; give a folder")
+    if args.resume and not checkpoints:
+        raise InputError(f"nothing to resume: no checkpoint in {out}")
+    if not args.steps:
+        return
+
+    # A toy's run may be made again: but that run only, not another one that lies in the same place.
+    before = last_training(out).get("arguments", {})
+    again = args.model in TOYS and before.get("model") == args.model
+    if checkpoints and not args.resume and not again:
+        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose "
+                         "another --out")
+    named = named_checkpoints(out)
+    newer = named if not args.resume else named[named.index(checkpoints[-1]):]
+    for path in newer:
+        if path not in checkpoints:
+            raise InputError(f"{path} is in the way: it has a checkpoint's name, but no trainer.pt "
+                             "of this run; move it, or choose another --out")
+
+
+# --------------------------------------------------------------------------------------------------
+# What follows is not needed to understand RecA: how it fits into memory, files, timing, a toy world.
+# --------------------------------------------------------------------------------------------------
+
+
+# ==== 8. Memory and speed =========================================================================
+
+
 CPU_MICRO_BATCH = 32        # --micro-batch auto without a GPU: main memory holds that many of any tiny model
 SPARE_BYTES = 4e9           # what auto leaves free: fragmentation, kernels' workspaces, previews
-
-
-def free_bytes():
-    """What this process may still allocate on its GPU."""
-    torch.cuda.empty_cache()
-    return torch.cuda.mem_get_info()[0]
-
-
-def worst_case_bytes(trainer, name, count):
-    """The peak, above what is resident, of one worst-case micro-batch of `count` images: encoding,
-    loss and backward."""
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    resident = torch.cuda.memory_allocated()
-
-    model = trainer.model
-    samples, texts, worst_draws = model.worst_case(name, count)
-    with trainer.precision(), torch.no_grad():
-        features = model.encode(to_device(samples, model.device), name)
-    draws = model.draw(name, features, Rng(0, positions=range(count))) | worst_draws
-    batch = MicroBatch(features, texts, draws, targets=1)
-    trainer.loss(name, batch).backward()
-    return torch.cuda.max_memory_allocated() - resident
-
-
-def agreed(sizes, device):
-    """The least that any process has found: sharded weights need equally many passes everywhere."""
-    if not dist.is_initialized():
-        return sizes
-    least = torch.tensor(list(sizes.values()), device=device)
-    dist.all_reduce(least, dist.ReduceOp.MIN)
-    return dict(zip(sizes, least.tolist()))
-
-
-def fit_micro_batches(trainer):
-    """--micro-batch auto on a GPU -> {name: images}, the most that fit, and a line that says why.
-
-    Two small micro-batches are measured on the largest inputs that the model can meet, with the
-    gradients there, as in all but the first micro-batch of an update. Memory grows linearly with
-    their size, so what fits into what is left follows; the optimizer's moments, which come with
-    the first update, are counted in. 0 where not even one image fits.
-    """
-    for parameter in trainer.parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    present = sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
-    moments = max(0, 2 * sum(parameter.grad.nbytes for parameter in trainer.parameters) - present)
-    room = free_bytes() - moments - SPARE_BYTES
-
-    most = trainer.largest_share()
-    sizes = {}
-    told = []
-    for name in trainer.streams:
-        peaks = []
-        for count in (1, 2):
-            try:
-                peaks.append(worst_case_bytes(trainer, name, count))
-            except torch.OutOfMemoryError:
-                peaks.append(math.inf)
-        one, two = peaks
-
-        fits = 0
-        if one <= room:
-            fits = 1
-        if two <= room:
-            fits = min(most, 1 + int((room - one) // max(1, two - one)))
-        # As even as possible: 24 images of which 20 fit are two times 12.
-        sizes[name] = -(-most // -(-most // fits)) if fits else 0
-        told.append(f"{sizes[name]} images for {name} (1 takes {one / 1e9:.2f} GB, 2 take {two / 1e9:.2f})")
-    trainer.optimizer.zero_grad(set_to_none=True)
-    reason = (f"{'; '.join(told)}; {room / 1e9:.1f} GB are left beside weights, gradients, moments and "
-              f"{SPARE_BYTES / 1e9:.0f} GB to spare")
-    return agreed(sizes, trainer.model.device), reason
-
-
-def float32_fits(model, sharded):
-    """Whether float32 AdamW can fit at all: 16 bytes a trained weight (itself, its gradient, two
-    moments), 2 a frozen one. sharded: trained weights and blocks are divided over all processes."""
-    shards = world()[1] if sharded else 1
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    inside = sum(p.numel() for block in model.blocks() for p in block.parameters() if not p.requires_grad)
-    outside = sum(p.numel() for p in model.parameters() if not p.requires_grad) - inside
-    need = (16 * trained + 2 * inside) / shards + 2 * outside + SPARE_BYTES
-    return need <= torch.cuda.get_device_properties(model.device).total_memory
 
 
 def set_up_training(model, streams, args, prepare, trainer_class, show=None):
@@ -1828,34 +2161,261 @@ def set_up_training(model, streams, args, prepare, trainer_class, show=None):
     return trainer
 
 
-def draw_losses(out):
-    """out/log.jsonl -> out/loss.png: the losses over the steps, smoothed, each between its own low and high."""
-    rows, picture = read_json(out / "log.jsonl", lines=True), Image.new("RGB", (900, 420), "white")
-    draw, width = ImageDraw.Draw(picture), 1 + len(rows) // 20
-    for name, color, x in zip(LOSSES, ("#c0392b", "#2471a3", "#1e8449"), (20, 310, 600)):
-        values = [row[name] for row in rows if name in row]
-        if values:
-            curve = np.convolve(values, np.ones(width) / width, "valid")
-            low, high = curve.min(), curve.max()
-            ys = 390 - 350 * (curve - low) / max(high - low, 1e-9)
-            draw.line([*zip(np.linspace(20, 880, len(ys)), ys), (880, ys[-1])], fill=color, width=2)
-            draw.text((x, 10), f"{name}: {curve[0]:.4g} to {curve[-1]:.4g} ({low:.4g} to {high:.4g})", fill=color)
-    draw.text((20, 400), f"steps 1 to {len(rows)}, means of {width}", fill="black")
-    write(out / "loss.png", picture)
+def fit_micro_batches(trainer):
+    """--micro-batch auto on a GPU -> {name: images}, the most that fit, and a line that says why.
 
-def grid(rows, titles=(), cell=192, gap=4):
-    """Rows of PIL images (equal lengths) -> one picture of square cells, a title above each column."""
-    header, pitch = 18 if titles else 0, cell + gap
-    sheet = Image.new("RGB", (len(rows[0]) * pitch, header + len(rows) * pitch), "lightgray")
-    for column, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((column * pitch + 4, 3), title, fill="black")
-    for r, row in enumerate(rows):
-        for column, image in enumerate(row):
-            image = image.resize((cell, cell), Image.NEAREST if image.width < cell else Image.BICUBIC)
-            sheet.paste(image, (column * pitch, header + r * pitch))
-    return sheet
+    Two small micro-batches are measured on the largest inputs that the model can meet, with the
+    gradients there, as in all but the first micro-batch of an update. Memory grows linearly with
+    their size, so what fits into what is left follows; the optimizer's moments, which come with
+    the first update, are counted in. 0 where not even one image fits.
+    """
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    present = sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
+    moments = max(0, 2 * sum(parameter.grad.nbytes for parameter in trainer.parameters) - present)
+    room = free_bytes() - moments - SPARE_BYTES
 
-# ==== 6. Inference on files ===========================================================================
+    most = trainer.largest_share()
+    sizes = {}
+    told = []
+    for name in trainer.streams:
+        peaks = []
+        for count in (1, 2):
+            try:
+                peaks.append(worst_case_bytes(trainer, name, count))
+            except torch.OutOfMemoryError:
+                peaks.append(math.inf)
+        one, two = peaks
+
+        fits = 0
+        if one <= room:
+            fits = 1
+        if two <= room:
+            fits = min(most, 1 + int((room - one) // max(1, two - one)))
+        # As even as possible: 24 images of which 20 fit are two times 12.
+        sizes[name] = -(-most // -(-most // fits)) if fits else 0
+        told.append(f"{sizes[name]} images for {name} (1 takes {one / 1e9:.2f} GB, 2 take {two / 1e9:.2f})")
+    trainer.optimizer.zero_grad(set_to_none=True)
+    reason = (f"{'; '.join(told)}; {room / 1e9:.1f} GB are left beside weights, gradients, moments and "
+              f"{SPARE_BYTES / 1e9:.0f} GB to spare")
+    return agreed(sizes, trainer.model.device), reason
+
+
+def worst_case_bytes(trainer, name, count):
+    """The peak, above what is resident, of one worst-case micro-batch of `count` images: encoding,
+    loss and backward."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+
+    model = trainer.model
+    samples, texts, worst_draws = model.worst_case(name, count)
+    with trainer.precision(), torch.no_grad():
+        features = model.encode(to_device(samples, model.device), name)
+    draws = model.draw(name, features, Rng(0, positions=range(count))) | worst_draws
+    batch = MicroBatch(features, texts, draws, targets=1)
+    trainer.loss(name, batch).backward()
+    return torch.cuda.max_memory_allocated() - resident
+
+
+def free_bytes():
+    """What this process may still allocate on its GPU."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info()[0]
+
+
+def agreed(sizes, device):
+    """The least that any process has found: sharded weights need equally many passes everywhere."""
+    if not dist.is_initialized():
+        return sizes
+    least = torch.tensor(list(sizes.values()), device=device)
+    dist.all_reduce(least, dist.ReduceOp.MIN)
+    return dict(zip(sizes, least.tolist()))
+
+
+def float32_fits(model, sharded):
+    """Whether float32 AdamW can fit at all: 16 bytes a trained weight (itself, its gradient, two
+    moments), 2 a frozen one. sharded: trained weights and blocks are divided over all processes."""
+    shards = world()[1] if sharded else 1
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    inside = sum(p.numel() for block in model.blocks() for p in block.parameters() if not p.requires_grad)
+    outside = sum(p.numel() for p in model.parameters() if not p.requires_grad) - inside
+    need = (16 * trained + 2 * inside) / shards + 2 * outside + SPARE_BYTES
+    return need <= torch.cuda.get_device_properties(model.device).total_memory
+
+
+def make_optimizer(model, args, low_precision):
+    """AdamW for float32 weights, StochasticAdamW for those of lower_precision."""
+    groups = model.parameter_groups(args.weight_decay)
+    options = {"lr": args.lr, "betas": args.betas, "eps": args.eps}
+    if low_precision:
+        return StochasticAdamW(groups, **options, seed=args.seed)
+    return torch.optim.AdamW(groups, **options, fused=model.device.type == "cuda")
+
+
+def lower_precision(model):
+    """The trained weights to bf16, one after the other, for StochasticAdamW."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = None
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+class StochasticAdamW(torch.optim.Optimizer):
+    """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and
+    moments in bf16, rounded stochastically: 8 bytes a weight with its gradient, where float32
+    needs 16.
+
+    bf16 keeps 8 bits: rounding to nearest loses an update below 1/256 of a weight, at every step,
+    and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the
+    chance given by what is cut off, is right in the mean. Draws follow from (seed, update, rank),
+    so that a resumed run draws the same.
+
+    What it costs is noise. After n updates by u of weights whose last bit is worth b, they have moved
+    by n u, give or take sqrt(n u b). For BAGEL (u up to 4e-5, 1000 updates) and weights of 0.02
+    (b = 1.2e-4) that is a twentieth of the way; for Show-o (5e-7, 5000 updates), which moves a weight
+    by a two-hundredth of its last bit, a fifth of the way of a weight that always moves in one
+    direction, and more than the way of one that moves to and fro: take float32 there if it fits.
+    """
+
+    AT_ONCE = 2 ** 24       # numbers that are in float32 at a time: their copies stay below 1 GB
+
+    def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0}
+        super().__init__(groups, defaults)
+        self.seed = seed
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["updates"] += 1
+            generator = None
+
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["exp_avg"] = torch.zeros_like(p)
+                    state["exp_avg_sq"] = torch.zeros_like(p)
+
+                # Sharded weights are DTensors; everything here is elementwise, so each rank works
+                # on its own part, and on one piece of a large tensor after another.
+                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
+                tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+                if generator is None:
+                    key = stable_seed(self.seed, "rounding", group["updates"], world()[0])
+                    generator = torch.Generator(tensors[0].device).manual_seed(key)
+                for pieces in zip(*(t.view(-1).split(self.AT_ONCE) for t in tensors)):
+                    self._update(group, generator, *pieces)
+
+    def _update(self, group, generator, weight, grad, m, v):
+        """One piece of a tensor, all [n]: AdamW's equations in float32."""
+        beta1, beta2 = group["betas"]
+        n = group["updates"]
+
+        grad = grad.float()
+        first = m.float().lerp_(grad, 1 - beta1)
+        second = v.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        step = first / (1 - beta1 ** n) / ((second / (1 - beta2 ** n)).sqrt_().add_(group["eps"]))
+        new = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+
+        self._store(weight, new, generator)
+        self._store(m, first, generator)
+        self._store(v, second, generator)
+
+    @staticmethod
+    def _store(target, value, generator):
+        """float32 value into target, rounded stochastically where target is bf16. bf16 is the upper
+        half of a float32: adding a uniform 16-bit number to the lower half carries into the upper
+        one exactly as often as it should."""
+        if target.dtype == torch.bfloat16:
+            noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device,
+                                  generator=generator)
+            bits = value.contiguous().view(torch.int32) + noise
+            value = bits.bitwise_and_(-65536).view(torch.float32)
+        target.copy_(value)
+
+
+class HeadCrossEntropy(torch.autograd.Function):
+    """See cross_entropy_sum. The gradients are known as soon as the logits are there: they are computed
+    with them, so that no logits are kept for the backward, or made in it a second time."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, at_once):
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias) if wanted[2] else None
+        total = torch.zeros((), device=hidden.device)
+
+        for begin in range(0, len(labels), at_once):
+            rows = hidden[begin:begin + at_once]                                    # [n, D]
+            targets = labels[begin:begin + at_once]                                 # [n]
+            logits = F.linear(rows, weight, bias)                                   # [n, V]
+            precision = logits.dtype
+            logits = logits.float()
+            total += F.cross_entropy(logits, targets, reduction="sum")
+            if not any(wanted):
+                continue
+
+            # d loss / d logits = probabilities - 1 at the target, in the precision of the product.
+            slope = logits.softmax(-1)
+            del logits
+            slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
+            slope = slope.to(precision)
+            if wanted[0]:
+                grad_hidden[begin:begin + at_once] = slope @ weight
+            if wanted[1]:
+                grad_weight.addmm_(slope.T.to(weight.dtype), rows.to(weight.dtype))
+            if wanted[2]:
+                grad_bias += slope.sum(0)
+
+        ctx.gradients = grad_hidden, grad_weight, grad_bias
+        return total
+
+    @staticmethod
+    def backward(ctx, upstream):
+        gradients = [None if grad is None else grad.mul_(upstream) for grad in ctx.gradients]
+        ctx.gradients = None        # the last reference: autograd may add to these tensors in place
+        return *gradients, None, None
+
+
+def cross_entropy_sum(head, hidden, labels, at_once=1024):
+    """Sum of the cross-entropies of labels [n] under the linear layer head(hidden [n, D]) -> scalar, float32.
+
+    The logits, a column for each of up to 150,000 words, would be the largest tensors of a step:
+    they are made for `at_once` labels at a time.
+    """
+    return HeadCrossEntropy.apply(hidden, head.weight, head.bias, labels, at_once)
+
+
+def speed_up(model, args):
+    """--checkpointing: in training keep only each block's input, and compute the block again in the backward."""
+    from torch.utils.checkpoint import checkpoint
+
+    def wrap(forward):
+        @functools.wraps(forward)
+        def run_block(*inputs, **options):
+            if args.checkpointing and torch.is_grad_enabled():
+                return checkpoint(forward, *inputs, use_reentrant=False, **options)
+            return forward(*inputs, **options)
+        return run_block
+
+    for block in model.blocks():
+        block.forward = wrap(block.forward)
+
+
+def compile_blocks(model):
+    """--compile, block by block. Compiled is what the block computes, and what wraps it later (see
+    speed_up) stays outside: a graph cannot hold a checkpoint that another wrapper calls."""
+    # The same code serves all layers, and torch compiles it anew for each kind of input (with and
+    # without a graph, for one length and for any): its limit of 8 versions is too few.
+    limit = 8 * len(model.blocks())
+    torch._dynamo.config.recompile_limit = limit
+    torch._dynamo.config.accumulated_recompile_limit = limit
+    for block in model.blocks():
+        block.forward = torch.compile(block.forward)
 
 
 def int8_rows(weight):
@@ -1907,6 +2467,9 @@ def quantize(model, kind):
     return model
 
 
+# ==== 9. Inference on files =======================================================================
+
+
 def prompt_jobs(source, out, images):
     """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
 
@@ -1946,6 +2509,7 @@ def prompt_jobs(source, out, images):
                    for path in dict.fromkeys(paths)], source)
     return jobs
 
+
 def sampler_options(args):
     """The sampler's settings that the command line gives; the others keep the script's (the
     paper's) defaults. args.sampler: those that only one architecture has."""
@@ -1959,7 +2523,6 @@ def sampler_options(args):
 
 # Every output knows what it was made from: prompt or source, weights, sampler, seed. A rerun keeps
 # what was made from the same, makes the rest again, and does not touch what it has not made.
-
 def origin(model, args, task, **what):
     """What an output of `task` is made from, as JSON holds it. what: prompt, source, seed ..."""
     digest = hashlib.sha256()
@@ -2077,6 +2640,7 @@ class Outputs:
             text += f"; {old} pictures of other requests are there as well"
         return f": {text}"
 
+
 def in_batches(title, rows, size, same=lambda row: None):
     """Lists of at most `size` rows, behind a progress bar; the rows of one list agree in same(row)."""
     groups = {}
@@ -2085,6 +2649,7 @@ def in_batches(title, rows, size, same=lambda row: None):
     chunks = [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
     return tqdm(chunks, desc=title, unit="batch", dynamic_ncols=True)
 
+
 def readable(rows):
     """Yields (name, image, ...) for rows (name, source, ...); a line names each whose image cannot be read."""
     for name, source, *more in rows:
@@ -2092,6 +2657,7 @@ def readable(rows):
             yield name, load_image(source), *more
         except UNREADABLE as error:
             tqdm.write(f"skipped: {name} ({brief(error)})")
+
 
 def generate_files(model, args, jobs):
     """--generate: image k of a prompt has seed --seed + k, whatever its batch."""
@@ -2164,6 +2730,7 @@ def reconstruct_files(model, args, jobs):
             write(Path(args.out) / "reconstructions.png", sheet, {"overview": True})
     print(f"{outputs.made} images reconstructed in {args.out}{outputs.report()}")
 
+
 def questions(args):
     """--describe -> rows (question_id, source, question, image's name): --question for each image of a folder, or a
     question file (.json, .jsonl: question_id, image, text; the images beside it or in --i2t-images)."""
@@ -2180,12 +2747,14 @@ def questions(args):
         return key, folder / image, text_in(row, "text", "question"), Path(image).name
     return read_rows(source, "a question (image, text)", read)
 
+
 def answers(model, args, rows, title):
     """Yields (row, the model's answer) for rows (name, source, question, ...), in batches of one question each."""
     for chunk in in_batches(title, rows, args.batch_images, same=lambda row: row[2]):
         if chunk := list(readable(chunk)):
             images, question = [row[1] for row in chunk], chunk[0][2]
             yield from zip(chunk, model.describe(images, question=question, max_new_tokens=args.max_new_tokens))
+
 
 def check_answers(out):
     """InputError where out/answers.jsonl is not ours to go on with."""
@@ -2231,6 +2800,7 @@ def describe_files(model, args, rows):
         f"{count} answers in {path}: {kept} kept, {count - min(again, count)} made,"
         f" {min(again, count)} made again{aside}"
     )
+
 
 def describe_first(model, args, rows, path):
     """L_i2t without I2T data: before any update the model describes --self-captions training images, its targets. Our
@@ -2286,693 +2856,13 @@ def described(rows, path):
         )
     return [(name, source, wanted[name]) for name, source in found]
 
-# ==== 7. The toy world ================================================================================
-# 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
-# said in words, and every picture can be read back exactly, by comparing each cell with the 32 things it could hold:
-# what a benchmark's detector estimates at full size is known here without error.
 
-SHAPES = ("circle", "square", "triangle", "cross")
-COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40),
-          "purple": (140, 50, 170), "cyan": (60, 200, 220), "orange": (245, 140, 30), "black": (20, 20, 20)}
-PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+# ==== 10. How fast is this card? ==================================================================
 
-@functools.lru_cache(None)
-def _cell(size):
-    """All things a cell can hold, drawn: float32 [1 + 32, size, size, 3] in [0, 255]; index 0 is the empty cell."""
-    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1
-    masks = (x * x + y * y < 0.56, np.maximum(abs(x), abs(y)) < 0.68, (y < 0.7) & (y > 2 * abs(x) - 0.75),
-             (np.minimum(abs(x), abs(y)) < 0.25) & (np.maximum(abs(x), abs(y)) < 0.75))
-    things = [np.where(mask[..., None], color, 255.0) for mask in masks for color in COLORS.values()]
-    return np.stack([np.full((size, size, 3), 255.0), *things]).astype(np.float32)
-
-def random_scene(rng, objects=None):
-    """A list of (place, shape, color), indices, in the order of the places. objects: how many (default 1 to 3)."""
-    objects = objects or int(rng.integers(1, 4))
-    places = sorted(rng.choice(4, objects, replace=False).tolist())
-    return list(zip(places, rng.choice(4, objects, replace=False).tolist(), rng.integers(8, size=objects).tolist()))
-
-def draw_scene(scene, size=64):
-    """-> PIL RGB size x size (size is even)."""
-    half = size // 2
-    canvas = np.full((2, half, 2, half, 3), 255, np.uint8)                        # [row, y in it, column, x in it, RGB]
-    for place, shape, color in scene:
-        canvas[place // 2, :, place % 2] = _cell(half)[1 + shape * 8 + color]
-    return Image.fromarray(canvas.reshape(size, size, 3))
-
-def read_scene(image):
-    """PIL -> the scene that it shows; (place, None, None) for a cell near nothing (root mean square distance > 0.2)."""
-    half, scene = image.width // 2, []
-    pixels = np.asarray(image.convert("RGB").resize((2 * half, 2 * half)), np.float32).reshape(2, half, 2, half, 3)
-    for place in range(4):
-        distance = np.sqrt(((_cell(half) - pixels[place // 2, :, place % 2]) ** 2).mean((1, 2, 3))) / 255
-        best = int(distance.argmin())
-        if distance[best] > 0.2:
-            scene.append((place, None, None))
-        elif best:
-            scene.append((place, *divmod(best - 1, 8)))
-    return scene
-
-def caption(scene, p=1.0, rng=None):
-    """The scene in words: "red circle top-left and ...". p < 1: color and place are named with probability p each (rng
-    needed), the sparse captions that the paper says generation is brought up on."""
-    def say(word):
-        return [word] if p >= 1 or rng.random() < p else []
-    return " and ".join(" ".join([*say(list(COLORS)[color]), SHAPES[shape], *say(PLACES[place])])
-                        for place, shape, color in scene)
-
-class Shapes:
-    """Rows of the toy world, drawn when asked for: `count` scenes from `seed`. captions: None, or a p for caption()."""
-
-    def __init__(self, size=64, count=20000, seed=0, captions=None, dialogue=False):
-        self.size, self.count, self.seed, self.captions, self.dialogue = size, count, seed, captions, dialogue
-
-    def __len__(self):
-        return self.count
-
-    def __getitem__(self, i):
-        rng = np.random.default_rng((self.seed, i))
-        scene = random_scene(rng)
-        text = None if self.captions is None else caption(scene, self.captions, rng)
-        return f"shapes {i}", draw_scene(scene, self.size), [(SEED_TEMPLATE, text)] if self.dialogue else text
-
-def score_generations(scenes, images):
-    """GenEval's questions, asked of the pictures that full captions of `scenes` made, a fraction of pictures each: is
-    the one object, or are both of two, there (its shape), in its place, with its own color?"""
-    pairs, scores = [(scene, read_scene(image)) for scene, image in zip(scenes, images)], {}
-
-    def told(scene, fields):
-        return {tuple(thing[field] for field in fields) for thing in scene}
-
-    for name, objects, fields in (("single_object", 1, [1]), ("two_object", 2, [1]), ("colors", 1, [1, 2]),
-                                  ("position", 2, [0, 1]), ("color_attribution", 2, [1, 2])):
-        hits = [told(scene, fields) <= told(seen, fields) for scene, seen in pairs if len(scene) == objects]
-        scores[name] = sum(hits) / max(1, len(hits))
-    return {**scores, "overall": sum(scores.values()) / len(scores)}
-
-def score_toy(model, size, count, seed, options):
-    """The scores of score_generations on held-out scenes, and "reconstruction": the fraction of images whose every
-    shape, color and place comes back from the model's own understanding embeddings."""
-    rng = np.random.default_rng((seed, 999_999))                                  # no training scene has this generator
-    scenes = [random_scene(rng) for _ in range(count)]
-    seeds = list(range(seed * 1000, seed * 1000 + count))
-    pictures = model.reconstruct([draw_scene(s, size) for s in scenes], seed=seeds, **options)
-    reconstruction = sum(read_scene(p) == s for s, p in zip(scenes, pictures)) / count
-    prompts = [random_scene(rng, 1 + k % 2) for k in range(count)]
-    images = model.generate([caption(s) for s in prompts], seed=seeds, **options)
-    return {"reconstruction": reconstruction, **score_generations(prompts, images)}
-
-def told_scenes(count=6):
-    """Held-out scenes whose captions effect.png paints: half with one object, half with two. (This
-    seed's six scenes show all colors.)"""
-    rng = np.random.default_rng(264)
-    return [random_scene(rng, 1 if k < count // 2 else 2) for k in range(count)]
-
-
-def effect_picture(told, shown, cell=96, gap=6):
-    """What a run on the toy world changed, at a glance -> PIL. told: rows of (caption, what it gave
-    before, after), on the left; shown: rows of (image, its reconstruction before, after)."""
-    font = ImageFont.load_default(size=15)
-    header = 24
-    pitch = cell + gap
-    # The captions take the width of two cells, and a wider gap divides the halves.
-    columns = [gap, 2 * cell, 2 * cell + pitch]
-    columns += [2 * cell + 2 * pitch + 4 * gap + k * pitch for k in range(3)]
-    height = header + max(len(told), len(shown)) * pitch
-    sheet = Image.new("RGB", (columns[-1] + pitch, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    titles = ("asked for", "before", "after", "shown", "before", "after")
-    for left, title in zip(columns, titles):
-        pen.text((left, 3), title, fill="black", font=font)
-
-    for row, (said, *pictures) in enumerate(told):
-        place = (gap, header + row * pitch + cell // 3)
-        pen.text(place, said.replace(" and ", " and\n"), fill="black", font=font)
-        pictures += shown[row] if row < len(shown) else []
-        for left, picture in zip(columns[1:], pictures):
-            enlarged = picture.resize((cell - 2, cell - 2), Image.BICUBIC)
-            sheet.paste(ImageOps.expand(enlarged, 1, "lightgray"), (left, header + row * pitch))
-    return sheet
-
-
-def effect_words(before, after):
-    """A sentence on what RecA did to text to image in a toy run, from its scores."""
-    points = round(100 * (after["overall"] - before["overall"]))
-    if points >= 5:
-        return f"text to image {points:+d} points, and no caption was read"
-    return (f"text to image {points:+d} points: it is not better, because a generator this small\n"
-            "forgets how to follow words while only images speak to it. It is in reca_openuni.py,\n"
-            "whose language model is frozen and reads words and images alike.")
-
-
-def tiny_tokenizer(special_tokens=()):
-    """A word-level tokenizer for the tiny models: the words of the toy world, the templates and the prompts; others are
-    [UNK], newlines are tokens. special_tokens: the architecture's markers, their ids follow the words'."""
-    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-    pattern = r"\n|[\w-]+|[^\s\w]"
-    text = " ".join([*templates(), *SHAPES, *COLORS, *PLACES, "and user assistant system generate an image : , . ? ! \n"
-                     " a chat between curious artificial intelligence gives helpful detailed polite answers to",
-                     "questions s '"])
-    words = list(dict.fromkeys(re.findall(pattern, text.lower())))
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
-
-# ==== 8. The command line =============================================================================
-
-# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so
-# (--data=~/x).
-expanded = os.path.expanduser
-
-
-def at_least(least, most=10 ** 9):
-    """The type of a flag: a whole number from `least` to `most`."""
-    def whole_number(text):
-        value = int(text)
-        if value < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
-        if value > most:
-            raise argparse.ArgumentTypeError(f"{text} is more than {most}")
-        return value
-    return whole_number
-
-
-
-def number(least, most=math.inf):
-    """The type of a flag: a finite number from `least` to `most`."""
-    def real_number(text):
-        value = float(text)
-        if not (math.isfinite(value) and least <= value <= most):
-            limit = f"from {least} on" if most == math.inf else f"from {least} to {most}"
-            raise argparse.ArgumentTypeError(f"{text} is no number {limit}")
-        return value
-    return real_number
-
-
-def micro_batch(text):
-    """The type of --micro-batch."""
-    return None if text == "auto" else at_least(1)(text)
-
-
-# Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
-FLAGS = (
-    "what",
-    ("--data", expanded, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
-    ("--out", expanded, None, "folder of the run (default out/<script>-<model>)"),
-    ("--resume", bool, None, "go on from the newest checkpoint in --out, to the same numbers"),
-    ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
-    "training (defaults: the paper's Table 8, in our steps)",
-    ("--steps", at_least(0), None, "evaluations of equation (3); 0: inference only"),
-    ("--batch", at_least(1), None, "images of each loss in a step, over all GPUs"),
-    ("--accum", at_least(1), None, "steps per weight update"),
-    ("--micro-batch", micro_batch, None, "images that go through the model at once on one GPU; auto (default): what "
-     "fits, found before training. Changes memory and speed, not the result"),
-    ("--optimizer", ("auto", "fp32", "bf16"), "auto", "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: "
-     "weights and moments in bf16, stochastic rounding, 8 bytes; auto: fp32 where it fits"),
-    ("--lr", number(0), None, "peak learning rate"),
-    ("--warmup", at_least(0), None, "weight updates of linear warm-up"),
-    ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant. Not given: the "
-     "recipe's, which may be the end of the run"),
-    ("--weight-decay", number(0), None, "of AdamW"),
-    ("--clip", number(0), None, "limit of the gradient's norm; 0: none"),
-    ("--seed", at_least(0, 2 ** 63 - 1), 0, "of every random number"),
-    ("--precision", ("bf16", "fp32"), None, "bf16 (autocast, float32 master weights; default on a GPU) or fp32"),
-    ("--compile", bool, None, "torch.compile the repeated blocks"),
-    ("--checkpointing", argparse.BooleanOptionalAction, None, "recompute activations in the backward: a tenth of the "
-     "memory, about a third more time (default: on a GPU)"),
-    ("--lambda-recon", number(0), None, "weight of L_recon in equation (3)"),
-    ("--lambda-i2t", number(0), None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
-    ("--lambda-t2i", number(0), None, "weight of L_t2i; 1 where --captions is given"),
-    ("--i2t-data", expanded, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
-    ("--i2t-images", expanded, None, "folder of its images (default: the folder of the file)"),
-    ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for it (ours)"),
-    ("--captions", expanded, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
-    ("--cache", expanded, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
-    ("--workers", at_least(0, 256), None, "processes that decode images (default: by the number of cores)"),
-    ("--save-every", at_least(1), 500, "steps between checkpoints"),
-    ("--sample-every", at_least(1), 250, "steps between preview pictures"),
-    "the paper's ablations",
-    ("--und-size", at_least(1, 4096), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
-    ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
-    ("--templates", ("all", "one"), "all", "all 360, or the one seed template"),
-    "inference (after training; alone with --steps 0)",
-    ("--generate", expanded, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
-    ("--images", at_least(1, 10_000), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
-    ("--reconstruct", expanded, None, "folder of images to reconstruct from their understanding embeddings"),
-    ("--describe", expanded, None, "folder of images, or a question file (.jsonl)"),
-    ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
-    ("--max-new-tokens", at_least(1, 100_000), 256, "of a description"),
-    ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
-    ("--guidance-scale", number(0), None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
-    ("--sampling-steps", at_least(1, 1000), None, "of the sampler. Not given: the paper's"),
-    ("--quantize", ("int8",), None, "keep the weights of all linear layers but the heads in int8: half the memory of "
-     "bf16, slower; only with --steps 0"),
-)
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        raise InputError(f"{message} (see python {self.prog} --help)")
-
-def parse_args(description, recipes, default, argv=None, extend=None):
-    """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
-    line is taken from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
-    print_anything()
-    paper, group = vars(recipes[default]), None
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    models = (
-        f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint)."
-        f" -reca: what the authors have trained (default {default})"
-    )
-    parser.add_argument("--model", type=expanded, default=default, help=models)
-    for flag in FLAGS:
-        if isinstance(flag, str):
-            group = parser.add_argument_group(flag)
-            continue
-        name, kind, value, text = flag
-        shown = paper.get(name[2:].replace("-", "_"), value)
-        text += "" if shown is None else f" (default {shown})"
-        if kind is bool:
-            group.add_argument(name, action="store_true", help=text)
-        elif kind is argparse.BooleanOptionalAction:
-            group.add_argument(name, action=kind, default=value, help=text)
-        else:
-            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            group.add_argument(name, default=value, help=text, **how)
-    if extend:
-        extend(parser)
-    args = parser.parse_args(argv)
-    if args.quantize and (args.steps != 0 or args.resume or args.bench):        # not given: the recipe's steps
-        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
-                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
-    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
-    if args.resume and not args.bench:
-        unset = object()
-        namespace = argparse.Namespace(**dict.fromkeys(vars(args), unset))
-        given = vars(parser.parse_args(argv, namespace)).items()
-        check_out(args)
-        reconcile(args, {name: value for name, value in given if value is not unset})
-    if args.captions and args.lambda_t2i is None:
-        args.lambda_t2i = 1.0
-    check_model(args.model, list(recipes))
-    for name, value in vars(recipes.get(args.model, recipes[default])).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    cuda = torch.cuda.is_available()
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
-    if args.checkpointing is None:
-        args.checkpointing = cuda
-    if args.batch_images is None:
-        args.batch_images = 32 if cuda else 8
-    args.data = args.data or ("shapes" if args.model in TOYS else None)
-    if args.workers is None:
-        cores = (os.cpu_count() or 1) // launched_ranks()
-        args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
-    if (args.steps or args.bench) and not (args.lambda_recon or args.lambda_i2t or args.lambda_t2i):
-        raise InputError(
-            "all three λ are 0: nothing would be trained; --steps 0 for inference alone"
-        )
-    if args.lambda_t2i and not args.captions:
-        raise InputError("--lambda-t2i needs --captions FILE")
-    if 0 < args.steps < args.accum and not args.bench:
-        raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
-    ranks = launched_ranks()
-    if args.steps and args.batch < ranks:
-        raise InputError(f"--batch {args.batch} is less than the {ranks} processes: one would have no image")
-    if args.optimizer == "bf16" and args.precision != "bf16":
-        raise InputError("--optimizer bf16 needs --precision bf16")
-    if args.steps and not args.data and not args.bench:
-        raise InputError("--data is missing: a folder of images (--model tiny draws its own, --steps 0 needs none)")
-    return args
-
-def build_rows(args):
-    """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
-    rows, toy = {}, args.data == "shapes"
-    if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
-        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data, args.out)
-    if args.lambda_i2t and args.i2t_data:
-        rows["i2t"] = (Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes"
-                       else conversation_rows(args.i2t_data, args.i2t_images))
-    if args.lambda_t2i:
-        p = {"full": 1.0, "sparse": 0.1}.get(args.captions) if toy else None
-        rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else caption_rows(args.captions)
-    return rows
-
-def launched_ranks():
-    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not
-    torchrun's: InputError where the other variables are missing."""
-    count = os.environ.get("WORLD_SIZE") or "1"
-    if count == "1":
-        return 1
-    missing = [
-        name
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if not os.environ.get(name)
-    ]
-    if missing or not count.isdecimal() or count == "0":
-        raise InputError(
-            f"WORLD_SIZE is {count}, but {', '.join(missing) or 'that is no number of processes'}"
-            f"{' is not set' if missing else ''}: start with torchrun, or unset WORLD_SIZE"
-        )
-    return int(count)
-
-
-def start_process(args):
-    """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda and device.index >= torch.cuda.device_count():
-        raise InputError(f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                         "start as many processes with --nproc-per-node")
-    if cuda:
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-        # On Hopper torch prefers cuDNN's attention, which builds a plan, in milliseconds, for every
-        # new shape. Prompts, masks and images have new lengths at every step: flash attention has no plans.
-        torch.backends.cuda.enable_cudnn_sdp(False)
-    if launched_ranks() > 1 and not dist.is_initialized():
-        # The others wait while rank 0 describes images, paints previews and writes checkpoints: not only 10 minutes.
-        # NCCL is told its device: otherwise it guesses one at the first barrier, and may guess another rank's.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4),
-                                device_id=device if cuda else None)
-    torch.manual_seed(args.seed)
-    return device
-
-
-# The scripts' own small models, pretrained on the spot. Only these exact names mean them: a folder
-# called tiny-b is a folder, and so is ./tiny.
-TOYS = ("tiny", "tiny-vq")
-
-
-def past_runs(out):
-    """What out/run.json says of the runs in this folder, oldest first; [] where there were none.
-    InputError where it cannot be read."""
-    path = Path(out) / "run.json"
-    if not path.is_file():
-        return []
-    latest = read_object(path)
-    return [*latest.pop("history", []), latest]
-
-
-def last_training(out):
-    """What run.json says of the last run in `out` that trained (inference may have followed), or
-    {}."""
-    trained = [run for run in past_runs(out) if run.get("arguments", {}).get("steps")]
-    return trained[-1] if trained else {}
-
-
-# What a run that goes on keeps as it began, and why another value would be another run.
-FIXED = {
-    "model": "the checkpoint is its model",
-    "seed": "the order of the images and all draws follow from it",
-    "optimizer": "the checkpoint holds its state",
-    "self_captions": "the model has described its images before RecA changed it"}
-
-
-def reconcile(args, given):
-    """--resume: what the command line does not give comes from run.json, as the run in --out was
-    started or last gone on with. given: {flag: value} of what it does give. What differs counts
-    from here on, and is said in a line, or cannot be changed: InputError."""
-    run = last_training(args.out)
-    if not run:
-        say(
-            f"--resume: {args.out}/run.json does not say how the run was started; the command line"
-            " alone counts"
-        )
-        return
-
-    script = Path(sys.argv[0]).stem
-    begun = run.get("script", script)
-    if begun != script and begun.startswith("reca_") and script.startswith("reca_"):
-        raise InputError(f"{args.out} is a run of {begun}.py: go on with that")
-
-    changed = []
-    for name, before in run["arguments"].items():
-        if name in ("out", "resume", "bench", "workers") or not hasattr(args, name):
-            continue
-        if name not in given:
-            # --captions that are new in this run switch L_t2i on, as at a start.
-            if name != "lambda_t2i" or "captions" not in given:
-                setattr(args, name, before)
-            continue
-        flag, now = f"--{name.replace('_', '-')}", given[name]
-        if now == before:
-            continue
-        if name in FIXED and before not in (None, "auto"):
-            raise InputError(
-                f"{flag} {now}: the run in {args.out} has {before}, and {FIXED[name]}; leave it"
-                " out, or choose another --out"
-            )
-        changed.append(f"{flag} {now} instead of {before}")
-    if changed:
-        say(f"from here on: {', '.join(changed)}")
-
-
-def record_run(args, device, again=False):
-    """out/run.json: arguments, versions and device of this run, those before it as its history. again: with what auto
-    took, once it is known."""
-    if world()[0] != 0:
-        return
-    import diffusers
-    import transformers
-
-    history = past_runs(args.out)
-    if again:
-        history.pop()
-    modules = (torch, transformers, diffusers, np)
-    versions = {module.__name__: module.__version__ for module in modules}
-    versions["python"] = sys.version.split()[0]
-    write(Path(args.out) / "run.json", {
-        "script": Path(sys.argv[0]).stem, "arguments": vars(args), "versions": versions,
-        "device": str(device), "history": history})
-
-
-def check_out(args):
-    """InputError where --out cannot take what is asked for, before anything is made."""
-    out, checkpoints = Path(args.out), own_checkpoints(args.out)
-    for flag, folder in (("--out", out), ("--cache", args.cache and Path(args.cache))):
-        for path in [folder, *folder.parents] if folder else ():
-            if path.exists() and not path.is_dir():
-                raise InputError(f"{flag} {folder}: {path} is a file; give a folder")
-    if args.resume and not checkpoints:
-        raise InputError(f"nothing to resume: no checkpoint in {out}")
-    if not args.steps:
-        return
-
-    # A toy's run may be made again: but that run only, not another one that lies in the same place.
-    before = last_training(out).get("arguments", {})
-    again = args.model in TOYS and before.get("model") == args.model
-    if checkpoints and not args.resume and not again:
-        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose "
-                         "another --out")
-    named = named_checkpoints(out)
-    newer = named if not args.resume else named[named.index(checkpoints[-1]):]
-    for path in newer:
-        if path not in checkpoints:
-            raise InputError(f"{path} is in the way: it has a checkpoint's name, but no trainer.pt "
-                             "of this run; move it, or choose another --out")
-
-
-@contextlib.contextmanager
-def inference(model, args):
-    """with inference(model, args): no dropout, no gradients, in --precision. Afterwards training mode again."""
-    model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
-        yield
-    model.train()
-
-def compile_blocks(model):
-    """--compile, block by block. Compiled is what the block computes, and what wraps it later (see
-    speed_up) stays outside: a graph cannot hold a checkpoint that another wrapper calls."""
-    # The same code serves all layers, and torch compiles it anew for each kind of input (with and
-    # without a graph, for one length and for any): its limit of 8 versions is too few.
-    limit = 8 * len(model.blocks())
-    torch._dynamo.config.recompile_limit = limit
-    torch._dynamo.config.accumulated_recompile_limit = limit
-    for block in model.blocks():
-        block.forward = torch.compile(block.forward)
-
-
-def speed_up(model, args):
-    """--checkpointing: in training keep only each block's input, and compute the block again in the backward."""
-    from torch.utils.checkpoint import checkpoint
-
-    def wrap(forward):
-        @functools.wraps(forward)
-        def run_block(*inputs, **options):
-            if args.checkpointing and torch.is_grad_enabled():
-                return checkpoint(forward, *inputs, use_reentrant=False, **options)
-            return forward(*inputs, **options)
-        return run_block
-
-    for block in model.blocks():
-        block.forward = wrap(block.forward)
-
-
-def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
-    """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
-    subclass of Trainer, for a script that needs one; inference_jobs: {function(model, args, jobs): jobs}, to be called
-    after training like those of section 6."""
-    device = start_process(args)
-    if args.bench:
-        return bench(model_class, args, device, prepare, trainer)
-    out, toy = Path(args.out), args.model in TOYS
-    check_out(args)
-    # Bad files fail before anything is downloaded, and not after days of training.
-    rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
-    if args.generate:
-        todo[generate_files] = prompt_jobs(args.generate, out, args.images)
-    if args.reconstruct:
-        todo[reconstruct_files] = reconstruct_jobs(args.reconstruct, out)
-    if args.describe:
-        check_answers(out)
-        todo[describe_files] = questions(args)
-    resume = own_checkpoints(out)[-1] if args.resume else None
-    source = resume or args.model
-    dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
-    with resuming(resume) if resume else contextlib.nullcontext():
-        if resume:
-            load_training(resume, mmap=True)
-        model = model_class.from_pretrained(str(source), device=device, dtype=dtype, quantize=args.quantize)
-    if args.und_size or args.blur:
-        model.set_und(size=args.und_size, blur=args.blur)
-    if args.compile:
-        compile_blocks(model)
-    record_run(args, device)
-    if args.steps:
-        post_train(model, args, rows, prepare, trainer, resume)
-    if world()[0] == 0:
-        with inference(model, args):
-            for make_files, jobs in todo.items():
-                make_files(model, args, jobs)
-
-def post_train(model, args, rows, prepare, trainer, resume):
-    """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
-    out, main_process, size = Path(args.out), world()[0] == 0, model.config.image_size
-    toy, previews, texts = args.data == "shapes", out / "previews", templates(args.templates)
-    if main_process:
-        for path in [*leftovers(out), *([] if resume else written_by_run(out))]:
-            remove(path)
-    for shapes in rows.values():
-        if isinstance(shapes, Shapes):
-            shapes.size = size
-    if args.lambda_i2t and not args.i2t_data:
-        with inference(model, args):
-            rows["i2t"] = describe_first(model, args, rows["recon"], out / "i2t_self.jsonl")
-    if not args.lambda_recon:
-        rows.pop("recon", None)
-    # What is cached depends on these; the frozen weights are told apart by their first numbers.
-    frozen = [p.detach().flatten()[:4].float().tolist() for p in model.parameters() if not p.requires_grad]
-    settings = {"model": args.model, "frozen": stable_seed(frozen), "image_size": size, "und_size": args.und_size,
-                "blur": args.blur, "precision": args.precision}
-    streams = {}
-    for name, data in rows.items():
-        cache = Cache(args.cache, {**settings, "task": name}) if args.cache else None
-        streams[name] = Stream(name, data, model.preprocess, args.seed, texts if name == "recon" else None, cache)
-    samples, before = kept_previews(previews) if resume else ([], [])
-    samples = samples or preview_images(next(iter(rows.values())), size)
-    told = [caption(scene) for scene in told_scenes()] if toy else []
-
-    def paint():
-        """The preview images, reconstructed by the model as it is now: one at a time, since in the
-        middle of an accumulation gradients and moments fill the memory."""
-        with inference(model, args):
-            return [model.reconstruct([sample], seed=[k], **sampler_options(args))[0]
-                    for k, sample in enumerate(samples)]
-
-    def paint_told():
-        """The captions of effect.png, painted by the model as it is now."""
-        with inference(model, args):
-            return model.generate(told, seed=list(range(len(told))), **sampler_options(args))
-
-    def show(step):
-        now = paint()                           # on all ranks: sharded weights are gathered by all together
-        if main_process:
-            columns = {"input": samples, "before RecA": before, f"step {step}": now}
-            if not before:
-                del columns["before RecA"]
-            picture = grid(list(zip(*columns.values())), list(columns), cell=max(128, min(256, size)))
-            write(previews / f"step_{step:06d}.png", picture)
-
-    def score(when):
-        """out/scores.json: the toy world's scores now, under `when`, beside those that are
-        there."""
-        known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
-        say(f"scores {when}: 128 held-out scenes are painted from their images, 128 from words")
-        with inference(model, args):
-            known[when] = score_toy(model, size, 128, 7, sampler_options(args))
-        write(out / "scores.json", known)
-        return known
-
-    if main_process and not resume:
-        before = paint()
-        for k, (image, painted) in enumerate(zip(samples, before)):
-            write(previews / f"input_{k}.png", image)
-            write(previews / f"before_{k}.png", painted)
-        if toy:
-            for k, image in enumerate(paint_told()):
-                write(previews / f"told_before_{k}.png", image)
-            score("before")
-    trainer = set_up_training(model, streams, args, prepare, trainer, show)
-    record_run(args, model.device, again=True)
-    if resume:
-        with resuming(resume):
-            trainer.resume(resume)
-    model.train()
-    trainer.train()
-    show(trainer.step)
-    if main_process and toy:
-        scores = score("after")
-        print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
-        for name, after in scores["after"].items():
-            print(f"{name:<22}{scores.get('before', {}).get(name, math.nan):>8.2f}{after:>8.2f}")
-        if args.lambda_recon and not args.lambda_t2i and "before" in scores:
-            print(effect_words(scores["before"], scores["after"]))
-        told_before = [previews / f"told_before_{k}.png" for k in range(len(told))]
-        if before and all(path.is_file() for path in told_before):
-            left = list(zip(told, map(load_image, told_before), paint_told()))
-            right = list(zip(samples, before, paint()))
-            write(out / "effect.png", effect_picture(left, right))
-    if main_process:
-        print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
-
-def kept_previews(folder):
-    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists
-    where that is not whole: then other images are shown, and none before RecA, as the model that
-    could paint it is gone."""
-    images, before = [], []
-    with contextlib.suppress(UnreadableImage):
-        while (folder / f"before_{len(images)}.png").exists():
-            k = len(images)
-            pair = [load_image(folder / f"{when}_{k}.png") for when in ("input", "before")]
-            images.append(pair[0])
-            before.append(pair[1])
-        return images, before
-    return [], []
-
-
-def preview_images(rows, size, count=6):
-    """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
-    if isinstance(rows, Shapes):
-        rng = np.random.default_rng(12345)
-        return [draw_scene(random_scene(rng), size) for _ in range(count)]
-    images, first = [], None
-    for name, source, _ in (row for row in rows if row[1] is not None):
-        try:
-            images.append(load_image(source))
-        except UnreadableImage as error:       # the run names it, when it comes to it
-            first = first or f"{name} ({error})"
-        if len(images) == count:
-            break
-    if not images:
-        raise InputError(f"none of the {len(rows)} images could be read; the first: {first}")
-    return [shrunk(image, 1024) for image in images]
 
 # Dense bf16 peak of common GPUs, in FLOP/s, for the MFU (their makers' data sheets).
 PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}
+
 
 def convolution_backward_flops(grad_shape, x_shape, weight_shape, bias, stride, padding, dilation, transposed,
                                output_padding, groups, wanted, out_shape=None, **_):
@@ -3058,3 +2948,186 @@ def bench(model_class, args, device, prepare, trainer):
     if world()[0] == 0:
         print(json.dumps(figures))
     return figures
+
+
+# ==== 11. The toy world ===========================================================================
+# 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
+# said in words, and every picture can be read back exactly, by comparing each cell with the 32 things it could hold:
+# what a benchmark's detector estimates at full size is known here without error.
+
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40),
+          "purple": (140, 50, 170), "cyan": (60, 200, 220), "orange": (245, 140, 30), "black": (20, 20, 20)}
+PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+
+
+@functools.lru_cache(None)
+def _cell(size):
+    """All things a cell can hold, drawn: float32 [1 + 32, size, size, 3] in [0, 255]; index 0 is the empty cell."""
+    y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1
+    masks = (x * x + y * y < 0.56, np.maximum(abs(x), abs(y)) < 0.68, (y < 0.7) & (y > 2 * abs(x) - 0.75),
+             (np.minimum(abs(x), abs(y)) < 0.25) & (np.maximum(abs(x), abs(y)) < 0.75))
+    things = [np.where(mask[..., None], color, 255.0) for mask in masks for color in COLORS.values()]
+    return np.stack([np.full((size, size, 3), 255.0), *things]).astype(np.float32)
+
+
+def random_scene(rng, objects=None):
+    """A list of (place, shape, color), indices, in the order of the places. objects: how many (default 1 to 3)."""
+    objects = objects or int(rng.integers(1, 4))
+    places = sorted(rng.choice(4, objects, replace=False).tolist())
+    return list(zip(places, rng.choice(4, objects, replace=False).tolist(), rng.integers(8, size=objects).tolist()))
+
+
+def draw_scene(scene, size=64):
+    """-> PIL RGB size x size (size is even)."""
+    half = size // 2
+    canvas = np.full((2, half, 2, half, 3), 255, np.uint8)                        # [row, y in it, column, x in it, RGB]
+    for place, shape, color in scene:
+        canvas[place // 2, :, place % 2] = _cell(half)[1 + shape * 8 + color]
+    return Image.fromarray(canvas.reshape(size, size, 3))
+
+
+def read_scene(image):
+    """PIL -> the scene that it shows; (place, None, None) for a cell near nothing (root mean square distance > 0.2)."""
+    half, scene = image.width // 2, []
+    pixels = np.asarray(image.convert("RGB").resize((2 * half, 2 * half)), np.float32).reshape(2, half, 2, half, 3)
+    for place in range(4):
+        distance = np.sqrt(((_cell(half) - pixels[place // 2, :, place % 2]) ** 2).mean((1, 2, 3))) / 255
+        best = int(distance.argmin())
+        if distance[best] > 0.2:
+            scene.append((place, None, None))
+        elif best:
+            scene.append((place, *divmod(best - 1, 8)))
+    return scene
+
+
+def caption(scene, p=1.0, rng=None):
+    """The scene in words: "red circle top-left and ...". p < 1: color and place are named with probability p each (rng
+    needed), the sparse captions that the paper says generation is brought up on."""
+    def say(word):
+        return [word] if p >= 1 or rng.random() < p else []
+    return " and ".join(" ".join([*say(list(COLORS)[color]), SHAPES[shape], *say(PLACES[place])])
+                        for place, shape, color in scene)
+
+
+class Shapes:
+    """Rows of the toy world, drawn when asked for: `count` scenes from `seed`. captions: None, or a p for caption()."""
+
+    def __init__(self, size=64, count=20000, seed=0, captions=None, dialogue=False):
+        self.size, self.count, self.seed, self.captions, self.dialogue = size, count, seed, captions, dialogue
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, i):
+        rng = np.random.default_rng((self.seed, i))
+        scene = random_scene(rng)
+        text = None if self.captions is None else caption(scene, self.captions, rng)
+        return f"shapes {i}", draw_scene(scene, self.size), [(SEED_TEMPLATE, text)] if self.dialogue else text
+
+
+def score_generations(scenes, images):
+    """GenEval's questions, asked of the pictures that full captions of `scenes` made, a fraction of pictures each: is
+    the one object, or are both of two, there (its shape), in its place, with its own color?"""
+    pairs, scores = [(scene, read_scene(image)) for scene, image in zip(scenes, images)], {}
+
+    def told(scene, fields):
+        return {tuple(thing[field] for field in fields) for thing in scene}
+
+    for name, objects, fields in (("single_object", 1, [1]), ("two_object", 2, [1]), ("colors", 1, [1, 2]),
+                                  ("position", 2, [0, 1]), ("color_attribution", 2, [1, 2])):
+        hits = [told(scene, fields) <= told(seen, fields) for scene, seen in pairs if len(scene) == objects]
+        scores[name] = sum(hits) / max(1, len(hits))
+    return {**scores, "overall": sum(scores.values()) / len(scores)}
+
+
+def objects_in_words(description):
+    """A description -> the set of the objects that it names, "red circle top-left" each."""
+    parts = description.lower().strip(" .").split(" and ")
+    return {" ".join(part.split()) for part in parts}
+
+
+def score_toy(model, size, count, seed, options):
+    """The scores of score_generations on held-out scenes, and two more, fractions of images:
+    "reconstruction", whose every shape, color and place comes back from the model's own
+    understanding embeddings; "understanding", which the model describes rightly and wholly."""
+    rng = np.random.default_rng((seed, 999_999))    # no training scene has this generator
+    scenes = [random_scene(rng) for _ in range(count)]
+    images = [draw_scene(scene, size) for scene in scenes]
+    seeds = list(range(seed * 1000, seed * 1000 + count))
+
+    painted = model.reconstruct(images, seed=seeds, **options)
+    same = [read_scene(picture) == scene for scene, picture in zip(scenes, painted)]
+    descriptions = model.describe(images, question=SEED_TEMPLATE, max_new_tokens=24)
+    right = [objects_in_words(description) == objects_in_words(caption(scene))
+             for scene, description in zip(scenes, descriptions)]
+
+    prompts = [random_scene(rng, 1 + k % 2) for k in range(count)]
+    generated = model.generate([caption(scene) for scene in prompts], seed=seeds, **options)
+    return {
+        "reconstruction": sum(same) / count,
+        "understanding": sum(right) / count,
+        **score_generations(prompts, generated),
+    }
+
+
+def told_scenes(count=6):
+    """Held-out scenes whose captions effect.png paints: half with one object, half with two. (This
+    seed's six scenes show all colors.)"""
+    rng = np.random.default_rng(264)
+    return [random_scene(rng, 1 if k < count // 2 else 2) for k in range(count)]
+
+
+def effect_picture(told, shown, cell=96, gap=6):
+    """What a run on the toy world changed, at a glance -> PIL. told: rows of (caption, what it gave
+    before, after), on the left; shown: rows of (image, its reconstruction before, after)."""
+    font = ImageFont.load_default(size=15)
+    header = 24
+    pitch = cell + gap
+    # The captions take the width of two cells, and a wider gap divides the halves.
+    columns = [gap, 2 * cell, 2 * cell + pitch]
+    columns += [2 * cell + 2 * pitch + 4 * gap + k * pitch for k in range(3)]
+    height = header + max(len(told), len(shown)) * pitch
+    sheet = Image.new("RGB", (columns[-1] + pitch, height), "white")
+    pen = ImageDraw.Draw(sheet)
+    titles = ("asked for", "before", "after", "shown", "before", "after")
+    for left, title in zip(columns, titles):
+        pen.text((left, 3), title, fill="black", font=font)
+
+    for row, (said, *pictures) in enumerate(told):
+        place = (gap, header + row * pitch + cell // 3)
+        pen.text(place, said.replace(" and ", " and\n"), fill="black", font=font)
+        pictures += shown[row] if row < len(shown) else []
+        for left, picture in zip(columns[1:], pictures):
+            enlarged = picture.resize((cell - 2, cell - 2), Image.BICUBIC)
+            sheet.paste(ImageOps.expand(enlarged, 1, "lightgray"), (left, header + row * pitch))
+    return sheet
+
+
+def effect_words(before, after):
+    """A sentence on what RecA did to text to image in a toy run, from its scores."""
+    points = round(100 * (after["overall"] - before["overall"]))
+    if points >= 5:
+        return f"text to image {points:+d} points, and no caption was read"
+    return (f"text to image {points:+d} points: it is not better, because a generator this small\n"
+            "forgets how to follow words while only images speak to it. It is in reca_openuni.py,\n"
+            "whose language model is frozen and reads words and images alike.")
+
+
+def tiny_tokenizer(special_tokens=()):
+    """A word-level tokenizer for the tiny models: the words of the toy world, the templates and the prompts; others are
+    [UNK], newlines are tokens. special_tokens: the architecture's markers, their ids follow the words'."""
+    from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    pattern = r"\n|[\w-]+|[^\s\w]"
+    text = " ".join([*templates(), *SHAPES, *COLORS, *PLACES, "and user assistant system generate an image : , . ? ! \n"
+                     " a chat between curious artificial intelligence gives helpful detailed polite answers to",
+                     "questions s '"])
+    words = list(dict.fromkeys(re.findall(pattern, text.lower())))
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")

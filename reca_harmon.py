@@ -44,6 +44,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from diffusers.models.embeddings import get_timestep_embedding
+from PIL import Image
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
@@ -173,6 +174,22 @@ class Block(nn.Module):
         x = x + F.dropout(self.attn["proj"](y.transpose(1, 2).flatten(2)), dropout)
         y = F.dropout(F.gelu(self.mlp["fc1"](self.norm2(x))), dropout)                      # [B, K, 4D]
         return x + F.dropout(self.mlp["fc2"](y), dropout)
+
+
+def stretch_square(image, size):
+    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's
+    original."""
+    side = min(max(image.size), common.MAX_SIDE)
+    return image.resize((side, side)).resize((size, size))
+
+
+def pad_square(image, size):
+    """Centred on a grey square of the longer side, then size x size (LLaVA's padding)."""
+    image = common.shrunk(image, common.MAX_SIDE)
+    square = Image.new("RGB", (max(image.size),) * 2, (127,) * 3)
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+    return square.resize((size, size))
+
 
 def projector(width_in, width, width_out):
     return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width_out))
@@ -414,9 +431,9 @@ class Harmon(nn.Module):
         if image is None:                                   # a conversation without an image: mid grey
             return {"pixels": torch.zeros(3, size, size)}
         if task == "recon":                                 # squeezed to a square, from its longer side
-            image = common.stretch_square(image, size)
+            image = stretch_square(image, size)
         else:
-            image = common.pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
+            image = pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
         return {"pixels": common.to_uint8(image)}
 
     @torch.no_grad()

@@ -170,6 +170,21 @@ NEEDED = ("showo.model.embed_tokens.weight",)  # what only Show-o's has
 # The image tokenizer is made of diffusers' blocks, but is not its VQModel: there encoder and decoder share their widths
 # and numbers of residual blocks, here each has its own lists of both, and the codebook is not learned.
 
+def short_side_square(image, size):
+    """Short side to `size` (bicubic), then the central square: the order of CLIP's own preprocessing."""
+    # The long side grows with the short one: of a strip, no more than the middle is needed.
+    middle = 3 * min(image.size)
+    if max(image.size) > 16 * min(image.size):
+        left = max(0, (image.width - middle) // 2)
+        top = max(0, (image.height - middle) // 2)
+        image = image.crop(
+            (left, top, min(image.width, left + middle), min(image.height, top + middle))
+        )
+    width, height = (int(size * side / min(image.size)) for side in image.size)
+    left, top = (width - size) // 2, (height - size) // 2
+    return image.resize((width, height)).crop((left, top, left + size, top + size))
+
+
 def clip_normalize(pixels):
     """[B, 3, S, S] in [-1, 1] -> with CLIP's own mean and deviation. (Filled, not copied to the device: nothing waits.)"""
     planes = []
@@ -342,8 +357,8 @@ class Showo(nn.Module):
         if task != "i2t":
             return {"pixels": common.to_uint8(image.resize((size, size)))}
         if not self.config.w_clip_vit:
-            return {"pixels": common.to_uint8(common.short_side_square(image, size))}
-        return {"clip_pixels": common.to_uint8(common.short_side_square(image, self.config.clip_image_size))}
+            return {"pixels": common.to_uint8(short_side_square(image, size))}
+        return {"clip_pixels": common.to_uint8(short_side_square(image, self.config.clip_image_size))}
 
     @torch.no_grad()
     def encode(self, samples, task):

@@ -13,6 +13,8 @@ import torch
 from PIL import Image
 
 import common
+import reca_harmon
+import reca_showo
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,8 +100,8 @@ def test_pixels_round_trip_and_geometry():
     assert np.array_equal(np.asarray(common.to_pil(common.to_tensor(image))), np.asarray(image))
     wide = Image.new("RGB", (60, 20), "white")
     wide.paste("black", (20, 0, 40, 20))
-    assert np.asarray(common.short_side_square(wide, 20)).max() == 0
-    padded = np.asarray(common.pad_square(Image.new("RGB", (60, 20), "white"), 60))
+    assert np.asarray(reca_showo.short_side_square(wide, 20)).max() == 0
+    padded = np.asarray(reca_harmon.pad_square(Image.new("RGB", (60, 20), "white"), 60))
     assert (padded[0] == 127).all() and (padded[30] == 255).all()
     crops = {common.random_square(wide, 20, np.random.default_rng(k)).tobytes() for k in range(20)}
     assert len(crops) > 5 and np.asarray(common.random_square(wide, 20)).max() == 0    # the centre

@@ -399,9 +399,9 @@ def test_scores_stay_within_a_point(script, name):
         model = SCRIPTS[script][1].from_pretrained(str(folder), quantize=quantize)
         options = {}
         recipe = SCRIPTS[script][0].RECIPES[name]
-        for name, option in (("guidance_scale", "guidance_scale"), ("sampling_steps", "num_steps")):
-            if getattr(recipe, name, None) is not None:
-                options[option] = getattr(recipe, name)
+        for flag, option in (("guidance_scale", "guidance_scale"), ("sampling_steps", "num_steps")):
+            if getattr(recipe, flag, None) is not None:
+                options[option] = getattr(recipe, flag)
         scores.append(common.score_toy(model, model.config.image_size, 256, 7, options))
     difference = {name: 100 * (scores[1][name] - scores[0][name]) for name in scores[0]}
     assert abs(difference["overall"]) <= 1, difference

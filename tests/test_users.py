@@ -15,6 +15,7 @@ from PIL import Image
 
 import common
 import reca_harmon
+import reca_showo
 from test_run import run
 
 ROOT = Path(__file__).parent.parent
@@ -477,9 +478,9 @@ def test_an_out_or_a_cache_that_is_a_file(tmp_path, images):
 @pytest.mark.parametrize("size", [(4, 50000), (50000, 4), (800, 20000), (9000, 9000)])
 def test_no_step_makes_more_than_a_large_image(size):
     """In a process of its own, whose peak of memory is what these three needed."""
-    code = (f"import resource, common\nfrom PIL import Image\nimage = Image.new('RGB', {size}, 'red')\n"
+    code = (f"import resource, common, reca_harmon, reca_showo\nfrom PIL import Image\nimage = Image.new('RGB', {size}, 'red')\n"
             "def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\nbefore = peak()\n"
-            "for make in (common.pad_square, common.stretch_square, common.short_side_square, common.random_square):\n"
+            "for make in (reca_harmon.pad_square, reca_harmon.stretch_square, reca_showo.short_side_square, common.random_square):\n"
             "    assert make(image, 512).size == (512, 512)\nprint(peak() - before)")
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0 and int(result.stdout) < 500, result                      # megabytes
@@ -494,9 +495,9 @@ def test_ordinary_images_are_prepared_as_ever():
         square.paste(image, ((side - width) // 2, (side - height) // 2))
         small = image.resize((int(width * scale), int(height * scale)))
         left, top = (small.width - 64) // 2, (small.height - 64) // 2
-        for made, right in ((common.pad_square(image, 64), square.resize((64, 64))),
-                            (common.stretch_square(image, 64), image.resize((side, side)).resize((64, 64))),
-                            (common.short_side_square(image, 64), small.crop((left, top, left + 64, top + 64)))):
+        for made, right in ((reca_harmon.pad_square(image, 64), square.resize((64, 64))),
+                            (reca_harmon.stretch_square(image, 64), image.resize((side, side)).resize((64, 64))),
+                            (reca_showo.short_side_square(image, 64), small.crop((left, top, left + 64, top + 64)))):
             assert np.array_equal(np.asarray(made), np.asarray(right))
 
 
