@@ -61,46 +61,70 @@ from tqdm import tqdm
 
 
 # ==== 1. Errors and files =========================================================================
+# A run lasts for hours and may end at any moment: it is killed, or the disk is full. And its
+# folder, --out, may hold files of the user beside those of the run. Hence three rules:
+#
+#   - What the user can put right is an InputError: one line that says what to do, no traceback.
+#   - A file is written under a temporary name and then renamed (`atomic`), so it is whole or
+#     not there.
+#   - A file belongs to a run only if its name has exactly the form that runs give. All else in
+#     --out is the user's, and is neither deleted, nor replaced, nor resumed from.
 
 
 class InputError(Exception):
-    """Something the user gave cannot work. The message is one line: what is wrong, and what to do."""
+    """Something that the user gave cannot work. The message is one line: what is wrong, and what to
+    do about it."""
 
 
 def print_anything():
-    """What a terminal cannot print (λ on a Windows code page, a file name in another encoding) is
-    printed as its code, and ends nothing."""
+    """Lets no character end the program because the terminal cannot show it.
+
+    A Greek letter on a Windows code page, or a file name in another encoding, is printed as its
+    code instead.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
 def cli(main):
-    """Run `main()`; an InputError, or a batch that does not fit, becomes one line on stderr and exit code 2."""
+    """Runs `main()` as the program of the command line.
+
+    An InputError, or a batch that does not fit into memory, becomes one line on stderr and exit
+    code 2.
+    """
     print_anything()
     try:
         main()
         if dist.is_initialized():
-            # The ranks end together, and past Python's own exit: there gloo's threads, which still hold tensors, abort
-            # a rank now and then ("terminate called without an active exception", torch 2.13); torchrun stops all then.
+            # The ranks end together, and without Python's own exit: in the middle of it gloo's
+            # threads, which still hold tensors, abort a rank now and then ("terminate called
+            # without an active exception", torch 2.13), and then torchrun stops all of them.
             dist.barrier()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
-    except (InputError, torch.OutOfMemoryError) as error:
-        full = ("this does not fit into the GPU's memory: lower --micro-batch, or try --optimizer bf16; for "
-                "inference lower --batch-images or add --quantize int8")
-        print(f"error: {error if isinstance(error, InputError) else full}", file=sys.stderr)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except torch.OutOfMemoryError:
+        print("error: this does not fit into the GPU's memory: lower --micro-batch, or try "
+              "--optimizer bf16; for inference lower --batch-images or add --quantize int8",
+              file=sys.stderr)
         sys.exit(2)
 
 
 def brief(error):
-    """The first line of an exception, without the addresses of objects (<... at 0x7f...>)."""
-    return (str(error).split(" <")[0].splitlines() or [type(error).__name__])[0][:120]
+    """The first line of an exception's message, 120 characters at most, without what follows the
+    first object in it (<... at 0x7f...>). The name of its type where there is no message."""
+    text = str(error).partition(" <")[0]
+    lines = text.splitlines()
+    first = lines[0] if lines else type(error).__name__
+    return first[:120]
 
 
 def remove(path):
-    """Delete a file, or a folder with all that is in it; nothing happens where there is none."""
+    """Deletes a file, or a folder with all that is in it. Nothing happens where there is none."""
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -112,11 +136,14 @@ def remove(path):
 def atomic(path):
     """with atomic("a/b.png") as temporary: image.save(temporary)
 
-    Write to a temporary neighbour, then rename: `path` is either absent, old, or complete, also after a kill. Works for
-    files and for folders (make the folder `temporary` yourself); the suffix is kept.
+    Gives the path of a temporary neighbour to write to, and renames it to `path` at the end. So
+    `path` is absent, old or complete at every moment, also after a kill. It works for files and for
+    folders (make the folder `temporary` yourself), and the suffix is kept. Raises InputError where
+    nothing can be written.
     """
     path = Path(path)
-    # Not the name itself: it may already have all the bytes that a file system allows.
+    # The temporary name is short, and does not contain the whole name: that one may already have
+    # as many bytes as a file system allows.
     temporary = path.with_name(f".tmp-{os.getpid()}-{stable_seed(path.name):x}{path.suffix[:16]}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,9 +151,12 @@ def atomic(path):
         if path.is_dir():
             shutil.rmtree(path)
         os.replace(temporary, path)
-    except Exception as error:         # a full disk, a read-only folder; torch and safetensors have errors of their own
-        own = "inline_container" in str(error) or type(error).__name__ == "SafetensorError"
-        if own or isinstance(error, OSError):
+    except Exception as error:
+        # A full disk or a read-only folder: an OSError, but torch and safetensors raise errors of
+        # their own for it.
+        from_torch = "inline_container" in str(error)
+        from_safetensors = type(error).__name__ == "SafetensorError"
+        if isinstance(error, OSError) or from_torch or from_safetensors:
             raise InputError(f"cannot write {path}: {brief(error)}") from error
         raise
     finally:
@@ -134,8 +164,11 @@ def atomic(path):
 
 
 def write(path, content, made_from=None):
-    """A PIL image, a text, the rows of a .jsonl, or what a .json shall hold -> the file,
-    atomically. made_from: an object that a .png keeps within itself, see origin_of."""
+    """Writes a file, atomically: a PIL image, a text, the rows of a .jsonl, or the content of a
+    .json.
+
+    made_from: what a .png was made from, an object that is kept within the file (see origin_of).
+    """
     with atomic(path) as temporary:
         if isinstance(content, Image.Image) and made_from:
             note = PngImagePlugin.PngInfo()
@@ -151,61 +184,69 @@ def write(path, content, made_from=None):
             temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False))
 
 
-# What a run calls its checkpoints, and what a kill leaves of a file that was being written.
-CHECKPOINT = re.compile(r"checkpoint-(\d{6,})")
-LEFTOVER = re.compile(r"\.tmp-(\d+-.+|checkpoint-\d{6,})")
-PREVIEW = re.compile(r"(step_\d{6,}|(before|input|told_before)_\d+)\.png")
+# The exact names that a run gives: to its checkpoints, to its previews, and to the temporary files
+# that a kill leaves behind.
+CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{6,})")
+PREVIEW_NAME = re.compile(r"(step_\d{6,}|(before|input|told_before)_\d+)\.png")
+LEFTOVER_NAME = re.compile(r"\.tmp-(\d+-.+|checkpoint-\d{6,})")
 
 
 def named_checkpoints(folder):
-    """The folders in `folder` that are called like a run's checkpoints, by their step, lowest
-    first.
+    """The folders in `folder` that have the name of a run's checkpoint, lowest step first.
 
-    The number is compared as a number, and nothing else counts: not checkpoint-best, not
-    checkpoint-000002-keep, no file.
+    Only the exact form counts, and the step is compared as a number. A user who copies a checkpoint
+    to checkpoint-000002-keep, or who has a checkpoint-best, finds it untouched; and
+    checkpoint-1000000 is newer than checkpoint-999999.
     """
     if not Path(folder).is_dir():
         return []
 
     steps = {}
     for path in Path(folder).iterdir():
-        form = CHECKPOINT.fullmatch(path.name)
+        form = CHECKPOINT_NAME.fullmatch(path.name)
         if form and path.is_dir():
             steps[path] = int(form[1])
     return sorted(steps, key=steps.get)
 
 
 def own_checkpoints(out):
-    """The checkpoints that a run wrote into `out`, oldest first: by their exact form, with the
-    state of the training beside the weights. All else that lies in `out` is the user's."""
+    """The checkpoints that a run wrote into `out`, oldest first: those of the exact name that hold
+    the state of a training (trainer.pt), too. Only these are resumed from, and only these are
+    deleted when newer ones are there."""
     return [path for path in named_checkpoints(out) if (path / "trainer.pt").is_file()]
 
 
 def leftovers(out):
-    """What a run that was killed left half-written in `out`."""
-    paths = Path(out).iterdir() if Path(out).is_dir() else ()
-    return [path for path in paths if LEFTOVER.fullmatch(path.name)]
+    """The half-written files and folders that a killed run left in `out`."""
+    if not Path(out).is_dir():
+        return []
+    return [path for path in Path(out).iterdir() if LEFTOVER_NAME.fullmatch(path.name)]
 
 
 def written_by_run(out):
-    """What a run wrote into `out` and a new run begins without: its own files by their exact
-    names. A user's files among them stay."""
+    """What an earlier run wrote into `out`, without which a new run begins. The user's files beside
+    them are not in the list."""
     out = Path(out)
-    files = [out / name for name in ("log.jsonl", "loss.png", "scores.json", "effect.png", "i2t_self.jsonl")]
+    names = ("log.jsonl", "loss.png", "scores.json", "effect.png", "i2t_self.jsonl")
+    files = [out / name for name in names]
     if (out / "previews").is_dir():
-        files += [path for path in (out / "previews").iterdir() if PREVIEW.fullmatch(path.name)]
-    return [*own_checkpoints(out), *(path for path in files if path.is_file())]
+        for path in (out / "previews").iterdir():
+            if PREVIEW_NAME.fullmatch(path.name):
+                files.append(path)
+    return own_checkpoints(out) + [path for path in files if path.is_file()]
 
 
 def inside(folder, name):
-    """folder / name, for a name that comes from a file or an archive. InputError where it leads out of the folder."""
+    """folder / name, for a name that comes from a file or an archive. Raises InputError where it
+    leads out of the folder, as "../other" does."""
     path = Path(folder) / name
     if not path.resolve().is_relative_to(Path(folder).resolve()):
         raise InputError(f"{name} leads out of {folder}: not written")
     return path
 
 
-# How a file begins that says its own encoding (utf-32 before utf-16, with which it begins alike).
+# With these bytes a text file says its own encoding. UTF-32 is looked for before UTF-16, whose mark
+# is the beginning of that of UTF-32.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -216,21 +257,29 @@ BYTE_ORDER_MARKS = (
 
 
 def read_text(path):
-    """A text file, its line ends as "\\n", without the mark that some editors write in front.
+    """The text of a file, with "\\n" at the end of every line, and without a byte order mark.
 
-    The encoding is UTF-8, or what a byte order mark says. Nothing is guessed: InputError for
-    another one, with the line where it shows.
+    The encoding is the one that a byte order mark names, or else UTF-8. Nothing is guessed: raises
+    InputError for another encoding, with the line where it shows.
     """
     try:
         data = Path(path).read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
-    encoding = next((name for mark, name in BYTE_ORDER_MARKS if data.startswith(mark)), "utf-8")
+    encoding = "utf-8"
+    for mark, name in BYTE_ORDER_MARKS:
+        if data.startswith(mark):
+            encoding = name
+            break
+
+    # A zero shows another encoding, too: UTF-16 without a mark is valid UTF-8 with a zero in front
+    # of or behind every letter.
+    position = None
     try:
         text = data.decode(encoding)
-        zero = text.find("\0")
-        position = None if zero < 0 else data.find(b"\0")
+        if "\0" in text:
+            position = data.find(b"\0")
     except UnicodeDecodeError as error:
         position = error.start
     if position is not None:
@@ -241,140 +290,187 @@ def read_text(path):
 
 
 def read_json(path, lines=False):
-    """A JSON file, or (lines=True) a .jsonl file as a list of its objects. InputError names the
-    malformed line."""
-    text = read_text(path)
-    rows, parts = [], text.split("\n") if lines else [text]  # not splitlines: it also cuts at U+2028, which JSON allows
-    for number, part in enumerate(parts):
+    """The content of a .json file, or (lines=True) the list of the objects in a .jsonl file.
+    Raises InputError with the number of the malformed line."""
+    def parse(content, lines_before):
         try:
-            rows += [json.loads(part)] if part.strip() or not lines else []
+            return json.loads(content)
         except json.JSONDecodeError as error:
-            raise InputError(f"{path}: line {number + error.lineno} is not JSON ({error.msg})") from error
-    return rows if lines else rows[0]
+            line = lines_before + error.lineno
+            raise InputError(f"{path}: line {line} is not JSON ({error.msg})") from error
+
+    text = read_text(path)
+    if not lines:
+        return parse(text, lines_before=0)
+
+    # The lines are not those of splitlines(): it also cuts at U+2028, which JSON allows in a text.
+    objects = []
+    for number, line in enumerate(text.split("\n")):
+        if line.strip():
+            objects.append(parse(line, lines_before=number))
+    return objects
 
 
 def read_object(path):
-    """A .json file that must hold an object: a config, a run's record. InputError if it does
-    not."""
+    """The content of a .json file that must hold an object, such as a config or the record of a
+    run. Raises InputError where it holds something else."""
     content = read_json(path)
     if not isinstance(content, dict):
         raise InputError(f"{path} holds no JSON object {{...}}, but a {type(content).__name__}")
     return content
 
 
-def mend_lines(path, keep=lambda row: True):
-    """The rows of a .jsonl that runs append to, [] if there is none.
+def read_whole_lines(path):
+    """The objects in a .jsonl that runs append to; [] where there is no such file. Skipped are
+    lines that are no object: empty ones, and those that a kill has left half-written."""
+    if not path.exists():
+        return []
 
-    Removed are empty lines, what a kill or a power failure left half-written anywhere, and what
-    `keep` refuses or does not understand.
+    objects = []
+    for line in path.read_bytes().decode("utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(json.JSONDecodeError):
+            objects.append(json.loads(line))
+    return [content for content in objects if isinstance(content, dict)]
+
+
+def mend_lines(path, keep=lambda row: True):
+    """Rewrites a .jsonl that runs append to, with its whole lines alone, and returns their objects.
+
+    Left out are also those that `keep` refuses, or that lack what `keep` looks at.
     """
-    rows = []
+    kept = []
     for row in read_whole_lines(path):
         with contextlib.suppress(KeyError, TypeError):
             if keep(row):
-                rows.append(row)
-    write(path, rows)
-    return rows
-
-
-def read_whole_lines(path):
-    """The objects in a .jsonl that runs append to, without the lines that are none; [] if there is
-    no such file."""
-    text = path.read_bytes().decode("utf-8", errors="replace") if path.exists() else ""
-    rows = []
-    for line in text.split("\n"):
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict)]
+                kept.append(row)
+    write(path, kept)
+    return kept
 
 
 # ==== 2. Checkpoints ==============================================================================
+# --model is what a user has at hand: a known name, a hub id, a folder, a file, or the folder of a
+# run. There may be several files: shards, averages of the weights, the same weights in two formats.
+# A wrong choice among them would not fail: it would silently train another model. So a file counts
+# if it *holds* the right tensors, whatever it is called; where two would do, the user is asked which
+# one, or told which one is taken; and `load_strictly` gives every weight its value, and every value
+# its weight. Code that comes with a checkpoint is never executed.
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt")
 
 
 def newest_in(folder):
-    """A model's folder, or the newest checkpoint of a run's, which is then said."""
-    saved = [path for path in named_checkpoints(folder) if any(path.iterdir())]
-    if not saved or any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
+    """The folder to load from. For the folder of a run, which has checkpoints but no weights of its
+    own, it is the newest checkpoint, and a line says so: --model OUT means what the run has
+    learned. Any other folder is given back."""
+    checkpoints = [path for path in named_checkpoints(folder) if any(path.iterdir())]
+    has_weights = any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+    if has_weights or not checkpoints:
         return folder
-    say(f"{folder} is a run: its newest checkpoint, {saved[-1].name}, is taken")
-    return saved[-1]
+
+    newest = checkpoints[-1]
+    say(f"{folder} is a run: its newest checkpoint, {newest.name}, is taken")
+    return newest
 
 
 def check_model(model, names):
-    """InputError for a --model that is no name, no file, no folder and no hub id either; the
-    nearest name is told."""
-    place = model.partition(":")[0]
+    """Raises InputError where --model cannot be a known name, a file, a folder or a hub id. The
+    nearest of `names` is offered, before anything is downloaded."""
+    place = model.partition(":")[0]  # "folder:FILE" names a file in a folder
     if model in names or Path(model).expanduser().exists() or Path(place).expanduser().exists():
         return
+
     near = difflib.get_close_matches(model.lower(), names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     if model.startswith((".", "/", "~")) or place.count("/") != 1:
-        raise InputError(
-            f"no such model: {model}{hint} (give a folder, a hub id like owner/name, or one of "
-            f"{', '.join(names)})"
-        )
+        raise InputError(f"no such model: {model}{hint} (give a folder, a hub id like owner/name, "
+                         f"or one of {', '.join(names)})")
     if near:
         say(f"--model {model} is none of the names that are known here{hint}")
 
 
 def hub_folder(source, patterns):
-    """A local folder with `source` (a path, or a hub id "owner/name"): itself, or a download of the files that match
-    the glob patterns; of a run's folder its newest checkpoint. Weights are fetched, code is never
-    executed. InputError where neither is to be had."""
+    """A folder on this machine for `source`, a path or a hub id "owner/name".
+
+    A folder is given back (of a run's folder its newest checkpoint); from the hub the files that
+    match the glob patterns are downloaded. Raises InputError where there is neither.
+    """
     if Path(source).expanduser().is_dir():
         return newest_in(Path(source).expanduser())
     if source.startswith((".", "/", "~")) or source.count("/") != 1:
-        raise InputError(f"no such model: {source} (give a hub id like owner/name, a folder, or tiny)")
+        raise InputError(f"no such model: {source} (give a hub id like owner/name, a folder, or "
+                         "tiny)")
+
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
-    except Exception as error:        # the hub raises dozens of types: offline, not found, gated, time-out, proxy ...
-        raise InputError(f"cannot get {source} from the Hugging Face hub ({type(error).__name__}): check the name "
-                         "and the network, or give --model DIR with the files, or try --model tiny") from error
+    except Exception as error:  # the hub has dozens of types: offline, not found, gated, proxy ...
+        raise InputError(f"cannot get {source} from the Hugging Face hub ({type(error).__name__}): "
+                         "check the name and the network, or give --model DIR with the files, or "
+                         "try --model tiny") from error
 
 
 def tiny_folder(name):
-    """The shipped tiny model `name`: a folder beside this file, in the released layout. InputError if
-    it is not there."""
+    """The folder of the tiny model `name` that is shipped beside this file, in the released layout.
+    Raises InputError where it is not there."""
     folder = Path(__file__).resolve().parent / "tiny" / name
     if not any(folder.glob("*.json")):
-        raise InputError(f"no tiny model in {folder}: copy the folder tiny/ of the repository to where "
-                         f"the script lies, or make the model: python tiny/pretrain.py {name}")
+        raise InputError(f"no tiny model in {folder}: copy the folder tiny/ of the repository to "
+                         "where the script lies, or make the model: "
+                         f"python tiny/pretrain.py {name}")
     return folder
 
 
 def load_state(path):
-    """A checkpoint file -> a flat dict of CPU tensors: .safetensors, an .index.json of shards, or a torch file, which
-    is read with weights_only=True (a downloaded file cannot run code); wrappers like {"state_dict": ...} are opened."""
+    """A checkpoint file -> {name: CPU tensor}.
+
+    The file is a .safetensors, an .index.json that lists shards, or a file of torch.save, in which
+    the weights may lie under "state_dict", "model" or "module". It is read with weights_only=True,
+    so that a downloaded file cannot run code. Raises InputError for what is no checkpoint.
+    """
     path = Path(path)
     try:
         if path.name.endswith(".index.json"):
-            shards = sorted({Path(shard).name for shard in json.loads(path.read_text())["weight_map"].values()})
-            return {key: value for shard in shards for key, value in load_state(path.with_name(shard)).items()}
+            return load_shards(path)
         if path.suffix == ".safetensors":
             return unwrapped(load_file(path))
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:      # truncated, not a checkpoint, or a pickle with code in it: one line for all of them
-        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})") from error
+    except Exception as error:  # it is cut off, or no checkpoint, or a pickle with code in it
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: "
+                         f"{brief(error)})") from error
+
     if not isinstance(state, dict):
-        raise InputError(
-            f"{path} is not a readable checkpoint: it holds a {type(state).__name__}, no dict of"
-            " tensors"
-        )
+        raise InputError(f"{path} is not a readable checkpoint: it holds a "
+                         f"{type(state).__name__}, no dict of tensors")
     for wrapper in ("state_dict", "model", "module"):
-        state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
-    state = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
-    if not state:
+        if isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    tensors = {str(key): value for key, value in state.items() if torch.is_tensor(value)}
+    if not tensors:
         raise InputError(f"{path} is not a readable checkpoint: there is no tensor in it")
-    return unwrapped(state)
+    return unwrapped(tensors)
+
+
+def load_shards(index):
+    """The tensors of all the files that an .index.json lists."""
+    weight_map = json.loads(index.read_text())["weight_map"]
+    # Only the name counts, not a path in it: the shards lie beside the index.
+    shards = {Path(shard).name for shard in weight_map.values()}
+    state = {}
+    for shard in sorted(shards):
+        state.update(load_state(index.with_name(shard)))
+    return state
+
+
+def shards_of(index):
+    """{name of a tensor: name of the file beside the index that holds it}, by an .index.json."""
+    weight_map = read_object(index).get("weight_map", {})
+    return {name: Path(shard).name for name, shard in weight_map.items()}
 
 
 def unwrapped(state):
-    """A dict whose keys are names of tensors, without what wrappers put in front of all of them:
-    module. is DistributedDataParallel's, _orig_mod. torch.compile's."""
+    """{name of a tensor: value} without what wrappers put in front of every name: "module." is
+    DistributedDataParallel's, "_orig_mod." is torch.compile's, and either may be the outer one."""
     for wrapper in ("module.", "_orig_mod.", "module."):
         if all(key.startswith(wrapper) for key in state):
             state = {key.removeprefix(wrapper): value for key, value in state.items()}
@@ -382,15 +478,15 @@ def unwrapped(state):
 
 
 def load_training(folder, mmap=False):
-    """What a checkpoint holds beside the weights, as Trainer.save wrote it. InputError where it is
-    damaged. mmap: only look, without reading all of it."""
+    """What a checkpoint holds beside the weights (trainer.pt), as Trainer.save has written it.
+    Raises InputError where it is damaged. mmap: for a look at it, without reading all of it."""
     path = folder / "trainer.pt"
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except Exception as error:
-        raise InputError(
-            f"{path} is not a readable checkpoint ({type(error).__name__}: {brief(error)})"
-        ) from error
+        raise InputError(f"{path} is not a readable checkpoint ({type(error).__name__}: "
+                         f"{brief(error)})") from error
+
     if not isinstance(state, dict) or not {"step", "updates", "seen"} <= state.keys():
         raise InputError(f"{path} is not a readable checkpoint: no step is told in it")
     return state
@@ -398,35 +494,30 @@ def load_training(folder, mmap=False):
 
 @contextlib.contextmanager
 def resuming(folder):
-    """with resuming(checkpoint): read it. Where that fails, the error offers the checkpoint before
-    it."""
+    """with resuming(checkpoint): read it. Where that fails, the InputError offers the checkpoint
+    before it: two are kept, so that a damaged one does not cost the run."""
     try:
         yield
-    except torch.OutOfMemoryError:         # a RuntimeError, too
+    except torch.OutOfMemoryError:  # it is a RuntimeError, too, but says nothing about the file
         raise
     except (InputError, KeyError, ValueError, RuntimeError) as error:
-        line = (
-            str(error)
-            if isinstance(error, InputError)
-            else f"{folder} cannot be gone on with ({brief(error)})"
-        )
-        known = own_checkpoints(folder.parent)
-        earlier = known[:known.index(folder)]
-        offer = (f"remove {folder} to go on from {earlier[-1].name}" if earlier
-                 else "there is no checkpoint before it")
-        raise InputError(f"{line}; {offer}") from error
+        if isinstance(error, InputError):
+            problem = str(error)
+        else:
+            problem = f"{folder} cannot be gone on with ({brief(error)})"
 
-
-def shards_of(index):
-    """The files that a .index.json lists: {name of a tensor: file beside it}."""
-    return {
-        name: Path(shard).name for name, shard in read_object(index).get("weight_map", {}).items()
-    }
+        checkpoints = own_checkpoints(folder.parent)
+        earlier = checkpoints[:checkpoints.index(folder)]
+        if earlier:
+            offer = f"remove {folder} to go on from {earlier[-1].name}"
+        else:
+            offer = "there is no checkpoint before it"
+        raise InputError(f"{problem}; {offer}") from error
 
 
 def tensor_names(path):
-    """What a checkpoint file holds, by its header alone where it has one; nothing where it cannot
-    be read."""
+    """The names of the tensors in a checkpoint file, from its header alone where it has one. The
+    set is empty where the file cannot be read."""
     try:
         if path.name.endswith(".index.json"):
             return set(shards_of(path))
@@ -439,92 +530,117 @@ def tensor_names(path):
 
 
 def is_average(path):
-    """Does the file's name say that it holds an exponential moving average of the weights?"""
+    """Does the file's name say that it holds an exponential moving average (EMA) of the weights?"""
     return "ema" in re.split(r"[-_.]", path.name.lower())
 
 
 def find_checkpoint(source, released, kinds, beside, needs=()):
-    """The file with the weights. source: a key of released ({name: "owner/name:FILE"}), a file, or a folder or hub id,
-    with ":FILE" where it holds several. kinds: lists of glob patterns, in the order of preference;
-    beside: patterns of what else a download needs. InputError where there is not exactly one.
+    """The one file with the weights that `source` means.
 
-    Among several files what they hold decides, not what they are called: only those count that have
-    the tensors `needs`. An average of the weights (EMA, in whose 0.9999 the old model outlives a
-    post-training) comes last, unless its very name is asked for. What is taken and what is left is
-    said in a line.
+    source: a key of `released` ({name: "owner/name:FILE"}), a file, or a folder or hub id, with
+    ":FILE" behind it where it holds several. kinds: lists of glob patterns, the preferred kind of
+    file first. beside: patterns of what else a download needs.
+
+    Among several files only those count that have the tensors `needs`, whatever they are called. An
+    average of the weights (EMA) comes last, unless its very name is asked for: with the usual decay
+    of 0.9999 the average after a short post-training is still mostly the old model. Which file is
+    taken, and which are left, is printed. Raises InputError where there is no such file, or no
+    telling which one is meant.
     """
-    source, file = released.get(source, source), ""
+    source = released.get(source, source)
     path = Path(source).expanduser()
     if path.is_file():
         return path
+
+    file = ""
     if not path.is_dir():
         source, _, file = source.partition(":")
-    if not file and f"{source}:" in [place[:len(source) + 1] for place in released.values()]:
-        raise InputError(f"{source} holds several models: give one of {', '.join(released)}, or {source}:FILE")
+    if not file and any(place.startswith(f"{source}:") for place in released.values()):
+        raise InputError(f"{source} holds several models: give one of {', '.join(released)}, or "
+                         f"{source}:FILE")
+    if file:
+        kinds = [[file]]
 
-    kinds = [[file]] if file else kinds
-    local = Path(source).expanduser().is_dir()
-    folder = hub_folder(source, beside) if local else None
-    found = []                                  # (place in the order of preference, file)
-    for number, patterns in enumerate(kinds):
-        if not local:
-            folder = hub_folder(source, [*patterns, *beside])
-        for pattern in patterns:
-            paths = sorted(folder.glob(pattern)) or ([] if local else sorted(folder.rglob(pattern)))
-            later = any(is_average(path) for path in paths) and "*" in pattern
-            known = [path for _, path in found]
-            found += [
-                ((later and is_average(path), number), path) for path in paths if path not in known
-            ]
-        # A download stops at the first kind that has the weights: the others may be 30 GB each.
-        if not local and any(
-            not order[0] and tensor_names(path) >= set(needs) for order, path in found
-        ):
-            break
-    if not found:
-        raise InputError(
-            f"{folder} holds 0 files like {', '.join(itertools.chain(*kinds))}: no checkpoint"
-        )
+    folder, ranks = candidates(source, kinds, beside, set(needs))
+    if not ranks:
+        patterns = ", ".join(itertools.chain(*kinds))
+        raise InputError(f"{folder} holds 0 files like {patterns}: no checkpoint")
+    chosen = choose_checkpoint(ranks, set(needs), folder, source)
 
-    chosen = choose(found, set(needs), folder, source)
-    if chosen.name.endswith(".index.json") and not local:
+    # Of a checkpoint in shards only the index has been downloaded until here.
+    if chosen.name.endswith(".index.json") and not Path(source).expanduser().is_dir():
         hub_folder(source, sorted(set(shards_of(chosen).values())))
     return chosen
 
 
-def choose(found, needs, folder, source):
-    """Of (place in the order of preference, file) the file with the tensors `needs`, for
-    find_checkpoint."""
-    if len(found) == 1:
-        return found[0][1]
-    indexes = [path for _, path in found if path.name.endswith(".index.json")]
-    shards = {path.with_name(shard) for path in indexes for shard in shards_of(path).values()}
-    whole = [(order, path) for order, path in found if path not in shards]
-    good = sorted((order, path) for order, path in whole if tensor_names(path) >= needs)
-    if not good:
-        names = ", ".join(
-            path.name if tensor_names(path) else f"{path.name}: unreadable" for _, path in whole
-        )
-        raise InputError(
-            f"{folder} holds {len(whole)} files ({names}), none of which has"
-            f" {', '.join(sorted(needs))}"
-        )
+def candidates(source, kinds, beside, needs):
+    """The folder of `source`, and {file: rank} of what in it may be the checkpoint. The lowest rank
+    is preferred: (is it an average of the weights, the number of its kind)."""
+    local = Path(source).expanduser().is_dir()
+    if local:
+        folder = hub_folder(source, beside)
 
-    first = [path for order, path in good if order == good[0][0]]
-    if len(first) > 1:
-        raise InputError(
-            f"{folder} holds {len(first)} checkpoints ({first[0].name} ...): give {source}:FILE"
-        )
+    ranks = {}
+    for number, patterns in enumerate(kinds):
+        if not local:
+            folder = hub_folder(source, [*patterns, *beside])
+        for pattern in patterns:
+            paths = sorted(folder.glob(pattern))
+            if not paths and not local:
+                paths = sorted(folder.rglob(pattern))
+            for path in paths:
+                # A pattern without a star asks for the file by name: then an average is wanted.
+                average = "*" in pattern and is_average(path)
+                ranks.setdefault(path, (average, number))
+
+        # A download stops at the first kind that has the weights: the others may be 30 GB each.
+        if not local:
+            wanted = [path for path, (average, _) in ranks.items() if not average]
+            if any(tensor_names(path) >= needs for path in wanted):
+                break
+    return folder, ranks
+
+
+def choose_checkpoint(ranks, needs, folder, source):
+    """Of {file: rank} the file of the lowest rank that has the tensors `needs`. Raises InputError
+    where none has them, or two of the same rank do: a user who has two checkpoints in a folder
+    must know which one is trained."""
+    paths = list(ranks)
+    if len(paths) == 1:
+        return paths[0]
+
+    # A shard is no checkpoint of its own: its index stands for it.
+    shards = set()
+    for path in paths:
+        if path.name.endswith(".index.json"):
+            shards.update(path.with_name(shard) for shard in shards_of(path).values())
+    whole = [path for path in paths if path not in shards]
+
+    good = [path for path in whole if tensor_names(path) >= needs]
+    good.sort(key=lambda path: (ranks[path], path))
+    if not good:
+        names = []
+        for path in whole:
+            names.append(path.name if tensor_names(path) else f"{path.name}: unreadable")
+        raise InputError(f"{folder} holds {len(whole)} files ({', '.join(names)}), none of which "
+                         f"has {', '.join(sorted(needs))}")
+
+    first = good[0]
+    equal = [path for path in good if ranks[path] == ranks[first]]
+    if len(equal) > 1:
+        raise InputError(f"{folder} holds {len(equal)} checkpoints ({first.name} ...): give "
+                         f"{source}:FILE")
     if len(good) > 1:
-        left = ", ".join(
-            f"{path.name}{' (an average)' if is_average(path) else ''}" for _, path in good[1:]
-        )
-        say(f"{folder}: {first[0].name} is taken, left are {left}")
-    return first[0]
+        left = []
+        for path in good[1:]:
+            left.append(f"{path.name} (an average)" if is_average(path) else path.name)
+        say(f"{folder}: {first.name} is taken, left are {', '.join(left)}")
+    return first
 
 
 def find_weights(folder, *names):
-    """The state dict of the first of `names` in the folder: one file, or shards with an index. InputError if none."""
+    """The state dict of the first of `names` that the folder holds, as one file or as shards with
+    an index. Raises InputError where it holds none."""
     for name in names:
         for path in (Path(folder) / name, Path(folder) / f"{name}.index.json"):
             if path.exists():
@@ -533,197 +649,323 @@ def find_weights(folder, *names):
 
 
 def load_strictly(module, state, name):
-    """load_state_dict whose InputError names the missing, unexpected or wrongly shaped keys."""
+    """load_state_dict that names what does not fit: a weight without a value, a value without a
+    weight, or another shape. Raises InputError; `name` is what the message calls the state."""
     own = module.state_dict()
-    wrong = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
-    for what, keys in (("lacks", own.keys() - state.keys()), ("has unexpected", state.keys() - own.keys()),
-                       ("has other shapes for", wrong)):
+    other_shapes = {key for key in own.keys() & state.keys() if own[key].shape != state[key].shape}
+    problems = {
+        "lacks": own.keys() - state.keys(),
+        "has unexpected": state.keys() - own.keys(),
+        "has other shapes for": other_shapes,
+    }
+    for problem, keys in problems.items():
         if keys:
-            raise InputError(f"{name} {what} {len(keys)} keys: {', '.join(sorted(keys)[:4])}{' ...' * (len(keys) > 4)}")
+            listed = ", ".join(sorted(keys)[:4])
+            more = " ..." if len(keys) > 4 else ""
+            raise InputError(f"{name} {problem} {len(keys)} keys: {listed}{more}")
     module.load_state_dict(state)
 
 
 def load_tokenizer(folder):
-    """The tokenizer in a folder. Where it was read from is forgotten, so that saving it again gives equal files."""
+    """The tokenizer in a folder. Raises InputError where there is none."""
     from transformers import AutoTokenizer
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise InputError(f"no tokenizer in {folder}: {brief(error)}") from error
+
+    # The tokenizer forgets how it was read: saved again, it gives the same files.
     for origin in ("is_local", "local_files_only"):
         tokenizer.init_kwargs.pop(origin, None)
     return tokenizer
 
 
+# The blocks of an autoencoder, in diffusers and in the released files, which all descend from the
+# same code: KL-16 of Harmon, MAGVIT-v2 of Show-o, FLUX's of BAGEL. Replaced from top to bottom.
+AUTOENCODER_NAMES = {
+    "mid_block.attentions.0": "mid.attn_1",
+    "down_blocks": "down",
+    "resnets": "block",
+    "attentions": "attn",
+    "downsamplers.0": "downsample",
+    "upsamplers.0": "upsample",
+    "conv_shortcut": "nin_shortcut",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    "conv_norm_out": "norm_out",
+    "group_norm": "norm",
+}
+
+
 def autoencoder_names(module):
-    """{name in diffusers' autoencoder blocks: name in the released file} (KL-16 of Harmon, MAGVIT-v2 of Show-o, FLUX's
-    of BAGEL). The released files number the decoder's levels from the finest, diffusers as they run."""
+    """{name of a weight in diffusers' autoencoder blocks: its name in the released file}. The
+    released files number the decoder's levels from the finest one, diffusers in the order in which
+    they run, from the coarsest one."""
     keys = list(module.state_dict())
-    last = max(int(level) for level in re.findall(r"up_blocks\.(\d+)", " ".join(keys)))
-    words = {"mid_block.attentions.0": "mid.attn_1", "down_blocks": "down", "resnets": "block", "attentions": "attn",
-             "downsamplers.0": "downsample", "upsamplers.0": "upsample", "conv_shortcut": "nin_shortcut", "to_q": "q",
-             "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "conv_norm_out": "norm_out", "group_norm": "norm"}
+    levels = re.findall(r"up_blocks\.(\d+)", " ".join(keys))
+    last = max(int(level) for level in levels)
+
     names = {}
     for key in keys:
         name = re.sub(r"up_blocks\.(\d+)", lambda level: f"up.{last - int(level[1])}", key)
-        name = re.sub(r"mid_block\.resnets\.(\d)", lambda block: f"mid.block_{int(block[1]) + 1}", name)
-        for ours, theirs in words.items():
+        name = re.sub(
+            r"mid_block\.resnets\.(\d)", lambda block: f"mid.block_{int(block[1]) + 1}", name)
+        for ours, theirs in AUTOENCODER_NAMES.items():
             name = name.replace(ours, theirs)
         names[key] = name
     return names
 
 
 def autoencoder_from_original(module, state):
-    """A released autoencoder's state dict -> diffusers' names; unknown keys stay. Its attention has 1 x 1 convolutions,
-    [out, in, 1, 1], diffusers' has matrices."""
-    own = {theirs: ours for ours, theirs in autoencoder_names(module).items()}
-    return {own.get(key, key): value.flatten(1) if "attn" in key and value.dim() == 4 else value
-            for key, value in state.items()}
+    """The state dict of a released autoencoder -> the same with diffusers' names. Unknown names stay
+    as they are."""
+    ours = {theirs: ours for ours, theirs in autoencoder_names(module).items()}
+    renamed = {}
+    for key, value in state.items():
+        # The released attention is made of 1 x 1 convolutions, diffusers' of matrices.
+        if "attn" in key and value.dim() == 4:
+            value = value.flatten(1)  # [out, in, 1, 1] -> [out, in]
+        renamed[ours.get(key, key)] = value
+    return renamed
 
 
 def autoencoder_to_original(module):
-    """The inverse: the state dict of diffusers' blocks as it is released."""
-    state, names = module.state_dict(), autoencoder_names(module)
-    return {names[key]: (value[..., None, None] if "attn" in names[key] and value.dim() == 2 else value).contiguous()
-            for key, value in state.items()}
+    """The inverse: the state dict of diffusers' blocks, with the release's names and shapes."""
+    names = autoencoder_names(module)
+    renamed = {}
+    for key, value in module.state_dict().items():
+        if "attn" in names[key] and value.dim() == 2:
+            value = value[..., None, None]  # [out, in] -> [out, in, 1, 1]
+        renamed[names[key]] = value.contiguous()
+    return renamed
 
 
 # ==== 3. Processes and random numbers =============================================================
+# Under torchrun one process runs for each GPU (a *rank*). Each has the whole model, and they divide
+# the images of a step among them. A model that is too large for one GPU has its weights divided as
+# well, by its own script (BAGEL).
 
 
 def world():
     """(rank, number of ranks): (0, 1) without torchrun."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if not dist.is_initialized():
+        return 0, 1
+    return dist.get_rank(), dist.get_world_size()
 
 
 def say(text):
-    """Print a line, on one rank."""
+    """Prints a line, once: on rank 0."""
     if world()[0] == 0:
         print(text)
 
 
 def launched_ranks():
-    """How many processes torchrun has started, 1 without it. A queue's own WORLD_SIZE is not
-    torchrun's: InputError where the other variables are missing."""
+    """How many processes torchrun has started; 1 without it.
+
+    The queues of some clusters set WORLD_SIZE themselves, and start a single process. Raises
+    InputError where torchrun's other variables are missing: the process would wait for the others
+    forever.
+    """
     count = os.environ.get("WORLD_SIZE") or "1"
     if count == "1":
         return 1
-    missing = [
-        name
-        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-        if not os.environ.get(name)
-    ]
-    if missing or not count.isdecimal() or count == "0":
-        raise InputError(
-            f"WORLD_SIZE is {count}, but {', '.join(missing) or 'that is no number of processes'}"
-            f"{' is not set' if missing else ''}: start with torchrun, or unset WORLD_SIZE"
-        )
-    return int(count)
+
+    others = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in others if not os.environ.get(name)]
+    if missing:
+        problem = f"{', '.join(missing)} is not set"
+    elif not count.isdecimal() or count == "0":
+        problem = "that is no number of processes"
+    else:
+        return int(count)
+    raise InputError(f"WORLD_SIZE is {count}, but {problem}: start with torchrun, or unset "
+                     "WORLD_SIZE")
 
 
 def start_process(args):
-    """-> the device; under torchrun also the process group (NCCL on GPUs, gloo on CPUs)."""
+    """The device of this process. Under torchrun it joins the process group, too: NCCL on GPUs,
+    gloo on CPUs. Raises InputError where there are more processes than GPUs."""
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda and device.index >= torch.cuda.device_count():
-        raise InputError(f"process {device.index} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                         "start as many processes with --nproc-per-node")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(f"process {device.index} of this machine has no GPU: there are "
+                             f"{torch.cuda.device_count()}; start as many processes with "
+                             "--nproc-per-node")
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-        # On Hopper torch prefers cuDNN's attention, which builds a plan, in milliseconds, for every
-        # new shape. Prompts, masks and images have new lengths at every step: flash attention has no plans.
+        # On Hopper torch prefers cuDNN's attention, which needs milliseconds to plan each new
+        # shape, and prompts, masks and images have new lengths at every step. Flash attention has
+        # no plans.
         torch.backends.cuda.enable_cudnn_sdp(False)
+    else:
+        device = torch.device("cpu")
+
     if launched_ranks() > 1 and not dist.is_initialized():
-        # The others wait while rank 0 describes images, paints previews and writes checkpoints: not only 10 minutes.
-        # NCCL is told its device: otherwise it guesses one at the first barrier, and may guess another rank's.
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=4),
-                                device_id=device if cuda else None)
+        # The other ranks wait while rank 0 describes images, paints previews and writes
+        # checkpoints, which may take longer than the usual limit of 10 minutes. NCCL is told its
+        # device: otherwise it guesses one at the first barrier, maybe that of another rank.
+        dist.init_process_group(
+            backend="nccl" if cuda else "gloo",
+            timeout=datetime.timedelta(hours=4),
+            device_id=device if cuda else None,
+        )
     torch.manual_seed(args.seed)
     return device
 
 
 def own_share(batch):
-    """(first, last) of the images 0 .. batch - 1 that are this rank's; shares differ by one at most."""
+    """(first, end): this rank's are the images first .. end - 1 of a step's images 0 .. batch - 1.
+    The shares of the ranks differ by one image at most."""
     rank, ranks = world()
-    return batch * rank // ranks, batch * (rank + 1) // ranks
+    first = batch * rank // ranks
+    end = batch * (rank + 1) // ranks
+    return first, end
 
 
-BUCKET = 2 ** 25        # numbers in one all_reduce: enough to fill the network, little beside the gradients
+# How many numbers go into one all_reduce: enough to fill the network, and little memory beside the
+# gradients.
+BUCKET = 2 ** 25
+
+
+def gradient_buckets(parameters):
+    """The gradients as lists of equal dtype, in the order of the parameters, each list with about
+    BUCKET numbers at most."""
+    buckets = []
+    filling = {}  # {dtype: the bucket to which gradients of this dtype are added}
+    for parameter in parameters:
+        gradient = parameter.grad
+        bucket = filling.get(gradient.dtype, [])
+        size = sum(other.numel() for other in bucket)
+        if not bucket or size + gradient.numel() > BUCKET:
+            bucket = []
+            buckets.append(bucket)
+            filling[gradient.dtype] = bucket
+        bucket.append(gradient)
+    return buckets
 
 
 def average_gradients(parameters):
-    """Data parallelism: every rank gets the mean gradient, once per weight update. In flat buckets:
-    an all_reduce for each of a thousand tensors costs more in latency than in transfer.
+    """Data parallelism: replaces the gradients on every rank by their mean over the ranks. Called
+    once for each update of the weights.
 
-    DistributedDataParallel expects one forward and one backward per step, while a step here has a
-    backward per micro-batch and loss, and each loss leaves other parameters without a gradient (the
-    public Show-o code cannot run on two GPUs for this reason).
+    Why not DistributedDataParallel: it expects one forward and one backward per step. A step here
+    has a backward for each micro-batch of each loss, and each loss leaves other parameters without
+    a gradient. (The public code of Show-o cannot run on two GPUs for this reason.)
     """
     if not dist.is_initialized():
         return
 
-    buckets = {}
+    # All ranks must bring the same tensors, also those that a rank has no gradient for.
     for parameter in parameters:
-        if parameter.grad is None:          # all ranks must bring the same tensors
+        if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        bucket = buckets.setdefault(parameter.grad.dtype, [[]])
-        if bucket[-1] and sum(grad.numel() for grad in bucket[-1]) + parameter.numel() > BUCKET:
-            bucket.append([])
-        bucket[-1].append(parameter.grad)
 
-    for gradients in itertools.chain(*buckets.values()):
+    # An all_reduce for each of a thousand tensors costs more in latency than in transfer, so many
+    # gradients travel as one flat tensor.
+    for gradients in gradient_buckets(parameters):
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= dist.get_world_size()
-        for gradient, part in zip(gradients, flat.split([gradient.numel() for gradient in gradients])):
-            gradient.copy_(part.view_as(gradient))
+
+        sizes = [gradient.numel() for gradient in gradients]
+        for gradient, mean_gradient in zip(gradients, flat.split(sizes)):
+            gradient.copy_(mean_gradient.view_as(gradient))
 
 
-# Every draw of a step (mask, order, timestep, noise, template, crop) is a function of the seed and of the image's
-# position in the endless stream, drawn on the CPU. Hence a run is resumed without storing any generator, two processes
-# with half the batch each draw what one process draws, and a GPU draws what a CPU draws. The one exception is dropout,
-# whose generator is seeded at every step from (seed, step, rank).
+# Random numbers
+# --------------
+# The images come in an endless stream (section 5), in which each has a position: with a batch of 4,
+# step 0 has the positions 0 to 3, step 1 the positions 4 to 7, and so on. Every random number of an
+# image (crop, template, mask, order of its tokens, timestep, noise) comes from a generator that
+# belongs to this image, and whose seed is a hash of
+#
+#     the run's seed,  the name of the loss ("recon", "i2t", "t2i"),  the image's position
+#
+# and of nothing else: not of the batch or the micro-batch that the image is in, not of the process
+# that has it, not of the device (all draws are made on the CPU), and not of what was drawn before.
+# Two things follow from it.
+#
+#   - A run resumes bit for bit, and no state of a generator is stored: after step n the next
+#     position is (n * batch), and from there on the draws are those of the run that never stopped.
+#   - Two processes equal one. Each draws for its half of the positions what a single process draws
+#     for them.
+#
+# What does not belong to one image has a seed of the same kind. The order of the images in an epoch
+# follows from the run's seed, the loss and the number of the epoch. The few numbers that are drawn
+# once for a whole batch (Harmon's ratio of masked tokens) follow from the run's seed, the loss and
+# the step, so that all processes draw the same ones.
+#
+# The one exception is dropout, inside the model and on its device: its generator is seeded at each
+# step from (seed, step, rank). A resumed run repeats it; another number of processes does not.
+
 
 def stable_seed(*keys):
-    """A 63-bit seed from any printable keys, the same on every machine and in every Python (unlike hash())."""
-    return int.from_bytes(hashlib.sha256(repr(keys).encode()).digest()[:8], "little") >> 1
+    """A seed of 63 bits from any printable keys: the first bytes of a hash of their text. Unlike
+    Python's own hash() it is the same on every machine and in every process."""
+    digest = hashlib.sha256(repr(keys).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
 
 
 class Rng:
-    """The random numbers of one batch, Rng(seed, "recon", step, positions=[...]): the methods draw row i of their
-    result, a CPU tensor [B, *shape], from image i's own generator. `batch` is one torch.Generator for what is drawn
-    once per batch, the same on all ranks."""
+    """The random numbers of the images at `positions` in one step:
+
+        rng = Rng(seed, "recon", step, positions=[8, 9, 10, 11])
+        noise = rng.normal(3, 64, 64)       # [4, 3, 64, 64], on the CPU
+
+    Each method draws one tensor [B, *shape], in which row i comes from the generator of image i. So
+    noise[2] belongs to position 10, in whatever batch that image is. `images` are these generators,
+    one for each image. `batch` is one more torch.Generator, for what is drawn once for the batch.
+    """
 
     def __init__(self, seed, *keys, positions):
+        """keys: the name of the loss, and the step. The step belongs to `batch` alone: for an image
+        its position takes its place."""
+        loss = keys[:1]
         self.batch = torch.Generator().manual_seed(stable_seed(seed, *keys))
-        self.images = [torch.Generator().manual_seed(stable_seed(seed, *keys[:1], "image", p)) for p in positions]
+        self.images = []
+        for position in positions:
+            image_seed = stable_seed(seed, *loss, "image", position)
+            self.images.append(torch.Generator().manual_seed(image_seed))
 
     @classmethod
     def fresh(cls, batch_size):
-        """For callers that do not care: seeded from torch's global generator (so torch.manual_seed fixes it)."""
-        return cls(int(torch.randint(2 ** 62, ())), positions=range(batch_size))
+        """For callers to whom the numbers do not matter: other ones at each call. The seed comes
+        from torch's global generator, so torch.manual_seed fixes them."""
+        seed = int(torch.randint(2 ** 62, ()))
+        return cls(seed, positions=range(batch_size))
 
     @classmethod
     def sampling(cls, seed, batch_size):
-        """For samplers: an image's numbers depend on its seed alone. seed: one per image, or an int for seed + i."""
-        seeds = list(range(seed, seed + batch_size)) if isinstance(seed, int) else list(seed)
+        """For samplers: the numbers of an image depend on its seed alone, so a picture is the same
+        in a batch of 1 and of 32. seed: a list of one for each image, or an int for seed, seed + 1,
+        ... Raises InputError where the list has another length."""
+        if isinstance(seed, int):
+            seeds = list(range(seed, seed + batch_size))
+        else:
+            seeds = list(seed)
         if len(seeds) != batch_size:
             raise InputError(f"{len(seeds)} seeds for {batch_size} images")
         return cls("sampling", positions=seeds)
 
     def normal(self, *shape):
-        return torch.stack([torch.randn(shape, generator=g) for g in self.images])
+        """float32 [B, *shape], standard normal."""
+        return torch.stack([torch.randn(shape, generator=image) for image in self.images])
 
     def uniform(self, *shape):
-        return torch.stack([torch.rand(shape, generator=g) for g in self.images])
+        """float32 [B, *shape], uniform in [0, 1)."""
+        return torch.stack([torch.rand(shape, generator=image) for image in self.images])
 
     def integers(self, high, *shape):
-        return torch.stack([torch.randint(high, shape, generator=g) for g in self.images])
+        """int64 [B, *shape], uniform in 0 .. high - 1."""
+        return torch.stack([torch.randint(high, shape, generator=image) for image in self.images])
 
     def permutation(self, n):
-        return torch.stack([torch.randperm(n, generator=g) for g in self.images])
+        """int64 [B, n]: for each image the numbers 0 .. n - 1 in a random order."""
+        return torch.stack([torch.randperm(n, generator=image) for image in self.images])
 
 
 # ==== 4. Templates and images =====================================================================
@@ -733,25 +975,63 @@ SEED_TEMPLATE = "Describe the image in detail."
 
 
 def templates(which="all"):
-    """The instructions behind the image embeddings (paper, section 3): 10 x 6 x 6 = 360 ways to ask for a detailed
-    description. "one": the seed template alone (the paper's ablation)."""
+    """The instructions that stand in the prompt with the image's embeddings (paper, section 3).
+
+    A *template* asks for a detailed description. "all": 10 x 6 x 6 = 360 ways to ask, so that the
+    model does not learn the wording of a single one. "one": the seed template alone (the paper's
+    ablation).
+    """
     if which == "one":
         return [SEED_TEMPLATE]
-    verbs = ("Describe", "Please describe", "Carefully describe", "Write a description of",
-             "Please write a description of", "Give a description of", "Provide a description of",
-             "Compose a description of", "Give a full account of", "Explain what you see in")
-    nouns = ("the image", "this image", "the picture", "this picture", "the given image", "the scene shown here")
-    manners = ("in detail", "in great detail", "as precisely as you can", "without leaving anything out",
-               "so that someone could draw it from your words", "with every object, its color and its place")
-    return [f"{verb} {noun} {manner}." for verb in verbs for noun in nouns for manner in manners]
+
+    verbs = (
+        "Describe",
+        "Please describe",
+        "Carefully describe",
+        "Write a description of",
+        "Please write a description of",
+        "Give a description of",
+        "Provide a description of",
+        "Compose a description of",
+        "Give a full account of",
+        "Explain what you see in",
+    )
+    nouns = (
+        "the image",
+        "this image",
+        "the picture",
+        "this picture",
+        "the given image",
+        "the scene shown here",
+    )
+    manners = (
+        "in detail",
+        "in great detail",
+        "as precisely as you can",
+        "without leaving anything out",
+        "so that someone could draw it from your words",
+        "with every object, its color and its place",
+    )
+    combinations = itertools.product(verbs, nouns, manners)
+    return [f"{verb} {noun} {manner}." for verb, noun, manner in combinations]
 
 
-MAX_PIXELS = 120_000_000     # a larger image is refused before it is decoded: its header alone could ask for all memory
 IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jfif", ".avif")
-MAX_BYTES = 2 ** 30          # and a larger file before it is read
-MAX_SIDE = 6144  # of a square that an image is put on or stretched to, on the way to a smaller one
-UNREADABLE = (OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)  # of damaged files
+
+# The header of a small file may ask for all memory. A file with more bytes than this is refused
+# before it is read, an image with more pixels before it is decoded.
+MAX_BYTES = 2 ** 30
+MAX_PIXELS = 120_000_000
+
+# The largest side of a square onto which an image is put, or to which it is stretched, on the way
+# to a smaller one. A strip of 4 x 50000 pixels would make a square of gigabytes.
+MAX_SIDE = 6144
+
+# What is raised for an image that cannot be used, by load_image and by a model's preprocess. Who
+# goes through many images catches it, names the image, and goes on with the next one.
+UNREADABLE = (
+    OSError, ValueError, SyntaxError, IndexError, EOFError, Image.DecompressionBombError)
 
 
 class UnreadableImage(ValueError):
@@ -760,9 +1040,9 @@ class UnreadableImage(ValueError):
 
 @contextlib.contextmanager
 def decoding():
-    """Whatever reading and decoding raise becomes UnreadableImage: Pillow's decoders, and its
-    reader and writer of EXIF, raise TypeError, struct.error, MemoryError and many more, a list of
-    which would never be complete."""
+    """Turns whatever is raised inside into UnreadableImage. Pillow's decoders, and its reader and
+    writer of EXIF, raise TypeError, struct.error, MemoryError and many more: a list of them would
+    never be complete."""
     try:
         yield
     except Exception as error:
@@ -770,14 +1050,18 @@ def decoding():
 
 
 def read_source(source):
-    """The bytes of a path or of (tar file, offset, size); bytes, a PIL image and None are given
-    back. Raises UnreadableImage."""
+    """The bytes of an image file, from a path or from (tar file, offset, size). What is in memory
+    already (bytes, a PIL image) and None are given back. Raises UnreadableImage."""
     if not isinstance(source, (tuple, str, Path)):
         return source
 
     with decoding():
-        whole = not isinstance(source, tuple)
-        path, offset, size = (source, 0, os.path.getsize(source)) if whole else source
+        if isinstance(source, tuple):
+            path, offset, size = source
+        else:
+            path = source
+            offset = 0
+            size = os.path.getsize(source)
         if size > MAX_BYTES:
             raise ValueError(f"file of {size} bytes refused")
         with open(path, "rb") as file:
@@ -786,8 +1070,8 @@ def read_source(source):
 
 
 def load_image(source):
-    """A source -> PIL RGB. EXIF rotation applied, transparency on white, 16 bits scaled to 8; a PIL image is given
-    back. Raises UnreadableImage where it cannot be read (the data streams catch it and go on)."""
+    """A source as in read_source -> PIL RGB. EXIF rotation is applied, transparency becomes white,
+    16 bits are scaled to 8; a PIL image is given back as it is. Raises UnreadableImage."""
     data = read_source(source)
     if isinstance(data, Image.Image):
         return data
@@ -797,37 +1081,49 @@ def load_image(source):
 
 def decode(data):
     """The bytes of an image file -> PIL RGB, for load_image."""
-    Image.MAX_IMAGE_PIXELS = None                                               # our own bound, below, is checked first
+    # The size is known before any pixel is decoded. Pillow's own, lower limit is lifted for ours.
+    Image.MAX_IMAGE_PIXELS = None
     image = Image.open(io.BytesIO(data))
     if image.width * image.height > MAX_PIXELS or min(image.size) < 1:
         raise ValueError(f"image of {image.width}x{image.height} pixels refused")
     image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):                                         # 16-bit greyscale: PIL would clip, not scale
-        image = Image.fromarray((np.asarray(image).astype(np.float32) / 257).clip(0, 255).round().astype(np.uint8))
+
+    # Greyscale of 16 bits is scaled by 65535 / 255 = 257; Pillow's convert would clip it at 255.
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.float32) / 257
+        image = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8))
     if image.mode == "F":
         raise ValueError("pixels in floating point, whose range no file says")
+
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
     return image.convert("RGB")
 
 
 def plain(text, markers):
-    """A text of the user without what the prompt would take for its own markers: "<IMG_CONTEXT>" ->
-    "< IMG_CONTEXT>". It then stands for itself, and not for an image or for the end of a turn."""
+    """A text of the user in which no marker is left: "<IMG_CONTEXT>" becomes "< IMG_CONTEXT>".
+
+    A *marker* is a special token of the prompt: it stands for an image, or for the end of a turn.
+    Inside of a user's words it must stand for itself.
+    """
     for marker in markers:
         text = text.replace(marker, f"{marker[0]} {marker[1:]}")
     return text
 
 
 def to_uint8(image):
-    """PIL RGB -> uint8 [3, H, W]: a quarter of the bytes of a float image on its way to the device."""
+    """PIL RGB -> uint8 [3, H, W]: a quarter of the bytes of a float image on the way to the GPU."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def normalize(pixels):
-    """uint8 [..., H, W] -> float32 in [-1, 1], on whatever device they are. Floats are given back."""
-    return pixels if pixels.is_floating_point() else pixels.float() / 127.5 - 1
+    """uint8 [..., H, W] -> float32 in [-1, 1], on the device where they are. Pixels that are floats
+    already are given back."""
+    if pixels.is_floating_point():
+        return pixels
+    return pixels.float() / 127.5 - 1
 
 
 def to_tensor(image):
@@ -836,20 +1132,29 @@ def to_tensor(image):
 
 
 def to_pil(pixels):
-    """[3, H, W] in [-1, 1] -> PIL RGB. clamp(127.5 x + 128), truncated: the rounding of the original repositories."""
+    """[3, H, W] in [-1, 1] -> PIL RGB. The rounding is that of the original repositories:
+    127.5 x + 128, clamped to 0 .. 255 and truncated."""
     pixels = (127.5 * pixels.detach().float().cpu() + 128).clamp(0, 255).to(torch.uint8)
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())  # [H, W, 3]
 
 
 def random_square(image, size, rng=None):
-    """Square crop along the long side (rng: a numpy Generator for its place; None: the centre), bicubic to size."""
+    """The largest square of the image, at a random place along its longer side (rng: a numpy
+    Generator) or in the middle (None), resized to size x size (bicubic)."""
     side = min(image.size)
-    left, top = ((length - side) // 2 if rng is None else int(rng.integers(length - side + 1)) for length in image.size)
+    spare_width = image.width - side
+    spare_height = image.height - side
+    if rng is None:
+        left = spare_width // 2
+        top = spare_height // 2
+    else:
+        left = int(rng.integers(spare_width + 1))
+        top = int(rng.integers(spare_height + 1))
     return image.crop((left, top, left + side, top + side)).resize((size, size))
 
 
 def shrunk(image, longest):
-    """The image with its longer side at most `longest`, in its proportions."""
+    """The image with a longer side of at most `longest`, in its proportions."""
     scale = longest / max(image.size)
     if scale >= 1:
         return image
@@ -857,64 +1162,103 @@ def shrunk(image, longest):
 
 
 def check_blur(factor, side):
-    """InputError for a blur (None: none) that leaves nothing of `side` pixels: called before
-    training."""
+    """Raises InputError for a blur (None or 0: none) that leaves nothing of `side` pixels. Called
+    before training, not at the first image."""
     if factor and not 1 <= factor <= side // 2:
         raise InputError(f"--blur {factor}: at most {side // 2}, half of the image's side")
 
 
 def blur(pixels, factor):
-    """The paper's blur (F.2): [B, 3, H, W] shrunk by `factor` and enlarged again: fewer details, as many tokens.
-    InputError where nothing would be left."""
-    size = pixels.shape[-2:]
-    check_blur(factor, min(size))
-    small = F.interpolate(pixels, size=[side // factor for side in size], mode="bilinear")
-    return F.interpolate(small, size=size, mode="bilinear")
+    """The paper's ablation F.2: [B, 3, H, W], shrunk by `factor` and enlarged again. There are as
+    many tokens as before, with fewer details. Raises InputError where nothing would be left."""
+    height, width = pixels.shape[-2:]
+    check_blur(factor, min(height, width))
+    small = (height // factor, width // factor)
+    pixels = F.interpolate(pixels, size=small, mode="bilinear")  # [B, 3, H / factor, W / factor]
+    return F.interpolate(pixels, size=(height, width), mode="bilinear")  # [B, 3, H, W]
 
 
 # ==== 5. Data =====================================================================================
-# Rows are (name, source, text). source: a path, (tar file, offset, size), a PIL image (toy world), or None (a text
-# without image). text: None (RecA needs none), a caption, or a conversation [(question, answer), ...].
+# An *example* is one entry of the data. Everywhere in this file it is a tuple (name, source, text):
+#
+#   name     what the log, the outputs and the self-captions call it: no two examples share one
+#   source   where the image is: a path; (tar file, offset, size); a PIL image (the toy world); or
+#            None for a text without an image
+#   text     None (RecA needs none, a template is drawn instead); a caption (L_t2i); or a
+#            conversation [(question, answer), ...] (L_i2t)
+#
+# Examples are light: a list of 240,000 is made in seconds, and no image has been opened for it. A
+# `Stream` shuffles them and makes *items* of them, which hold the image, ready for the model. And
+# `encode_batch` runs a batch of items through the frozen parts of the model.
 
 
 def files_below(root, out, left):
-    """The paths of all files below the folder, links to folders followed (once each).
+    """The paths of all files below the folder `root`, sorted. Links to folders are followed.
 
-    Left out, and counted in `left`, are what a run made for itself: all of the folder `out` where
-    it lies below `root`, previews, checkpoints and overviews of other runs.
+    A folder that can be reached in two ways counts once: its images would otherwise be trained on
+    twice as often, and a link to a folder above would never end. What a run has made for itself is
+    left out, and counted in `left`: all of the folder `out`, and the previews, checkpoints and
+    overviews of other runs. Nobody who starts a run in the folder of the images wants to train on
+    the pictures that the last run has drawn.
     """
     def unreadable(error):
         left["folders that cannot be read"] += 1
 
-    own, seen, paths = out and os.path.realpath(out), set(), []
+    own = os.path.realpath(out) if out else None
+    seen = set()
+    paths = []
     for folder, folders, names in os.walk(root, followlinks=True, onerror=unreadable):
+        # os.walk goes into what is left of `folders`, the list of the folders in this one.
         real = os.path.realpath(folder)
-        if real in seen or (real == own and folder != str(root)):
-            left["folders of this run"] += real == own
+        if real == own and folder != str(root):
+            left["folders of this run"] += 1
+            folders.clear()
+            continue
+        if real in seen:
             folders.clear()
             continue
         seen.add(real)
 
         if "run.json" in names:
-            made = [name for name in folders if name == "previews" or CHECKPOINT.fullmatch(name)]
+            made = {name for name in folders
+                    if name == "previews" or CHECKPOINT_NAME.fullmatch(name)}
             pictures = {"loss.png", "reconstructions.png"}.intersection(names)
             left["previews, checkpoints and overviews of runs"] += len(made) + len(pictures)
             folders[:] = [name for name in folders if name not in made]
             names = [name for name in names if name not in pictures]
+
         folders.sort()
         paths += [os.path.join(folder, name) for name in names]
     return sorted(paths)
 
 
-def tar_rows(path, left):
-    """The images of an uncompressed .tar -> [(name, (path, offset, size))]; of members with equal
-    names the last one counts, as when it is unpacked."""
+def why_left_out(name):
+    """Why a file of this name (relative to what the user gave) is no image to train on; "" for an
+    image."""
+    *folders, file = name.split("/")
+    if file.startswith("._") or "__MACOSX" in folders:
+        return "macOS notes (._*)"  # beside each real image, under its name and suffix
+
+    suffix = os.path.splitext(file)[1].lower()
+    if suffix not in IMAGE_SUFFIXES:
+        return suffix or "without a suffix"
+    return "half-written" if LEFTOVER_NAME.fullmatch(file) else ""
+
+
+def tar_images(path, left):
+    """The images in an uncompressed .tar, [(name, (path, offset, size)), ...]; counts what is left
+    out. Of members with equal names the last one is taken, as when the archive is unpacked. Raises
+    InputError for another kind of file."""
     members = {}
     try:
-        with tarfile.open(path, "r:") as archive:  # "r:": only so has a member an offset to read at
-            for member in filter(tarfile.TarInfo.isfile, archive):
-                if why_left_out(member.name):
-                    left[why_left_out(member.name)] += 1
+        # "r:" means uncompressed: only then a member has an offset at which it can be read.
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                if not member.isfile():
+                    continue
+                reason = why_left_out(member.name)
+                if reason:
+                    left[reason] += 1
                 else:
                     members[member.name] = (path, member.offset_data, member.size)
     except (tarfile.TarError, OSError) as error:
@@ -922,252 +1266,358 @@ def tar_rows(path, left):
     return list(members.items())
 
 
-def why_left_out(name):
-    """Why a file of this name (relative to what was given) is no image to train on, or ""."""
-    *folders, file = name.split("/")
-    suffix = os.path.splitext(file)[1].lower()
-    if file.startswith("._") or "__MACOSX" in folders:
-        return "macOS notes (._*)"
-    if suffix in IMAGE_SUFFIXES:
-        return "half-written" if LEFTOVER.fullmatch(file) else ""
-    return suffix or "without a suffix"
-
-
 def counted(counts):
-    """A Counter -> "7 .png, 2 .jpg", the most frequent first."""
+    """A Counter in words, the most frequent first: "7 .png, 2 .jpg"."""
     return ", ".join(f"{count} {what}" for what, count in counts.most_common() if count)
 
 
-def image_rows(source, out=None):
-    """Rows of unlabelled images, with a name for each that no other has: those of a folder
-    (recursive), and of the uncompressed .tar files in it (WebDataset); or of one .tar, or one
-    image. out: the folder of a run, which does not count; the run says in a line what was found and
-    what was left out, and why.
+def left_out(left):
+    """The end of a line that says what was found: what was left out, or nothing."""
+    return f"; left out: {counted(left)}" if counted(left) else ""
 
-    Only names are listed: 240,000 files take seconds. Tar members are read by offset and never
-    extracted, so a path inside an archive has no effect on the disk. InputError where there is no
-    image.
+
+def image_rows(source, out=None):
+    """Examples of unlabelled images, from a folder (with those below it, and the uncompressed .tar
+    files in them: WebDataset), from one .tar, or from one image.
+
+    Each name is given once: a name is all by which a log line, a reconstruction or a description
+    can be traced back to its image. out: the folder of a run, which does not count; with it, a line
+    says what was found, and what was left out and why. Raises InputError where there is no image.
+
+    Only names are listed: 240,000 files take seconds. Tar members are read by their offset and
+    never extracted, so a path inside an archive has no effect on the disk.
     """
-    source, left, loose, packed = Path(source).expanduser(), collections.Counter(), [], []
+    source = Path(source).expanduser()
     if not source.exists():
         raise InputError(f"no such folder or .tar file: {source}")
 
-    root = source.parent if source.is_file() else source
-    paths = [str(source)] if source.is_file() else files_below(source, out, left)
+    left = collections.Counter()  # {why: how many files are left out}
+    if source.is_file():
+        root = source.parent
+        paths = [str(source)]
+    else:
+        root = source
+        paths = files_below(source, out, left)
+
+    loose = []   # (name, path)
+    packed = []  # (name in the archive, (tar file, offset, size), name of the archive)
     for path in paths:
         name = os.path.relpath(path, root)
         reason = why_left_out(name)
         if reason == ".tar":
             archive = os.path.splitext(name)[0]
-            packed += [(member, archive, place) for member, place in tar_rows(path, left)]
+            for member, place in tar_images(path, left):
+                packed.append((member, place, archive))
         elif reason:
             left[reason] += 1
         else:
-            loose.append((name, path, None))
+            loose.append((name, path))
 
-    # Shards number their images alike: a name that is there more than once gets its archive's in
-    # front.
-    often = collections.Counter(name for name, *_ in [*loose, *packed])
-    rows = [
-        (name if often[name] == 1 else f"{archive}/{name}", place, None)
-        for name, archive, place in packed
-    ] + loose
-    aside = f"; left out: {counted(left)}" if +left else ""
-    if not rows:
-        raise InputError(
-            f"no image ({', '.join(s[1:] for s in IMAGE_SUFFIXES)}, or a .tar of them) in"
-            f" {source}{aside}"
-        )
-    kinds = collections.Counter(os.path.splitext(name)[1].lower() for name, *_ in rows)
-    archives = len({archive for _, archive, _ in packed})
-    inside_tar = f", {len(packed)} of them in {archives} .tar" if packed else ""
+    # The shards of a data set number their images alike: each may have its own 00001.jpg. Such a
+    # name gets its archive's in front; a name that is there once stays as it is.
+    frequency = collections.Counter()
+    frequency.update(name for name, _, _ in packed)
+    frequency.update(name for name, _ in loose)
+    examples = []
+    for name, place, archive in packed:
+        if frequency[name] > 1:
+            name = f"{archive}/{name}"
+        examples.append((name, place, None))
+    for name, path in loose:
+        examples.append((name, path, None))
+
+    if not examples:
+        suffixes = ", ".join(suffix.removeprefix(".") for suffix in IMAGE_SUFFIXES)
+        raise InputError(f"no image ({suffixes}, or a .tar of them) in {source}{left_out(left)}")
     if out is not None:
-        say(f"{source}: {len(rows)} images ({counted(kinds)}){inside_tar}{aside}")
-    return rows
+        kinds = collections.Counter()
+        kinds.update(os.path.splitext(name)[1].lower() for name, _, _ in examples)
+        archives = {archive for _, _, archive in packed}
+        in_tar = f", {len(packed)} of them in {len(archives)} .tar" if packed else ""
+        say(f"{source}: {len(examples)} images ({counted(kinds)}){in_tar}{left_out(left)}")
+    return examples
 
 
 def read_rows(path, what, read):
-    """[read(i, row) for the rows of a .json list or a .jsonl file]. InputError names the first that is not `what`."""
-    table, rows = read_json(path, lines=Path(path).suffix.lower() == ".jsonl"), []
-    if not isinstance(table, list) or not table:
+    """[read(i, row), ...] for the rows of a file: a .json that holds a list, or a .jsonl.
+
+    what: what a row must be, in words. Raises InputError for the first one that is something else:
+    read shows it by a KeyError, TypeError, AttributeError or IndexError.
+    """
+    rows = read_json(path, lines=Path(path).suffix.lower() == ".jsonl")
+    if not isinstance(rows, list) or not rows:
         raise InputError(f"{path} is not a list: every row must be {what}")
-    for i, row in enumerate(table):
+
+    results = []
+    for i, row in enumerate(rows):
         try:
-            rows.append(read(i, row))
+            results.append(read(i, row))
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise InputError(f"{path}: row {i + 1} is not {what}") from error
-    return rows
+    return results
 
 
 def text_in(row, *keys):
-    """The text under the first of the keys that the row has; KeyError where there is none."""
-    text = next((row[key] for key in keys if key in row), None)
+    """The text under the first of the keys that the row has. Raises KeyError where there is none,
+    as read_rows expects it."""
+    text = None
+    for key in keys:
+        if key in row:
+            text = row[key]
+            break
     if not isinstance(text, str) or not text.strip():
         raise KeyError(keys)
     return text
 
 
-ASKING = ("human", "user")
-ANSWERING = ("gpt", "assistant", "model")
+# Who asks and who answers in a conversation: LLaVA's names, and those of other files.
+ASKING_ROLES = ("human", "user")
+ANSWERING_ROLES = ("gpt", "assistant", "model")
 
 
 def paired_turns(turns):
-    """[{"from": who, "value": text}, ...] -> [(question, answer), ...] by who speaks, and how many
-    turns are in no pair: those of a system, answers to nothing, questions without an answer. (Some
-    files say role and content.)"""
-    pairs, question, single = [], None, 0
+    """The turns of a conversation -> ([(question, answer), ...], how many turns are in no pair).
+
+    A turn is {"from": role, "value": text}; some files say {"role": ..., "content": ...}. Roles
+    decide, not the order. In no pair are turns of a system, answers to no question, and questions
+    without an answer: trained on as a pair, two that do not belong together would teach nonsense.
+    """
+    pairs = []
+    unpaired = 0
+    question = None
     for turn in turns:
-        who = turn["from"] if "from" in turn else turn["role"]
-        said = turn["value"] if "value" in turn else turn["content"]
-        text = said.replace("<image>", "").strip()
-        if who in ASKING:
-            single += question is not None
+        role = turn["from"] if "from" in turn else turn["role"]
+        text = turn["value"] if "value" in turn else turn["content"]
+        text = text.replace("<image>", "").strip()  # the prompt puts the image in its own place
+        if role in ASKING_ROLES:
+            if question is not None:
+                unpaired += 1
             question = text
-        elif who in ANSWERING and question is not None and text:
+        elif role in ANSWERING_ROLES and question is not None and text:
             pairs.append((question, text))
             question = None
         else:
-            single += 1
-    return pairs, single + (question is not None)
+            unpaired += 1
+
+    if question is not None:
+        unpaired += 1
+    return pairs, unpaired
 
 
 def conversation_rows(path, folder):
-    """Rows for L_i2t, LLaVA-style: a .json list or a .jsonl file of {"image": name (optional), "conversations":
-    [{"from": "human", "value": ...}, {"from": "gpt", "value": ...}, ...]}. folder: of the images
-    (None: the file's). Turns that cannot be paired are left out, and rows without a pair or with
-    several images; a line says how many."""
+    """Examples for L_i2t, from a file as LLaVA's: a .json list, or a .jsonl, of
+
+        {"image": name (optional), "conversations": [{"from": "human", "value": ...},
+                                                     {"from": "gpt", "value": ...}, ...]}
+
+    folder: that of the images (None: the file's own). Left out, and counted in a printed line, are
+    turns that cannot be paired, and rows without a pair or with several images. Raises InputError
+    for a malformed row, and where nothing is left.
+    """
     left = collections.Counter()
+    folder = Path(folder or Path(path).parent)
 
     def read(i, row):
-        turns, single = paired_turns(row["conversations"])
-        image = row.get("image")
-        if isinstance(image, list):
-            image = image[0] if len(image) == 1 else image
-        left["turns without a counterpart"] += single
+        turns, unpaired = paired_turns(row["conversations"])
+        left["turns without a counterpart"] += unpaired
         if not turns:
             left["rows without a question and its answer"] += 1
             return None
+
+        image = row.get("image")
+        if isinstance(image, list) and len(image) == 1:
+            image = image[0]
         if isinstance(image, list):
             left["rows with several images"] += 1
             return None
-        return image or f"text {i}", Path(folder or Path(path).parent) / image if image else None, turns
+        if not image:
+            return f"text {i}", None, turns
+        return image, folder / image, turns
 
-    rows = [
-        row for row in read_rows(path, "a LLaVA conversation (image, conversations)", read) if row
-    ]
-    aside = f"; left out: {counted(left)}" if +left else ""
-    if not rows:
-        raise InputError(f"{path}: no conversation of a human and gpt{aside}")
-    say(f"{path}: {len(rows)} conversations{aside}")
-    return rows
+    examples = read_rows(path, "a LLaVA conversation (image, conversations)", read)
+    examples = [example for example in examples if example is not None]
+    if not examples:
+        raise InputError(f"{path}: no conversation of a human and gpt{left_out(left)}")
+    say(f"{path}: {len(examples)} conversations{left_out(left)}")
+    return examples
 
 
 def caption_rows(path):
-    """Rows for L_t2i: a .jsonl file of {"image": name, "caption": text}, images relative to the file's folder."""
-    return read_rows(path, "an image with its caption (image, caption)", lambda i, row: (
-        row["image"], Path(path).parent / row["image"], text_in(row, "caption")))
+    """Examples for L_t2i, from a .jsonl of {"image": name, "caption": text}, where the images are
+    relative to the folder of the file. Raises InputError for a malformed row."""
+    def read(i, row):
+        image = row["image"]
+        return image, Path(path).parent / image, text_in(row, "caption")
+
+    return read_rows(path, "an image with its caption (image, caption)", read)
 
 
 class Cache:
-    """What the frozen parts compute for an image, a safetensors file each: folder/<hash of settings>/<hash of image>.
-    Nothing stale can be read, and what is interrupted or shared between runs and ranks is never half a file."""
+    """What the frozen parts of the model compute for an image, kept on disk (--cache).
+
+    Each image has a safetensors file, folder/<hash of the settings>/<hash of the image>. Settings
+    are all that the result depends on (the frozen weights, sizes, ...), so nothing outdated can be
+    read. Files are written atomically, so a run may be interrupted, and several runs and ranks may
+    share the folder.
+    """
 
     def __init__(self, folder, settings):
         self.folder = Path(folder) / hashlib.sha256(repr(settings).encode()).hexdigest()[:16]
         write(self.folder / "settings.json", settings)
 
     def path(self, image):
-        name = hashlib.sha256(image if isinstance(image, bytes) else image.tobytes()).hexdigest()[:32]
+        """The file for an image: its bytes, or a PIL image."""
+        data = image if isinstance(image, bytes) else image.tobytes()
+        name = hashlib.sha256(data).hexdigest()[:32]
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, path):
+        """The features in a file; None where there is none, or it is damaged: they are computed
+        again."""
         try:
             return load_file(path) if path.exists() else None
-        except Exception:                                                      # damaged on disk: computed again
+        except Exception:
             return None
 
     def write(self, path, features):
+        on_cpu = {key: value.detach().cpu().contiguous() for key, value in features.items()}
         with atomic(path) as temporary:
-            save_file({k: v.detach().cpu().contiguous() for k, v in features.items()}, temporary)
+            save_file(on_cpu, temporary)
 
 
 class Stream(torch.utils.data.Dataset):
-    """An endless, shuffled stream over rows: stream[position] for any position >= 0, so it can be entered anywhere.
+    """The examples as an endless, shuffled stream: stream[position] for any position >= 0.
 
-    Each epoch, position // len(rows), has its own permutation. A row that cannot be read is replaced by the next one
-    and named in the item: {"name", "sample" (model.preprocess) or "features" (cached), "text", "skipped", "position"}.
-    texts: the templates, one of which is drawn for a row without a text.
+    With N examples, the positions 0 .. N - 1 are the first epoch, N .. 2N - 1 the second, and each
+    epoch has another order. What stands at a position follows from the seed, the name of the loss
+    and the position alone: which example, and its random crop and template. So the stream can be
+    entered anywhere. A run resumes at the position that it had reached, workers and ranks take the
+    positions in turn, and all see the images that one process would have seen from the start.
+
+    stream[position] is an item, a dict:
+
+        name       of the example
+        text       of the example, or a template where it has none
+        sample     {name: CPU tensor}, what model.preprocess makes of the image
+        features   instead of a sample: what the cache has for this image already
+        path       of the image's file in the cache, where there is a cache
+        skipped    the examples before it that could not be read, "name (why)" each
+        position
+
+    name: of the loss, "recon", "i2t" or "t2i". texts: the templates, for examples without a text.
     """
 
-    def __init__(self, name, rows, preprocess, seed, texts=None, cache=None):
-        self.name, self.rows, self.preprocess, self.seed = name, rows, preprocess, seed
-        self.texts, self.cache = texts, cache
-        self.order = functools.lru_cache(2)(lambda epoch: np.random.default_rng(
-            stable_seed(seed, name, "order", epoch)).permutation(len(rows)))
+    def __init__(self, name, examples, preprocess, seed, texts=None, cache=None):
+        self.name = name
+        self.examples = examples
+        self.preprocess = preprocess
+        self.seed = seed
+        self.texts = texts
+        self.cache = cache
+        # Two epochs are remembered: a batch may lie across the border between two.
+        self.order = functools.lru_cache(maxsize=2)(self.shuffled)
+
+    def shuffled(self, epoch):
+        """The order of the examples in an epoch: int64 [N]."""
+        rng = np.random.default_rng(stable_seed(self.seed, self.name, "order", epoch))
+        return rng.permutation(len(self.examples))
 
     def __getitem__(self, position):
-        epoch, k = divmod(position, len(self.rows))
+        epoch, place = divmod(position, len(self.examples))
+        order = self.order(epoch)
         rng = np.random.default_rng(stable_seed(self.seed, self.name, "item", position))
+
+        # An example that cannot be read is replaced by the next one in the order. It is told in the
+        # item, since a worker has no other way to the log.
         skipped = []
-        for attempt in range(len(self.rows)):
-            name, source, text = self.rows[int(self.order(epoch)[(k + attempt) % len(self.rows)])]
-            text = self.texts[int(rng.integers(len(self.texts)))] if text is None else text
-            item = {"name": name, "text": text, "skipped": skipped, "position": position}
+        for attempt in range(len(order)):
+            index = int(order[(place + attempt) % len(order)])
+            name, source, text = self.examples[index]
+            if text is None:
+                text = self.texts[int(rng.integers(len(self.texts)))]
             try:
-                image = read_source(source)
-                if self.cache is not None and image is not None:
-                    item["path"] = self.cache.path(image)
-                    item["features"] = self.cache.read(item["path"])
-                if item.get("features") is None:
-                    image = None if image is None else load_image(image)
-                    # With a cache every epoch must see the same crop: no generator, the central one.
-                    item["sample"] = self.preprocess(image, self.name, rng if self.cache is None else None)
-                return item
+                image = self.load(source, rng)
             except UNREADABLE as error:
-                if source is not None:                              # else a text without an image: nothing is wrong
+                # A text without an image may be nothing for this model: then nothing is wrong.
+                if source is not None:
                     skipped.append(f"{name} ({brief(error)})")
-        raise InputError(f"no row of {self.name} could be used" + (f", the first was {skipped[0]}" if skipped else ""))
+                continue
+            return {"name": name, "text": text, "skipped": skipped, "position": position, **image}
+
+        first = f", the first was {skipped[0]}" if skipped else ""
+        raise InputError(f"no row of {self.name} could be used{first}")
+
+    def load(self, source, rng):
+        """The entries of an item that come from the image: its features where the cache has them,
+        else the sample. Raises one of UNREADABLE."""
+        entries = {}
+        image = read_source(source)
+        if self.cache is not None and image is not None:
+            entries["path"] = self.cache.path(image)
+            entries["features"] = self.cache.read(entries["path"])
+            if entries["features"] is not None:
+                return entries
+
+        if image is not None:
+            image = load_image(image)
+        # What is cached must be the same in every epoch: then all crops are the central one.
+        crop_rng = rng if self.cache is None else None
+        entries["sample"] = self.preprocess(image, self.name, crop_rng)
+        return entries
 
     def batches(self, start, batch, workers=0):
-        """An endless generator of lists of items, a list a step: this rank's share of the `batch`
-        images at the positions start, start + 1, ... Its close() ends the workers.
+        """An endless generator of this rank's items, a list for each step.
 
-        A worker hands over one image at a time, packed into one tensor. Each tensor on its way is
-        an open file of this process (Linux allows 1024 by default), so it is copied as soon as it
-        arrives; a step's images never wait in shared memory.
+        The first step has the images at the positions start .. start + batch - 1, divided among the
+        ranks, the next step the `batch` images behind them. Its close() ends the workers.
         """
-        first, last = own_share(batch)
-        positions = (begin + k for begin in itertools.count(start, batch) for k in range(first, last))
+        first, end = own_share(batch)
+
+        def positions():
+            for step_start in itertools.count(start, batch):
+                yield from range(step_start + first, step_start + end)
 
         def set_up_worker(_):
             torch.set_num_threads(1)
-            # The signals go to all processes: the main one saves, and then ends its workers.
+            # Ctrl-C and a queue's signals reach all processes. The main one saves a checkpoint, and
+            # then ends its workers; until then they go on.
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, signal.SIG_IGN)
 
+        # Each tensor on its way from a worker is an open file of this process, and Linux allows
+        # 1024 by default. So a worker hands over one image at a time, packed into one tensor
+        # (pack_item), which is copied as soon as it arrives (unpack_item).
         loader = torch.utils.data.DataLoader(
-            self, batch_size=None, sampler=positions, collate_fn=pack_item, num_workers=workers,
-            worker_init_fn=set_up_worker, prefetch_factor=8 if workers else None,
-            multiprocessing_context="fork" if workers else None)
+            self,
+            batch_size=None,
+            sampler=positions(),
+            collate_fn=pack_item,
+            num_workers=workers,
+            worker_init_fn=set_up_worker,
+            prefetch_factor=8 if workers else None,
+            multiprocessing_context="fork" if workers else None,
+        )
         packed = iter(loader)
         try:
             while True:
-                yield [unpack_item(next(packed)) for _ in range(first, last)]
+                yield [unpack_item(next(packed)) for _ in range(first, end)]
         finally:
             if workers:
                 packed._shutdown_workers()
 
 
-ALIGNMENT = 16      # bytes: tensors of every type may begin here
+# Tensors of every type may begin at a multiple of so many bytes.
+ALIGNMENT = 16
 
 
 def pack(tensors):
-    """A list of CPU tensors -> one uint8 tensor with all of them, and [(begin, shape, dtype), ...]."""
+    """A list of CPU tensors -> (one uint8 tensor that holds all of them, their places in it). A
+    place is (the byte where the tensor begins, its shape, its dtype)."""
     places = []
     end = 0
     for tensor in tensors:
         places.append((end, tuple(tensor.shape), tensor.dtype))
-        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+        end += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
 
     buffer = torch.empty(end, dtype=torch.uint8)
     for tensor, (begin, _, _) in zip(tensors, places):
@@ -1176,7 +1626,7 @@ def pack(tensors):
 
 
 def unpack(buffer, places):
-    """The inverse of pack: views into the buffer, on its device."""
+    """The inverse of pack: views into the buffer, on the device where it is."""
     tensors = []
     for begin, shape, dtype in places:
         nbytes = math.prod(shape) * dtype.itemsize
@@ -1185,24 +1635,36 @@ def unpack(buffer, places):
 
 
 def pack_item(item):
-    """An item of a Stream, in the worker -> (what is no tensor, [(part, key)], buffer, places)."""
-    tensors = {(part, key): tensor for part in ("sample", "features")
-               for key, tensor in (item.pop(part, None) or {}).items()}
-    item["parts"] = list(tensors)
-    return item, *pack(list(tensors.values()))
+    """An item of a Stream, in the worker -> (the item without its tensors, buffer, places)."""
+    names = []
+    tensors = []
+    for part in ("sample", "features"):
+        entries = item.pop(part, None)
+        if entries is None:
+            continue
+        for key, tensor in entries.items():
+            names.append((part, key))
+            tensors.append(tensor)
+    item["tensors"] = names
+
+    buffer, places = pack(tensors)
+    return item, buffer, places
 
 
 def unpack_item(packed):
-    """The item again, in the main process. The clone lets go of the worker's shared memory."""
+    """The item again, in the main process. The copy of the buffer lets go of the worker's shared
+    memory, and of the open file that it is."""
     item, buffer, places = packed
+    names = item.pop("tensors")
     item["sample"] = {}
-    for (part, key), tensor in zip(item.pop("parts"), unpack(buffer.clone(), places)):
+    for (part, key), tensor in zip(names, unpack(buffer.clone(), places)):
         item.setdefault(part, {})[key] = tensor
     return item
 
 
 def map_tensors(function, tree):
-    """`tree` of nested dicts, lists and tuples (which become lists), its tensors replaced by function(tensor)."""
+    """A tree of nested dicts, lists and tuples, with function(tensor) in the place of each of its
+    tensors. Tuples become lists."""
     if torch.is_tensor(tree):
         return function(tree)
     if isinstance(tree, dict):
@@ -1213,24 +1675,42 @@ def map_tensors(function, tree):
 
 
 def to_device(tree, device):
-    """A tree of tensors -> the same tree on the device. What lies on the CPU goes in one transfer
-    from pinned memory, for which the host does not wait: an ordinary copy makes it wait until the
-    GPU has finished everything before, and then the GPU waits for the host's next command."""
+    """A tree of tensors (see map_tensors) -> the same tree on the device.
+
+    What is on the CPU goes to a GPU in one transfer from pinned memory, for which the host does not
+    wait. With an ordinary copy the host waits until the GPU has finished everything before it, and
+    then the GPU waits for the host's next command.
+    """
     if device.type == "cpu":
         return tree
 
     on_cpu = []
-    map_tensors(lambda tensor: on_cpu.append(tensor) if tensor.device.type == "cpu" else None, tree)
+
+    def collect(tensor):
+        if tensor.device.type == "cpu":
+            on_cpu.append(tensor)
+        return tensor
+
+    map_tensors(collect, tree)
     if not on_cpu:
         return tree
     buffer, places = pack(on_cpu)
-    moved = iter(unpack(buffer.pin_memory().to(device, non_blocking=True), places))
-    return map_tensors(lambda tensor: next(moved) if tensor.device.type == "cpu" else tensor, tree)
+    buffer = buffer.pin_memory().to(device, non_blocking=True)
+    moved = iter(unpack(buffer, places))
+
+    def replace(tensor):
+        return next(moved) if tensor.device.type == "cpu" else tensor
+
+    return map_tensors(replace, tree)
 
 
 def encode_batch(model, items, task, cache=None):
-    """Items of a stream -> what the frozen parts say of each, a dict of tensors on the model's
-    device. Adds to the cache what it lacks."""
+    """Items of a stream -> their features, a list of {name: tensor on the model's device}.
+
+    The features of an image are what the frozen parts of the model make of it (model.encode),
+    without a graph. What the cache lacks is added to it; and an item keeps its features, so they
+    are computed once.
+    """
     todo = [item for item in items if item.get("features") is None]
     if todo:
         with torch.no_grad():
