@@ -245,8 +245,8 @@ def inside(folder, name):
     return path
 
 
-# With these bytes a text file says its own encoding. UTF-32 is looked for before UTF-16, whose mark
-# is the beginning of that of UTF-32.
+# A text file may begin with one of these marks, which tells its encoding. UTF-32 stands before
+# UTF-16, since its mark begins with that of UTF-16.
 BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF32_LE, "utf-32"),
@@ -544,14 +544,15 @@ def find_checkpoint(source, released, kinds, beside, needs=()):
     Among several files only those count that have the tensors `needs`, whatever they are called. An
     average of the weights (EMA) comes last, unless its very name is asked for: with the usual decay
     of 0.9999 the average after a short post-training is still mostly the old model. Which file is
-    taken, and which are left, is printed. Raises InputError where there is no such file, or no
-    telling which one is meant.
+    taken, and which are left, is printed. Raises InputError where there is no such file, and where
+    several could be meant.
     """
     source = released.get(source, source)
     path = Path(source).expanduser()
     if path.is_file():
         return path
 
+    # What is behind a colon names a file, unless the colon is in the name of a folder.
     file = ""
     if not path.is_dir():
         source, _, file = source.partition(":")
@@ -561,11 +562,11 @@ def find_checkpoint(source, released, kinds, beside, needs=()):
     if file:
         kinds = [[file]]
 
-    folder, ranks = candidates(source, kinds, beside, set(needs))
-    if not ranks:
+    folder, preference = candidates(source, kinds, beside, set(needs))
+    if not preference:
         patterns = ", ".join(itertools.chain(*kinds))
         raise InputError(f"{folder} holds 0 files like {patterns}: no checkpoint")
-    chosen = choose_checkpoint(ranks, set(needs), folder, source)
+    chosen = choose_checkpoint(preference, set(needs), folder, source)
 
     # Of a checkpoint in shards only the index has been downloaded until here.
     if chosen.name.endswith(".index.json") and not Path(source).expanduser().is_dir():
@@ -574,13 +575,13 @@ def find_checkpoint(source, released, kinds, beside, needs=()):
 
 
 def candidates(source, kinds, beside, needs):
-    """The folder of `source`, and {file: rank} of what in it may be the checkpoint. The lowest rank
-    is preferred: (is it an average of the weights, the number of its kind)."""
+    """The folder of `source`, and {file: preference} of what in it may be the checkpoint. A
+    preference is (is it an average of the weights, the number of its kind); the lowest is taken."""
     local = Path(source).expanduser().is_dir()
     if local:
         folder = hub_folder(source, beside)
 
-    ranks = {}
+    preference = {}
     for number, patterns in enumerate(kinds):
         if not local:
             folder = hub_folder(source, [*patterns, *beside])
@@ -591,21 +592,21 @@ def candidates(source, kinds, beside, needs):
             for path in paths:
                 # A pattern without a star asks for the file by name: then an average is wanted.
                 average = "*" in pattern and is_average(path)
-                ranks.setdefault(path, (average, number))
+                preference.setdefault(path, (average, number))
 
         # A download stops at the first kind that has the weights: the others may be 30 GB each.
         if not local:
-            wanted = [path for path, (average, _) in ranks.items() if not average]
+            wanted = [path for path, (average, _) in preference.items() if not average]
             if any(tensor_names(path) >= needs for path in wanted):
                 break
-    return folder, ranks
+    return folder, preference
 
 
-def choose_checkpoint(ranks, needs, folder, source):
-    """Of {file: rank} the file of the lowest rank that has the tensors `needs`. Raises InputError
-    where none has them, or two of the same rank do: a user who has two checkpoints in a folder
-    must know which one is trained."""
-    paths = list(ranks)
+def choose_checkpoint(preference, needs, folder, source):
+    """Of {file: preference} the lowest one that has the tensors `needs`. Raises InputError where none
+    has them, or two of the same preference do: a user with two checkpoints in a folder must know
+    which one is trained."""
+    paths = list(preference)
     if len(paths) == 1:
         return paths[0]
 
@@ -617,7 +618,7 @@ def choose_checkpoint(ranks, needs, folder, source):
     whole = [path for path in paths if path not in shards]
 
     good = [path for path in whole if tensor_names(path) >= needs]
-    good.sort(key=lambda path: (ranks[path], path))
+    good.sort(key=lambda path: (preference[path], path))
     if not good:
         names = []
         for path in whole:
@@ -626,7 +627,7 @@ def choose_checkpoint(ranks, needs, folder, source):
                          f"has {', '.join(sorted(needs))}")
 
     first = good[0]
-    equal = [path for path in good if ranks[path] == ranks[first]]
+    equal = [path for path in good if preference[path] == preference[first]]
     if len(equal) > 1:
         raise InputError(f"{folder} holds {len(equal)} checkpoints ({first.name} ...): give "
                          f"{source}:FILE")
@@ -832,8 +833,8 @@ BUCKET = 2 ** 25
 
 
 def gradient_buckets(parameters):
-    """The gradients as lists of equal dtype, in the order of the parameters, each list with about
-    BUCKET numbers at most."""
+    """The gradients in lists, each of one dtype and of at most BUCKET numbers in all. A larger
+    gradient has a list of its own. The order is that of the parameters, the same on all ranks."""
     buckets = []
     filling = {}  # {dtype: the bucket to which gradients of this dtype are added}
     for parameter in parameters:
@@ -881,7 +882,7 @@ def average_gradients(parameters):
 # The images come in an endless stream (section 5), in which each has a position: with a batch of 4,
 # step 0 has the positions 0 to 3, step 1 the positions 4 to 7, and so on. Every random number of an
 # image (crop, template, mask, order of its tokens, timestep, noise) comes from a generator that
-# belongs to this image, and whose seed is a hash of
+# belongs to this image alone. Its seed is a hash of
 #
 #     the run's seed,  the name of the loss ("recon", "i2t", "t2i"),  the image's position
 #
@@ -889,10 +890,10 @@ def average_gradients(parameters):
 # that has it, not of the device (all draws are made on the CPU), and not of what was drawn before.
 # Two things follow from it.
 #
-#   - A run resumes bit for bit, and no state of a generator is stored: after step n the next
-#     position is (n * batch), and from there on the draws are those of the run that never stopped.
-#   - Two processes equal one. Each draws for its half of the positions what a single process draws
-#     for them.
+#   - A run resumes bit for bit, and no state of a generator is stored: after n steps the next
+#     position is n * batch, and from there on the draws are those of a run that never stopped.
+#   - Two processes equal one: each draws for its half of the positions what a single process would
+#     have drawn for them.
 #
 # What does not belong to one image has a seed of the same kind. The order of the images in an epoch
 # follows from the run's seed, the loss and the number of the epoch. The few numbers that are drawn
@@ -922,8 +923,8 @@ class Rng:
     """
 
     def __init__(self, seed, *keys, positions):
-        """keys: the name of the loss, and the step. The step belongs to `batch` alone: for an image
-        its position takes its place."""
+        """keys: the name of the loss, and the step. The step is in the seed of `batch` only: in the
+        seed of an image's generator stands its position."""
         loss = keys[:1]
         self.batch = torch.Generator().manual_seed(stable_seed(seed, *keys))
         self.images = []
@@ -953,19 +954,23 @@ class Rng:
 
     def normal(self, *shape):
         """float32 [B, *shape], standard normal."""
-        return torch.stack([torch.randn(shape, generator=image) for image in self.images])
+        rows = [torch.randn(shape, generator=generator) for generator in self.images]
+        return torch.stack(rows)
 
     def uniform(self, *shape):
         """float32 [B, *shape], uniform in [0, 1)."""
-        return torch.stack([torch.rand(shape, generator=image) for image in self.images])
+        rows = [torch.rand(shape, generator=generator) for generator in self.images]
+        return torch.stack(rows)
 
     def integers(self, high, *shape):
         """int64 [B, *shape], uniform in 0 .. high - 1."""
-        return torch.stack([torch.randint(high, shape, generator=image) for image in self.images])
+        rows = [torch.randint(high, shape, generator=generator) for generator in self.images]
+        return torch.stack(rows)
 
     def permutation(self, n):
         """int64 [B, n]: for each image the numbers 0 .. n - 1 in a random order."""
-        return torch.stack([torch.randperm(n, generator=image) for image in self.images])
+        rows = [torch.randperm(n, generator=generator) for generator in self.images]
+        return torch.stack(rows)
 
 
 # ==== 4. Templates and images =====================================================================
@@ -996,6 +1001,7 @@ def templates(which="all"):
         "Give a full account of",
         "Explain what you see in",
     )
+
     nouns = (
         "the image",
         "this image",
@@ -1004,6 +1010,7 @@ def templates(which="all"):
         "the given image",
         "the scene shown here",
     )
+
     manners = (
         "in detail",
         "in great detail",
@@ -1012,6 +1019,7 @@ def templates(which="all"):
         "so that someone could draw it from your words",
         "with every object, its color and its place",
     )
+
     combinations = itertools.product(verbs, nouns, manners)
     return [f"{verb} {noun} {manner}." for verb, noun, manner in combinations]
 
@@ -1261,6 +1269,7 @@ def tar_images(path, left):
                     left[reason] += 1
                 else:
                     members[member.name] = (path, member.offset_data, member.size)
+
     except (tarfile.TarError, OSError) as error:
         raise InputError(f"{path} is not a readable, uncompressed tar file ({error})") from error
     return list(members.items())
@@ -1491,8 +1500,8 @@ class Stream(torch.utils.data.Dataset):
     With N examples, the positions 0 .. N - 1 are the first epoch, N .. 2N - 1 the second, and each
     epoch has another order. What stands at a position follows from the seed, the name of the loss
     and the position alone: which example, and its random crop and template. So the stream can be
-    entered anywhere. A run resumes at the position that it had reached, workers and ranks take the
-    positions in turn, and all see the images that one process would have seen from the start.
+    entered anywhere. A run resumes at the position that it had reached; and ranks and workers divide
+    the positions among themselves, and see together what a single process would have seen.
 
     stream[position] is an item, a dict:
 
@@ -1502,7 +1511,7 @@ class Stream(torch.utils.data.Dataset):
         features   instead of a sample: what the cache has for this image already
         path       of the image's file in the cache, where there is a cache
         skipped    the examples before it that could not be read, "name (why)" each
-        position
+        position   of the item in the stream, from which its random numbers follow (Rng)
 
     name: of the loss, "recon", "i2t" or "t2i". texts: the templates, for examples without a text.
     """
@@ -1527,8 +1536,8 @@ class Stream(torch.utils.data.Dataset):
         order = self.order(epoch)
         rng = np.random.default_rng(stable_seed(self.seed, self.name, "item", position))
 
-        # An example that cannot be read is replaced by the next one in the order. It is told in the
-        # item, since a worker has no other way to the log.
+        # An example that cannot be read is replaced by the next one in the order. The item names
+        # it, and from there it gets into the log: this code may run in a worker.
         skipped = []
         for attempt in range(len(order)):
             index = int(order[(place + attempt) % len(order)])
@@ -1536,13 +1545,13 @@ class Stream(torch.utils.data.Dataset):
             if text is None:
                 text = self.texts[int(rng.integers(len(self.texts)))]
             try:
-                image = self.load(source, rng)
+                loaded = self.load(source, rng)
             except UNREADABLE as error:
-                # A text without an image may be nothing for this model: then nothing is wrong.
+                # Some models cannot use a text without an image: that is no unreadable image.
                 if source is not None:
                     skipped.append(f"{name} ({brief(error)})")
                 continue
-            return {"name": name, "text": text, "skipped": skipped, "position": position, **image}
+            return {"name": name, "text": text, "skipped": skipped, "position": position, **loaded}
 
         first = f", the first was {skipped[0]}" if skipped else ""
         raise InputError(f"no row of {self.name} could be used{first}")
@@ -1560,7 +1569,7 @@ class Stream(torch.utils.data.Dataset):
 
         if image is not None:
             image = load_image(image)
-        # What is cached must be the same in every epoch: then all crops are the central one.
+        # What is in the cache serves every epoch: so the crop is not random, but the central one.
         crop_rng = rng if self.cache is None else None
         entries["sample"] = self.preprocess(image, self.name, crop_rng)
         return entries
@@ -1569,7 +1578,7 @@ class Stream(torch.utils.data.Dataset):
         """An endless generator of this rank's items, a list for each step.
 
         The first step has the images at the positions start .. start + batch - 1, divided among the
-        ranks, the next step the `batch` images behind them. Its close() ends the workers.
+        ranks, the next step the `batch` images that follow. Its close() ends the workers.
         """
         first, end = own_share(batch)
 
