@@ -603,9 +603,9 @@ def candidates(source, kinds, beside, needs):
 
 
 def choose_checkpoint(preference, needs, folder, source):
-    """Of {file: preference} the lowest one that has the tensors `needs`. Raises InputError where none
-    has them, or two of the same preference do: a user with two checkpoints in a folder must know
-    which one is trained."""
+    """Of {file: preference} the lowest one that has the tensors `needs`. Raises InputError where
+    none has them, or two of the same preference do: a user with two checkpoints in a folder must
+    know which one is trained."""
     paths = list(preference)
     if len(paths) == 1:
         return paths[0]
