@@ -351,9 +351,9 @@ def mend_lines(path, keep=lambda row: True):
 # --model is what a user has at hand: a known name, a hub id, a folder, a file, or the folder of a
 # run. There may be several files: shards, averages of the weights, the same weights in two formats.
 # A wrong choice among them would not fail: it would silently train another model. So a file counts
-# if it *holds* the right tensors, whatever it is called; where two would do, the user is asked which
-# one, or told which one is taken; and `load_strictly` gives every weight its value, and every value
-# its weight. Code that comes with a checkpoint is never executed.
+# if it *holds* the right tensors, whatever it is called; where two would do, the user is asked
+# which one, or told which one is taken; and `load_strictly` gives every weight its value, and every
+# value its weight. Code that comes with a checkpoint is never executed.
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".bin", ".pt", ".ckpt")
@@ -720,8 +720,8 @@ def autoencoder_names(module):
 
 
 def autoencoder_from_original(module, state):
-    """The state dict of a released autoencoder -> the same with diffusers' names. Unknown names stay
-    as they are."""
+    """The state dict of a released autoencoder -> the same with diffusers' names. Unknown names
+    stay as they are."""
     ours = {theirs: ours for ours, theirs in autoencoder_names(module).items()}
     renamed = {}
     for key, value in state.items():
@@ -1500,8 +1500,8 @@ class Stream(torch.utils.data.Dataset):
     With N examples, the positions 0 .. N - 1 are the first epoch, N .. 2N - 1 the second, and each
     epoch has another order. What stands at a position follows from the seed, the name of the loss
     and the position alone: which example, and its random crop and template. So the stream can be
-    entered anywhere. A run resumes at the position that it had reached; and ranks and workers divide
-    the positions among themselves, and see together what a single process would have seen.
+    entered anywhere. A run resumes at the position that it had reached; and ranks and workers
+    divide the positions among themselves, and see together what a single process would have seen.
 
     stream[position] is an item, a dict:
 
