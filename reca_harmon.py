@@ -15,14 +15,16 @@ The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) 
     (2)   L_recon = loss( f(t_template, h_v), I_gt )
     (3)   L       = λ_recon · L_recon + λ_i2t · L_i2t + λ_t2i · L_t2i
 
-    h_v         the understanding embeddings of the image: `understand`, 1088 vectors t_template
-    the text around them, one of 360 like "Describe the image in detail.": `recon_prompt` I_gt
-    the same image as `latents`, 1024 tokens of 16 numbers each; most of them are hidden f
-    the whole model but for the VAE: it predicts the hidden tokens loss        Harmon's own
-    generation loss, a diffusion loss on hidden tokens: `diffusion_terms` L_i2t       image to text:
-    cross-entropy of the answers to questions about images (`i2t_loss`) L_t2i       text to image:
-    as L_recon, with a caption in place of the embeddings (`t2i_loss`) λ           the flags
-    --lambda-recon 1, --lambda-i2t 1, --lambda-t2i 0 (`Recipe`)
+    h_v         the understanding embeddings of the image, 1088 vectors: `understand`
+    t_template  the text around them, one of 360 like "Describe the image in detail.":
+                `recon_prompt`
+    I_gt        the same image as `latents`, 1024 tokens of 16 numbers; most of them are hidden
+    f           the whole model but for the VAE: it predicts the hidden tokens
+    loss        Harmon's own generation loss, a diffusion loss on the hidden tokens:
+                `diffusion_terms`
+    L_i2t       image to text, cross-entropy of the answers to questions about images: `i2t_loss`
+    L_t2i       text to image, as L_recon with a caption in place of the embeddings: `t2i_loss`
+    λ           the flags --lambda-recon 1, --lambda-i2t 1, --lambda-t2i 0: `Recipe`
 
 What is special here. Harmon (arXiv 2503.21979) understands (the "und" side) and generates (the
 "gen" side) with the same encoder, that of MAR, a masked autoencoder (arXiv 2406.11838). Its tokens
@@ -39,25 +41,25 @@ The data flow of L_recon for B images of 512 px, N = 32 x 32 tokens, E = 64 of t
 visible:
 
     image [B, 3, 512, 512] --VAE--> latents [B, N, C] --+
-      understanding: nothing is hidden                  |    generation: 70 to 100% are hidden
-        MAR encoder  [B, E+N, De]  <--------------------+------->  MAR encoder  [B, E+V, De]
-        proj_in      [B, N+E, D]                                   proj_in      [B, V+E, D]
-               |    (gradient x 0.1)                                      |           |
-    "user" [ understanding embeddings ] "Describe ... assistant" [ visible, buffer ]  |
-                                      |                                               |
-                               Qwen2.5, causal                                        |
-                                      | its output at the visible and buffer tokens   |
-                                   proj_out  [B, E+V, De] ----------- + --------------+
-                                      |
-                          MAR decoder fills the hidden places  [B, N, Dd]
-                                      | its output at the hidden places
-                          diffusion head: which noise is in the token?  ->  L_recon
+      understanding: nothing is hidden                  |      generation: 70 to 100% are hidden
+        MAR encoder  [B, E+N, De]  <--------------------+-->  MAR encoder  [B, E+V, De] --+ context
+        proj_in      [B, N+E, D]                              proj_in      [B, V+E, D]    |
+               |    (gradient x 0.1)                                 |                    |
+    "user" [ understanding embeddings ] "Describe ... assistant" [ visible, buffer ]      |
+                                      |                                                   |
+                               Qwen2.5, causal                                            |
+                                      | its output at the visible and buffer tokens       |
+                                  proj_out  [B, E+V, De] ------------ + ------------------+
+                                                                      |
+                                 MAR decoder: a condition for every place  [B, N, Dd]
+                                                                      | those of hidden places
+                                 diffusion head: which noise is in the token?  ->  L_recon
 
 What is frozen, and why. Only the VAE (66 of 2561 million weights; Harmon-1.5B). It translates
 pixels into tokens, which are the targets: if it were trained, the loss would fall by making targets
 that are easy to predict. All else is trained. The paper freezes the understanding encoder where it
 serves only understanding. Here the same encoder and the same language model serve both sides:
-freezing them would freeze most of what generates, and what is left could not learn to read h_v.
+freezing them would freeze most of what generates.
 
 At which size the model sees the image. The understanding side gets 512 px, the size at which the
 released Harmon has learned to understand and to paint. The paper resizes to the smallest size that
@@ -73,9 +75,9 @@ embeddings is multiplied by 0.1 (`grad_scale`). Without conversations, the model
 1024 of its own training images (--self-captions), and these descriptions are the answers of L_i2t.
 That is ours, not the paper's.
 
-Inference does not change. After RecA the model paints from a text prompt with the prompt and the
-sampler that it had before. Embeddings of an image are used only in training (and in `reconstruct`,
-to look).
+Inference does not change. After RecA the model paints from a text with the prompt and the sampler
+that it had before; nobody has to give it an image. (`reconstruct`, which paints from an image's
+embeddings, is there to show what the model understands and can paint.)
 
 A step, from images to moved weights (section 5, and Trainer.take_step in common.py):
 
@@ -132,7 +134,8 @@ Commands. The weights of Harmon are under the S-Lab License 1.0: for non-commerc
 How to read this file. First section 4, the prompt, and `recon_loss` in section 5: that is RecA.
 Then, in section 2, `understand` and `MAR`, and `diffusion_terms` for the loss itself. Section 6 is
 the sampler, which RecA leaves alone. Sections 1, 3 and 7 hold sizes, files and the command line.
-The loop that takes the steps is `Trainer` in common.py.
+The loop that takes the steps is `Trainer` in common.py. Comments say where this file leaves the
+original code, and which of its accidents it follows; docs/originals.md has them all in a table.
 
 Letters in the shape comments: B images, S pixels a side, h x w = N tokens of an image, C = 16
 numbers of a token, E tokens of the buffer, V visible and M masked tokens (V + M = N), K = N + E
@@ -166,7 +169,8 @@ from common import InputError, Rng
 
 @dataclass
 class HarmonConfig:
-    """The sizes of one variant, and its sampler's defaults. The default values are Harmon-1.5B."""
+    """The sizes of one variant, and its sampler's defaults. The default values are Harmon-1.5B.
+    They are those of the original's public configuration and code."""
     name: str = "harmon_1.5b"  # of the file with the weights, without .pth
     image_size: int = 512
 
@@ -256,21 +260,23 @@ class Recipe:
     after 50,000 micro-batches, which is update 12,500. The run ends after a tenth of it, where the
     learning rate is still 0.98 of its peak.
     """
+    # From Table 8.
     steps: int = 5000
     batch: int = 24
     accum: int = 4
     lr: float = 1e-5
-    betas: tuple = (0.9, 0.95)
-    eps: float = 1e-8
     weight_decay: float = 0.02
     warmup: int = 125
-    horizon: int = 12500
-    # The original clips at 1. Its gradient is the mean of micro-batches of one loss each; ours is
-    # that of the sum of two losses, which is twice as large.
-    clip: float = 2.0
     lambda_recon: float = 1.0
     lambda_i2t: float = 1.0
     lambda_t2i: float = 0.0
+
+    # From the public configuration. There the gradient is clipped at 1, but it is the mean over
+    # micro-batches of one loss each; ours is that of the sum of two losses, twice as large.
+    betas: tuple = (0.9, 0.95)
+    eps: float = 1e-8
+    horizon: int = 12500
+    clip: float = 2.0
 
 
 DEFAULT = "harmon-1.5b"
@@ -386,8 +392,7 @@ class Block(nn.Module):
 
 class DiffusionBlock(nn.Module):
     """A residual block of the diffusion head. y, which stands for timestep and condition, sets
-    shift
-    and scale of its input, and the gate of its output."""
+    shift and scale of its input, and the gate of its output."""
 
     def __init__(self, width):
         super().__init__()
@@ -446,6 +451,7 @@ class MAR(nn.Module):
 
         # class_emb is in every checkpoint, and nothing reads it.
         self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)
+
         # The encoder. fake_latent is the vector in all places of the buffer.
         self.fake_latent = nn.Parameter(0.02 * torch.randn(1, De))
         self.z_proj = nn.Linear(c.latent_channels, De)
@@ -671,8 +677,7 @@ def pad_square(image, size):
 
 class Harmon(nn.Module):
     """VAE, MAR and Qwen2.5, connected as in the picture at the top of this file. The constructor
-    makes
-    random weights and no tokenizer; see from_pretrained."""
+    makes random weights and no tokenizer; see from_pretrained."""
 
     # Layers that --quantize leaves alone: ids and latents enter and leave through them. They have
     # few weights, and all else depends on what they say.
@@ -743,8 +748,7 @@ class Harmon(nn.Module):
     def _apply(self, function, recurse=True):
         """Called by .to(...), .cuda() and the like. Two things need care. The table of the language
         model's rotary positions is in no checkpoint and must stay float32, so it is made anew. And
-        the
-        VAE's convolutions are a quarter faster if their weights have the channels last."""
+        the VAE's convolutions are a quarter faster if their weights have the channels last."""
         super()._apply(function, recurse)
         self.vae.to(memory_format=torch.channels_last)
         with torch.device(self.device):
@@ -763,8 +767,7 @@ class Harmon(nn.Module):
 
     def parameter_groups(self, weight_decay):
         """AdamW's groups of all that is trained. As in the original, one-dimensional tensors and
-        the
-        whole diffusion head do not decay; embeddings, position tables and the mask token do."""
+        the whole diffusion head do not decay; embeddings, position tables and the mask token do."""
         decaying = []
         others = []
         for name, p in self.named_parameters():
@@ -782,8 +785,8 @@ class Harmon(nn.Module):
     def preprocess(self, image, task, rng=None):
         """A PIL RGB image -> {"pixels": uint8 [3, S, S]}, as the original's data sets make it:
         recon stretches, i2t pads, t2i crops. rng: a numpy Generator for the place of the crop,
-        None: the
-        centre. image None, for a conversation without an image: mid grey, as float zeros."""
+        None: the centre. image None, for a conversation without an image: mid grey, as float
+        zeros."""
         size = self.config.image_size
         if image is None:
             return {"pixels": torch.zeros(3, size, size)}
@@ -800,8 +803,7 @@ class Harmon(nn.Module):
     def encode(self, samples, task):
         """All that is frozen, which --cache therefore stores: B dicts of preprocess -> B dicts with
         float32 tensors of shape h, w, C. "latents" are the tokens of the image; where set_und asks
-        for
-        a smaller or blurred image on the understanding side, "und_latents" are those of it."""
+        for a smaller or blurred image on the understanding side, "und_latents" are those of it."""
         pixels = [common.normalize(sample["pixels"].to(self.device)) for sample in samples]
         pixels = torch.stack(pixels)  # [B, 3, S, S]
         features = {"latents": self._latents(pixels)}
@@ -843,8 +845,8 @@ class Harmon(nn.Module):
         the context of generation (recon_loss). On the way back gradients are multiplied by
         grad_scale, so that understanding changes slowly. Those of the context are not.
         """
-        latents = [example.get("und_latents", example["latents"]) for example in features]
-        latents = torch.stack(latents)  # [B, h, w, C]
+        seen = [example.get("und_latents", example["latents"]) for example in features]
+        latents = torch.stack(seen)  # [B, h, w, C]
         grid = tuple(latents.shape[1:3])
         encoded = self.mar.encode(latents.flatten(1, 2), grid)  # [B, E+N, De]
         understood = self._into_llm(encoded)  # [B, K, D]
@@ -908,9 +910,8 @@ class Harmon(nn.Module):
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
         """A model in eval mode, with its tokenizer.
 
-        source    a name in RELEASED or RECA, a hub repository or a folder (with :FILE where it
-        holds
-                  several models), a file, or "tiny"
+        source    a name in RELEASED or RECA; a hub repository or a folder, with :FILE where it
+                  holds several models; a file; or "tiny"
         quantize  None or "int8": done before anything is on the device
 
         The weights are .pth, .bin or .safetensors, whole or in shards. What does not lie beside
@@ -950,8 +951,7 @@ class Harmon(nn.Module):
     @classmethod
     def random(cls, name, device="cpu"):
         """A model of a size in CONFIGS with random weights, made on the device, and with a
-        tokenizer
-        of a few words: for tests and --bench."""
+        tokenizer of a few words: for tests and --bench."""
         if name not in CONFIGS:
             raise InputError(f"no such size: {name} (there are {', '.join(CONFIGS)})")
         tokenizer = common.tiny_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
@@ -966,8 +966,7 @@ class Harmon(nn.Module):
 
     def save_pretrained(self, folder):
         """Writes harmon_*.pth and kl16.ckpt, which the original's loaders read, a config.json and
-        the
-        tokenizer."""
+        the tokenizer."""
         folder = Path(folder)
         files = {
             f"{self.config.name}.pth": self.released_state(),
@@ -1020,8 +1019,7 @@ class Harmon(nn.Module):
     def _read_config(folder, state):
         """The sizes: from a config.json that save_pretrained wrote, else those of the released
         model with the same widths. (All sizes cannot be read off the weights: the numbers of heads
-        leave no
-        trace in the shapes.)"""
+        leave no trace in the shapes.)"""
         path = folder / "config.json"
         settings = None
         if path.is_file():
@@ -1074,8 +1072,7 @@ class Harmon(nn.Module):
 
     def t2i_prompt(self, caption=None):
         """Text to image: a list of ids, 1024 at most. None: without a caption, which is what
-        guidance
-        moves away from."""
+        guidance moves away from."""
         if caption is None:
             text = "Generate an image."
         else:
@@ -1090,8 +1087,7 @@ class Harmon(nn.Module):
 
     def conversation(self, turns):
         """[(question, answer), ...] -> ids and labels, two lists of the same length, 1472 at most.
-        The
-        labels are the ids of the answers, each with the <|im_end|> behind it, else IGNORED."""
+        The labels are the ids of the answers, each with the <|im_end|> behind it, else IGNORED."""
         ids = []
         labels = []
         for number, (question, answer) in enumerate(turns):
@@ -1177,8 +1173,7 @@ class Harmon(nn.Module):
     def t2i_loss(self, features, captions, draws=None, rng=None):
         """Text to image, for supervised fine-tuning; in RecA itself λ_t2i = 0. B dicts of encode
         and B captions -> a scalar, as recon_loss. A tenth of the captions is left out, which trains
-        what
-        guidance moves away from."""
+        what guidance moves away from."""
         if draws is None:
             draws = self.draw("t2i", features, rng)
 
@@ -1198,13 +1193,12 @@ class Harmon(nn.Module):
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Image to text, which keeps understanding alive: B dicts of encode, and B conversations
         about these images, lists of (question, answer) -> a scalar, the cross-entropy of the
-        answers, the
-        mean over all their tokens. Nothing is drawn."""
+        answers, the mean over all their tokens. Nothing is drawn."""
         understood = self.understand(features)  # [B, K, D]
         K = understood.shape[1]
 
         prompts = []
-        places = []  # of every example, where its labels are predicted
+        label_places = []  # of every example, where its labels are predicted
         answers = []  # the labels of all examples, in one list
         for turns in conversations:
             ids, labels = self.conversation(turns)
@@ -1214,19 +1208,19 @@ class Harmon(nn.Module):
             # A label is predicted by the output one place before its own.
             wanted = [place for place, label in enumerate(labels) if label != IGNORED]
             prompts.append(ids)
-            places.append(torch.tensor(wanted, dtype=torch.long) - 1)
+            label_places.append(torch.tensor(wanted, dtype=torch.long) - 1)
             answers += [labels[place] for place in wanted]
 
-        # As many places for every example: those that are filled up are read, and then left out.
-        # All this is found on the CPU, so that the host never waits for the device.
-        places = pad_sequence(places, batch_first=True, padding_value=-1)  # [B, R]
-        filled = (places >= 0).flatten().nonzero()[:, 0]
-        on_cpu = [places.clamp(min=0), filled, torch.tensor(answers, dtype=torch.long)]
-        places, filled, labels = common.to_device(on_cpu, self.device)
+        # Every example gets as many places as the one with most labels; `real` are those that are
+        # not padding. All this is found on the CPU, so that the host never waits for the device.
+        places = pad_sequence(label_places, batch_first=True, padding_value=-1)  # [B, R]
+        real = (places >= 0).flatten().nonzero()[:, 0]
+        on_cpu = [places.clamp(min=0), real, torch.tensor(answers, dtype=torch.long)]
+        places, real, labels = common.to_device(on_cpu, self.device)
 
         embeddings, _ = self._assemble(prompts, understood)
         hidden = self._hidden_states(embeddings, places)  # [B, R, D]
-        hidden = hidden.flatten(0, 1)[filled]  # [labels, D]
+        hidden = hidden.flatten(0, 1)[real]  # [labels, D]
         total = common.cross_entropy_sum(self.llm.lm_head, hidden, labels, LABELS_AT_ONCE)
         return common.mean(total, len(answers))
 
@@ -1237,8 +1231,7 @@ class Harmon(nn.Module):
 
     def _masked_and_visible(self, draws):
         """The places of an image's masked and of its visible tokens, row by row. Where the noise
-        waits
-        for them, on the CPU, and where MAR needs them, on the model's device."""
+        waits for them, on the CPU, and where MAR needs them, on the model's device."""
         M = int(draws["num_masked"])
         masked = draws["orders"][:, :M].sort(dim=1).values  # [B, M]
         visible = draws["orders"][:, M:].sort(dim=1).values  # [B, V]
@@ -1266,8 +1259,8 @@ class Harmon(nn.Module):
         # Noise and timesteps are drawn for all tokens. Those of the masked ones are picked out.
         index = masked.expand(repeats, B, M)
         t = draws["t"].gather(2, index)  # [repeats, B, M]
-        index = index[..., None].expand(-1, -1, -1, C)
-        noise = draws["noise"].gather(2, index)  # [repeats, B, M, C]
+        noise_index = index[..., None].expand(-1, -1, -1, C)
+        noise = draws["noise"].gather(2, noise_index)  # [repeats, B, M, C]
         t, noise, masked = common.to_device([t, noise, masked], self.device)
 
         x_0 = take(latents, masked).flatten(0, 1)  # [P = B*M, C]
@@ -1327,8 +1320,7 @@ class Harmon(nn.Module):
     def worst_case(self, task, count):
         """The micro-batch of `count` images that needs most memory: samples, texts, and draws to
         replace. The language model sees most tokens where fewest are masked; a conversation is cut
-        at
-        1472 tokens."""
+        at 1472 tokens."""
         size = self.config.image_size
         samples = [{"pixels": torch.zeros(3, size, size, dtype=torch.uint8)}] * count
         if task == "i2t":
@@ -1348,14 +1340,15 @@ class Harmon(nn.Module):
     def generate(self, prompts, *, num_steps=None, guidance_scale=None, seed=0, **settings):
         """Text to image: B texts -> B PIL images, painted in one batch.
 
-        num_steps, guidance_scale  None: the config's; guidance_scale 1: no guidance seed      one
-        for each image, or a number s: image i has the seed s + i. What is painted for a
-                  seed does not depend on the rest of the batch
+        num_steps, guidance_scale: None for the config's; guidance_scale 1 is no guidance
+
+        seed      one for each image, or a number s: image i has the seed s + i. What is painted for
+                  a seed does not depend on the rest of the batch
         settings  guidance_schedule, temperature; draws, for a replay; progress: see _sample
         """
-        prompts = [self.t2i_prompt(prompt) for prompt in prompts]
+        prompt_ids = [self.t2i_prompt(prompt) for prompt in prompts]
         settings.update(num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
-        return self._paint_images(prompts, None, **settings)
+        return self._paint_images(prompt_ids, None, **settings)
 
     @torch.no_grad()
     def reconstruct(self, images, *, templates=None, num_steps=None, guidance_scale=None, seed=0,
@@ -1374,8 +1367,7 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
         """Image to text: B PIL images, and one question about each -> B answers. Greedy: each token
-        is
-        the likeliest one."""
+        is the likeliest one."""
         samples = [self.preprocess(image, "i2t") for image in images]
         understood = self.understand(self.encode(samples, "i2t"))  # [B, K, D]
         prompts = [self.i2t_prompt(question)] * len(images)
@@ -1397,8 +1389,7 @@ class Harmon(nn.Module):
 
     def _paint_images(self, prompts, understood, **settings):
         """B prompts and their understood [B, K, D] or None -> B PIL images. The other branch of
-        guidance
-        is "Generate an image.", without a caption and without embeddings."""
+        guidance is "Generate an image.", without a caption and without embeddings."""
         unconditional = [self.t2i_prompt()] * len(prompts)
         embeddings, lengths = self._assemble(prompts + unconditional, understood)
         latents = self._sample(embeddings, lengths, **settings)
@@ -1437,7 +1428,7 @@ class Harmon(nn.Module):
         N = h * w
         C = c.latent_channels
 
-        # Each image's tokens are painted in an order of its own, the last of it first.
+        # Each image has an order of its own. The first `masked` places of it are still masked.
         rng = Rng.sampling(seed, B)
         orders = rng.permutation(N) if draws is None else draws["orders"][:B]
         orders = orders.to(self.device)  # [B, N]
@@ -1513,8 +1504,7 @@ class Harmon(nn.Module):
     def _denoise(self, z, guidance_scale, temperature, noises):
         """The diffusion head's sampler: z [branches*P, Dd], with guidance the conditions of P
         tokens and then the unconditional ones, noises [1 + diffusion steps, P, C] -> [P, C].
-        Guidance moves the
-        predicted noise; the variance is that of the conditional branch."""
+        Guidance moves the predicted noise; the variance is that of the conditional branch."""
         P, C = noises.shape[1:]
         branches = len(z) // P
         net = self.mar.diffloss["net"]
@@ -1545,8 +1535,7 @@ class Harmon(nn.Module):
 
 def prepare(model, args):
     """Called before training. The frozen VAE takes the working precision once: autocast would cast
-    its
-    float32 weights anew in every step, since it remembers casts of trained weights only."""
+    its float32 weights anew in every step, since it remembers casts of trained weights only."""
     if args.precision == "bf16" and model.device.type == "cuda":
         model.vae.to(torch.bfloat16)
     return {}
