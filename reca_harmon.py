@@ -1,5 +1,4 @@
-"""RecA (Reconstruction Alignment, arXiv 2509.07295) for Harmon, in one file: the model learns to
-paint images from its own understanding of them. It needs images, and no captions.
+r"""RecA for Harmon, in one file: the model learns to paint images from its own view of them.
 
 Why. A model that paints from text has learned from pairs of an image and a caption, and captions
 are sparse: even hundreds of words leave out where things are, which shape and which color they
@@ -7,8 +6,9 @@ have. Hardly any caption mentions that a broccoli is green. So the model learns 
 is green", and paints a green one when it is asked for a yellow one. Embeddings are dense. When the
 model looks at an image, its understanding side turns it into vectors that hold the color, the shape
 and the place of everything in it, in the form in which its language model reads words: it answers
-questions from them. RecA puts these vectors where a caption would stand, and trains the model to
-paint that same image.
+questions from them. RecA (Reconstruction Alignment, arXiv 2509.07295) puts these vectors where a
+caption would stand, and trains the model to paint that same image. It needs images, and no
+captions.
 
 The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) what is trained:
 
@@ -62,11 +62,12 @@ serves only understanding. Here the same encoder and the same language model ser
 freezing them would freeze most of what generates.
 
 At which size the model sees the image. The understanding side gets 512 px, the size at which the
-released Harmon has learned to understand and to paint. The paper resizes to the smallest size that
-the understanding side accepts, and not to a larger one: embeddings of larger images hold more
-details of the pixels, and the model then relies on these instead of on the meaning (BAGEL, paper's
-Table 7). In the extreme it copies tokens and learns nothing (appendix F.2: Show-o with 512 px in
-its tokenizer). --und-size tries smaller sizes here, --blur an image without its details.
+released Harmon has learned to understand and to paint (in section 3.5 the paper calls it fixed).
+The paper resizes to the smallest size that the understanding side accepts, and not to a larger one:
+embeddings of larger images hold more details of the pixels, and the model then relies on these
+instead of on the meaning (BAGEL, paper's Table 7). In the extreme it copies tokens and learns
+nothing (appendix F.2: Show-o with 512 px in its tokenizer). --und-size tries smaller sizes here,
+--blur an image without its details.
 
 What keeps understanding alive. Both sides share their weights, so RecA alone could overwrite what
 the model knows of describing. Hence λ_i2t = 1: each step also trains on conversations about images
@@ -97,11 +98,11 @@ An example with numbers. One image, "Describe the image in detail.", 888 of 1024
 mean). The language model gets 1302 tokens, at the positions 0 to 1301:
 
     positions    number
-       0 ..    2      3   <|im_start|> user \\n\\n
+       0 ..    2      3   <|im_start|> user \n\n
        3 .. 1026   1024   understanding embeddings of the image's tokens, row by row
     1027 .. 1090     64   understanding embeddings of the buffer
     1091 .. 1096      6   Describe the image in detail .
-    1097 .. 1101      5   <|im_end|> \\n <|im_start|> assistant \\n
+    1097 .. 1101      5   <|im_end|> \n <|im_start|> assistant \n
     1102 .. 1237    136   the visible tokens, row by row; the masked ones are absent
     1238 .. 1301     64   the buffer
 
@@ -111,7 +112,7 @@ words. Only the last 136 + 64 outputs are used. Positions count tokens, not plac
 these are in MAR's position tables. In MAR's encoder (64 + 1024 tokens for understanding, 64 + 136
 for generation) and in its decoder (64 + 1024) every token sees every token. The diffusion head gets
 the 888 masked tokens, each with 4 noise levels. Over all templates and masks the language model
-gets 1309 tokens on average.
+gets about 1308 tokens.
 
 Where the numbers come from. Table 8 of the paper: learning rate, weight decay, warm-up, number of
 steps, batch, accumulation and λ (`Recipe` says how its micro-batches became our steps). The public
@@ -128,8 +129,7 @@ Commands. The weights of Harmon are under the S-Lab License 1.0: for non-commerc
 
     python reca_harmon.py --model tiny                    in minutes on a CPU, no downloads
     python reca_harmon.py --data ./images --steps 5000    Harmon-1.5B (or --model harmon-0.5b)
-    python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 \\
-        --generate prompts.txt --out pictures             inference with what was trained
+    python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 --generate prompts.txt
 
 How to read this file. First section 4, the prompt, and `recon_loss` in section 5: that is RecA.
 Then, in section 2, `understand` and `MAR`, and `diffusion_terms` for the loss itself. Section 6 is
