@@ -1279,8 +1279,8 @@ class Harmon(nn.Module):
         num_masked    a scalar, M: how many tokens are masked
         text_dropped  bool of shape B: is the text left out?
         orders        int64 of shape B, N: all places in random order, the masked ones first
-        t             int64 of shape repeats, B, N: timesteps from 0 to 999
-        noise         float32 of shape repeats, B, N, C
+        t             int64 of shape repeats, B, N: timesteps, uniform from 0 to 999
+        noise         float32 of shape repeats, B, N, C: standard normal
         """
         if task == "i2t":
             return {}
