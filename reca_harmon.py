@@ -1,40 +1,150 @@
-"""RecA for Harmon: one masked autoencoder that both understands and generates, tied together by a language model.
+r"""RecA for Harmon, in one file: the model learns to paint images from its own view of them.
 
-Harmon (arXiv 2503.21979) looks at an image and paints it with the same encoder, that of MAR (masked autoregression,
-arXiv 2406.11838). Its tokens are the latents of a KL VAE. Seen without a mask they are the understanding embeddings;
-with most of them hidden they are the context from which the language model and MAR's decoder predict the rest. A token
-is a vector of 16 real numbers, not an index, so the last part is a small diffusion model that paints single tokens.
+Why. A model that paints from text has learned from pairs of an image and a caption, and captions
+are sparse: even hundreds of words leave out where things are, which shape and which color they
+have. Hardly any caption mentions that a broccoli is green. So the model learns the rule "broccoli
+is green", and paints a green one when it is asked for a yellow one. Embeddings are dense. When the
+model looks at an image, its understanding side turns it into vectors that hold the color, the shape
+and the place of everything in it, in the form in which its language model reads words: it answers
+questions from them. RecA (Reconstruction Alignment, arXiv 2509.07295) puts these vectors where a
+caption would stand, and trains the model to paint that same image. It needs images, and no
+captions.
 
-RecA's step (paper, equation 2) on B images of 512 px: N = 32 x 32 tokens, E = 64 buffer tokens, V of the N visible.
+The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) what is trained:
 
-    image [B,3,512,512] --VAE--> latents x [B,N,16] --+
-      understanding: nothing hidden                   |     generation: 70 to 100% hidden
-        MAR encoder   [B,E+N,De]  <-------------------+-------->  MAR encoder u [B,E+V,De]
-        proj_in       [B,N+E,D]                                   proj_in       [B,V+E,D]
-              v   (gradient x 0.1)                                       v          |
-    "<user>" [ understanding embeddings ] "Describe the image ... <assistant>" [ visible tokens, buffer ]
-                                          |                                         |
-                                   Qwen2.5, causal                                  |
-                                          |  rows of the visible and buffer tokens  |
-                                       proj_out  [B,E+V,De] ---------- + -----------+
-                                          |
-                              MAR decoder fills the hidden places  z [B,N,Dd]
-                                          |  rows of the hidden tokens
-                              diffusion MLP: which noise is in x_t?  ->  L_recon
+    (2)   L_recon = loss( f(t_template, h_v), I_gt )
+    (3)   L       = λ_recon · L_recon + λ_i2t · L_i2t + λ_t2i · L_t2i
 
-Text to image (L_t2i) is the same without the understanding embeddings; image to text (L_i2t) is the understanding half
-and the language model's head. All but the VAE is trained, and as both halves share it the paper keeps lambda_i2t = 1.
+    h_v         the understanding embeddings of the image, 1088 vectors: `understand`
+    t_template  the text around them, one of 360 like "Describe the image in detail.":
+                `recon_prompt`
+    I_gt        the same image as `latents`, 1024 tokens of 16 numbers; most of them are hidden
+    f           the whole model but for the VAE: it predicts the hidden tokens
+    loss        Harmon's own generation loss, a diffusion loss on the hidden tokens:
+                `diffusion_terms`
+    L_i2t       image to text, cross-entropy of the answers to questions about images: `i2t_loss`
+    L_t2i       text to image, as L_recon with a caption in place of the embeddings: `t2i_loss`
+    λ           the flags --lambda-recon 1, --lambda-i2t 1, --lambda-t2i 0: `Recipe`
 
-    python reca_harmon.py --model tiny                       everything in minutes on a CPU, no downloads
-    python reca_harmon.py --data ./images --steps 5000       RecA on Harmon-1.5B (or --model harmon-0.5b)
-    python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 --generate prompts.txt --out pictures
+What is special here. Harmon (arXiv 2503.21979) understands (the "und" side) and generates (the
+"gen" side) with the same encoder, that of MAR, a masked autoencoder (arXiv 2406.11838). Its tokens
+are the latents of a VAE: vectors of 16 real numbers, not indices. When nothing is hidden, the
+encoder's output becomes the understanding embeddings. When most tokens are hidden, its output for
+the visible ones is the *context*, from which MAR's decoder predicts the rest. Two *connectors* of
+two layers each, proj_in and proj_out, lead into the language model Qwen2.5 and back. What belongs
+to no place of the image goes through the *buffer*: 64 further tokens, always visible, which start
+as one learned vector and differ by their positions. In a prompt, a *marker* (an id that no word
+has) holds the place of the embeddings. As a token is a vector of real numbers, no softmax can
+predict it: the last part, the diffusion head, is a small diffusion model of single tokens.
 
-Legend of the shape comments: B images, S pixels a side, N = h*w tokens of an image, C = 16 numbers of a token, E buffer
-tokens, V visible and M masked tokens (V + M = N), D width of the language model, De and Dd widths of MAR's encoder and
-decoder, W width of the diffusion MLP, L ids of a prompt, K embeddings of an image, G generated tokens, T places of a
+The data flow of L_recon for B images of 512 px, N = 32 x 32 tokens, E = 64 of the buffer, V
+visible:
+
+    image [B, 3, 512, 512] --VAE--> latents [B, N, C] --+
+      understanding: nothing is hidden                  |      generation: 70 to 100% are hidden
+        MAR encoder  [B, E+N, De]  <--------------------+-->  MAR encoder  [B, E+V, De] --+ context
+        proj_in      [B, N+E, D]                              proj_in      [B, V+E, D]    |
+               |    (gradient x 0.1)                                 |                    |
+    "user" [ understanding embeddings ] "Describe ... assistant" [ visible, buffer ]      |
+                                      |                                                   |
+                               Qwen2.5, causal                                            |
+                                      | its output at the visible and buffer tokens       |
+                                  proj_out  [B, E+V, De] ------------ + ------------------+
+                                                                      |
+                                 MAR decoder: a condition for every place  [B, N, Dd]
+                                                                      | those of hidden places
+                                 diffusion head: which noise is in the token?  ->  L_recon
+
+What is frozen, and why. Only the VAE (66 of 2561 million weights; Harmon-1.5B). It translates
+pixels into tokens, which are the targets: if it were trained, the loss would fall by making targets
+that are easy to predict. All else is trained. The paper freezes the understanding encoder where it
+serves only understanding. Here the same encoder and the same language model serve both sides:
+freezing them would freeze most of what generates.
+
+At which size the model sees the image. The understanding side gets 512 px, the size at which the
+released Harmon has learned to understand and to paint (in section 3.5 the paper calls it fixed).
+The paper resizes to the smallest size that the understanding side accepts, and not to a larger one:
+embeddings of larger images hold more details of the pixels, and the model then relies on these
+instead of on the meaning (BAGEL, paper's Table 7). In the extreme it copies tokens and learns
+nothing (appendix F.2: Show-o with 512 px in its tokenizer). --und-size tries smaller sizes here,
+--blur an image without its details.
+
+What keeps understanding alive. Both sides share their weights, so RecA alone could overwrite what
+the model knows of describing. Hence λ_i2t = 1: each step also trains on conversations about images
+(the paper's are LLaVA-1.5's 665,000, flag --i2t-data). And the gradient into the understanding
+embeddings is multiplied by 0.1 (`grad_scale`). Without conversations, the model first describes
+1024 of its own training images (--self-captions), and these descriptions are the answers of L_i2t.
+That is ours, not the paper's.
+
+Inference does not change. After RecA the model paints from a text with the prompt and the sampler
+that it had before; nobody has to give it an image. (`reconstruct`, which paints from an image's
+embeddings, is there to show what the model understands and can paint.)
+
+A step, from images to moved weights (section 5, and Trainer.take_step in common.py):
+
+    for step in range(5000):                             # a step: equation (3), once
+        latents = vae(24 images)                         # frozen
+        understood = proj_in(mar.encoder(latents))       # h_v: nothing is hidden
+        masked, visible = a random split of the tokens   # 717 to 1024 of 1024 are masked
+        context = mar.encoder(latents at visible)
+        context += proj_out(qwen(prompt(template, understood), proj_in(context)))
+        conditions = mar.decoder(context)                # for all 1024 places
+        L_recon = diffusion_loss(conditions at masked, latents at masked)
+        L_i2t = cross_entropy(answers, given 24 images and questions)
+        (L_recon + L_i2t).backward()
+        if step % 4 == 3: clip the gradient, AdamW       # an update: the weights move
+
+An example with numbers. One image, "Describe the image in detail.", 888 of 1024 tokens masked (the
+mean). The language model gets 1302 tokens, at the positions 0 to 1301:
+
+    positions    number
+       0 ..    2      3   <|im_start|> user \n\n
+       3 .. 1026   1024   understanding embeddings of the image's tokens, row by row
+    1027 .. 1090     64   understanding embeddings of the buffer
+    1091 .. 1096      6   Describe the image in detail .
+    1097 .. 1101      5   <|im_end|> \n <|im_start|> assistant \n
+    1102 .. 1237    136   the visible tokens, row by row; the masked ones are absent
+    1238 .. 1301     64   the buffer
+
+Each token sees itself and those before it. So the words see the image, the visible tokens see words
+and image, and the buffer, at the end, sees everything; the understanding embeddings do not see the
+words. Only the last 136 + 64 outputs are used. Positions count tokens, not places in the image:
+these are in MAR's position tables. In MAR's encoder (64 + 1024 tokens for understanding, 64 + 136
+for generation) and in its decoder (64 + 1024) every token sees every token. The diffusion head gets
+the 888 masked tokens, each with 4 noise levels. Over all templates and masks the language model
+gets about 1308 tokens.
+
+Where the numbers come from. Table 8 of the paper: learning rate, weight decay, warm-up, number of
+steps, batch, accumulation and λ (`Recipe` says how its micro-batches became our steps). The public
+configuration of the original: all sizes, betas, the schedule's length, how masks and noise are
+drawn, how often a prompt is dropped, dropout, `grad_scale`, the prompts and the sampler. Ours:
+everything of "tiny", --self-captions, and the wording of the 360 templates, which the paper shows
+only in part.
+
+What the loss looks like.
+
+@@LOSS@@
+
+Commands. The weights of Harmon are under the S-Lab License 1.0: for non-commercial use only.
+
+    python reca_harmon.py --model tiny                    in minutes on a CPU, no downloads
+    python reca_harmon.py --data ./images --steps 5000    Harmon-1.5B (or --model harmon-0.5b)
+    python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 --generate prompts.txt
+
+How to read this file. First section 4, the prompt, and `recon_loss` in section 5: that is RecA.
+Then, in section 2, `understand` and `MAR`, and `diffusion_terms` for the loss itself. Section 6 is
+the sampler, which RecA leaves alone. Sections 1, 3 and 7 hold sizes, files and the command line.
+The loop that takes the steps is `Trainer` in common.py. Comments say where this file leaves the
+original code, and which of its accidents it follows; docs/originals.md has them all in a table.
+
+Letters in the shape comments: B images, S pixels a side, h x w = N tokens of an image, C = 16
+numbers of a token, E tokens of the buffer, V visible and M masked tokens (V + M = N), K = N + E
+understanding embeddings, D width of the language model, De and Dd widths of MAR's encoder and
+decoder, W width of the diffusion head, P tokens that the diffusion head gets at once, T tokens of a
 sequence, R of them read.
 """
 import functools
+import itertools
 import math
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,207 +164,322 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2RotaryEmbedding, rotat
 import common
 from common import InputError, Rng
 
-# ==== 1. Sizes and hyper-parameters ===================================================================
+# ==== 1. Sizes and hyper-parameters ===============================================================
+
 
 @dataclass
 class HarmonConfig:
-    """Sizes of one variant. The defaults are Harmon-1.5B."""
-    name: str = "harmon_1.5b"           # stem of the weights' file
+    """The sizes of one variant, and its sampler's defaults. The default values are Harmon-1.5B.
+    They are those of the original's public configuration and code."""
+    name: str = "harmon_1.5b"  # of the file with the weights, without .pth
     image_size: int = 512
-    vocab_size: int = 151936            # the language model: Qwen2.5-1.5B-Instruct
+
+    # The language model, Qwen2.5-1.5B-Instruct.
+    vocab_size: int = 151936
     llm_width: int = 1536
     llm_layers: int = 28
     llm_heads: int = 12
     llm_kv_heads: int = 2
     llm_mlp: int = 8960
-    encoder_width: int = 1280           # MAR, size Huge
+
+    # MAR, in its size Huge. Its position tables are for 16 x 16 tokens, since it was first trained
+    # on images of 256 px; for other sizes they are interpolated.
+    encoder_width: int = 1280
     encoder_layers: int = 20
     encoder_heads: int = 16
     decoder_width: int = 1280
     decoder_layers: int = 20
     decoder_heads: int = 16
     buffer_size: int = 64
-    table_size: int = 16                # the position tables are 16 x 16 (trained at 256 px), stretched for other sizes
+    table_size: int = 16
     class_num: int = 1000
-    dropout: float = 0.1                # in MAR's blocks while training, in the understanding pass as well
-    diffusion_width: int = 1536         # the diffusion head
+    dropout: float = 0.1  # in MAR's blocks while training, in the understanding pass as well
+
+    # The diffusion head. A step trains every masked token at `diffusion_repeats` noise levels.
+    diffusion_width: int = 1536
     diffusion_layers: int = 12
-    diffusion_repeats: int = 4          # timesteps at which every token is trained in one step
-    diffusion_steps: int = 100          # of the 1000, when sampling
-    latent_channels: int = 16           # the VAE, KL-16: five levels, halved in between, so the stride is 16
+    diffusion_repeats: int = 4
+
+    # The VAE, KL-16: five levels, each half as large as the one before, so a token is 16 x 16
+    # pixels. vae_scale makes the variance of the latents about 1.
+    latent_channels: int = 16
     vae_width: int = 128
     vae_mult: tuple = (1, 1, 2, 2, 4)
     vae_blocks: int = 2
-    vae_groups: int = 32                # of its GroupNorm
-    vae_scale: float = 0.2325           # makes the variance of the latents about 1
-    num_steps: int = 64                 # the sampler's defaults
+    vae_groups: int = 32
+    vae_scale: float = 0.2325
+
+    # RecA: factor on the gradient that reaches the understanding embeddings.
+    grad_scale: float = 0.1
+
+    # The sampler's defaults. guidance_scale 1 means no guidance; guidance_schedule "linear" raises
+    # the guidance from 1 to guidance_scale while the image is painted. clip_latents bounds the
+    # predicted tokens, 0: no bound. (Only tiny has one: at the noisiest of the 1000 timesteps an
+    # error of the predicted noise is an error of the token 20,000 times as large.)
+    num_steps: int = 64
     guidance_scale: float = 3.0
-    clip_latents: float = 0.0           # bound of x_0, 0: none. Tiny: at t = 999 errors are 20000 times as large
-    grad_scale: float = 0.1             # RecA: factor on the gradient that reaches the understanding embeddings
+    guidance_schedule: str = "constant"
+    temperature: float = 1.0
+    diffusion_steps: int = 100
+    clip_latents: float = 0.0
+
 
 CONFIGS = {
     "harmon-1.5b": HarmonConfig(),
     "harmon-0.5b": HarmonConfig(
-        name="harmon_0.5b", llm_width=896, llm_layers=24, llm_heads=14, llm_mlp=4864,
-        encoder_width=768, encoder_layers=12, encoder_heads=12, decoder_width=768, decoder_layers=12, decoder_heads=12,
-        diffusion_width=1024, diffusion_layers=6),
-    # 4 x 4 tokens of 8 x 8 pixels an image.
+        name="harmon_0.5b",
+        llm_width=896, llm_layers=24, llm_heads=14, llm_mlp=4864,
+        encoder_width=768, encoder_layers=12, encoder_heads=12,
+        decoder_width=768, decoder_layers=12, decoder_heads=12,
+        diffusion_width=1024, diffusion_layers=6,
+    ),
+    # An image of 32 px is 4 x 4 tokens of 8 x 8 pixels.
     "tiny": HarmonConfig(
-        name="harmon_tiny", image_size=32, vocab_size=512, llm_width=96, llm_layers=2, llm_heads=4, llm_mlp=256,
-        encoder_width=96, encoder_layers=2, encoder_heads=4, decoder_width=96, decoder_layers=2, decoder_heads=4,
-        buffer_size=8, table_size=4, class_num=10, dropout=0.0, diffusion_width=96, diffusion_layers=2,
-        diffusion_steps=25, grad_scale=1.0, vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4,
-        num_steps=16, guidance_scale=1.5, clip_latents=4.0),
+        name="harmon_tiny", image_size=32, vocab_size=512,
+        llm_width=96, llm_layers=2, llm_heads=4, llm_mlp=256,
+        encoder_width=96, encoder_layers=2, encoder_heads=4,
+        decoder_width=96, decoder_layers=2, decoder_heads=4,
+        buffer_size=8, table_size=4, class_num=10, dropout=0.0,
+        diffusion_width=96, diffusion_layers=2,
+        vae_width=32, vae_mult=(1, 1, 1, 1), vae_blocks=1, vae_groups=4,
+        grad_scale=1.0,
+        num_steps=16, guidance_scale=1.5, diffusion_steps=25, clip_latents=4.0,
+    ),
 }
 
-# What --model accepts beside hub ids and folders. (-o: decoder tuned on GPT-4o images, before there was RecA.)
-RELEASED = {"harmon-1.5b": "wusize/harmon:harmon_1.5b.pth", "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
-            "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth"}
-# And what the authors' RecA has made of them (plus: fine-tuned on BLIP3o-60k first), with the size
-# of each.
+
+@dataclass
+class Recipe:
+    """The paper's run (Table 8): 5000 steps, batch 48, learning rate 1e-5.
+
+    The original counts micro-batches of 48 images in the order recon, recon, i2t, i2t, and moves
+    the weights after these four. We count evaluations of equation (3). So a step of ours has 24
+    images for each of the two losses, and four steps are one update of 96 + 96 images, as in the
+    original; 5000 steps are 1250 updates in both. (The table's accumulation of 2 counts pairs of
+    micro-batches.) The warm-up of 500 micro-batches becomes 125 updates. The original's cosine ends
+    after 50,000 micro-batches, which is update 12,500. The run ends after a tenth of it, where the
+    learning rate is still 0.98 of its peak.
+    """
+    # From Table 8.
+    steps: int = 5000
+    batch: int = 24
+    accum: int = 4
+    lr: float = 1e-5
+    weight_decay: float = 0.02
+    warmup: int = 125
+    lambda_recon: float = 1.0
+    lambda_i2t: float = 1.0
+    lambda_t2i: float = 0.0
+
+    # From the public configuration. There the gradient is clipped at 1, but it is the mean over
+    # micro-batches of one loss each; ours is that of the sum of two losses, twice as large.
+    betas: tuple = (0.9, 0.95)
+    eps: float = 1e-8
+    horizon: int = 12500
+    clip: float = 2.0
+
+
+DEFAULT = "harmon-1.5b"
+RECIPES = {
+    "harmon-1.5b": Recipe(),
+    "harmon-0.5b": Recipe(steps=3000, batch=48),
+    "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300, clip=1.0),
+}
+
+# What --model accepts beside hub ids and folders. harmon-1.5b-o is older than RecA: a decoder that
+# was tuned on images of GPT-4o. All weights of Harmon are under the S-Lab License 1.0
+# (non-commercial).
+RELEASED = {
+    "harmon-1.5b": "wusize/harmon:harmon_1.5b.pth",
+    "harmon-0.5b": "wusize/harmon:harmon_0.5b.pth",
+    "harmon-1.5b-o": "wusize/harmon:harmon_1.5b-o.pth",
+}
+# What the authors' RecA has made of them ("plus": fine-tuned on BLIP3o-60k before RecA). They are
+# derived from Harmon's weights.
 RECA = {
     "harmon-1.5b-reca": "sanaka87/Harmon-1.5B-RecA",
     "harmon-1.5b-reca-plus": "sanaka87/Harmon-1.5B-RecA-plus",
     "harmon-0.5b-reca": "sanaka87/Harmon-0.5B-RecA",
 }
-CONFIGS |= {name: CONFIGS[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
-
-@dataclass
-class Recipe:
-    """The paper's run (Table 8): 5000 steps, 48 images, accumulation. The original counts micro-batches
-    of 48, in the order recon, recon, i2t, i2t, and moves the weights after four. So a step of ours, one
-    evaluation of equation (3), is 24 images for each of the two losses, and four are one update: 1250
-    updates of 96 + 96 images, as there. (The table says accumulation 2, which are pairs of its
-    micro-batches.) Its warm-up of 500 micro-batches is 125 updates. Its cosine ends at update 12500, of
-    which the run sees the first tenth: the learning rate stops at 0.98 of its peak."""
-    steps: int = 5000
-    batch: int = 24
-    accum: int = 4
-    lr: float = 1e-5
-    betas: tuple = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.02
-    warmup: int = 125
-    horizon: int = 12500
-    clip: float = 2.0           # the original clips the mean of its four micro-batches at 1; our gradient is twice that
-    lambda_recon: float = 1.0
-    lambda_i2t: float = 1.0
-    lambda_t2i: float = 0.0
-
-DEFAULT = "harmon-1.5b"
-RECIPES = {
-    DEFAULT: Recipe(),
-    "harmon-0.5b": Recipe(steps=3000, batch=48),
-    "tiny": Recipe(steps=1200, batch=32, accum=1, lr=2e-3, warmup=20, horizon=1300, clip=1.0),
+SAME_SIZE = {
+    "harmon-1.5b-o": "harmon-1.5b",
+    "harmon-1.5b-reca": "harmon-1.5b",
+    "harmon-1.5b-reca-plus": "harmon-1.5b",
+    "harmon-0.5b-reca": "harmon-0.5b",
 }
-RECIPES |= {name: RECIPES[name[:11]] for name in ("harmon-1.5b-o", *RECA)}
+for _name, _size in SAME_SIZE.items():
+    CONFIGS[_name] = CONFIGS[_size]
+    RECIPES[_name] = RECIPES[_size]
 
-# ==== 2. The model ====================================================================================
-# The VAE is diffusers', the language model transformers'. MAR is in neither; its blocks have timm's names.
+# Files of a checkpoint: patterns for the weights, in this order; names that only Harmon's weights
+# have; what else is fetched with a download.
+WEIGHT_FILES = [["*.index.json"], ["*.pth"], ["*.safetensors"], ["*.bin"]]
+NEEDED = ("proj_in.0.weight", "mar.fake_latent")
+SMALL_FILES = [
+    "config.json",
+    "tokenizer*",
+    "vocab.json",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+]
+# Where the tokenizer is, by the width of the language model: the released weights come without one.
+TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}
+
+# Qwen2.5's chat template, without a system turn.
+USER = "<|im_start|>user\n"
+END = "<|im_end|>\n<|im_start|>assistant\n"
+# Words of the template, which a user's text may not contain.
+MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
+
+IMAGE_MARKER = -200  # in a list of ids, the place of all embeddings of an image
+IGNORED = -100  # the label of a token that is not predicted
+
+# In training, at least this part of an image's tokens is masked.
+LEAST_MASKED = 0.7
+# So many labels meet the language model's head at a time: their float32 logits are 78 MB.
+LABELS_AT_ONCE = 128
+
+
+# ==== 2. The model ================================================================================
+# The VAE is diffusers' and the language model transformers'. MAR is in neither, so it stands here.
+# Its blocks have the names of timm's ViT blocks, since the released weights have them.
+
 
 def take(x, index):
-    """x [B, K, D], index [B, R] -> the rows x[b, index[b]], [B, R, D]."""
+    """x [B, K, D], index [B, R] -> [B, R, D]: of every example the vectors with these numbers."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
+
+def two_layers(width_in, width, width_out):
+    """Linear, SiLU, Linear. The two connectors are made of it, and parts of the diffusion head."""
+    return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width_out))
+
+
 class Block(nn.Module):
-    """Pre-norm ViT block, in which every token sees every token. [B, K, D] -> [B, K, D]"""
+    """A pre-norm ViT block, in which every token sees every token: [B, K, D] -> [B, K, D]."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads = heads
+        self.dropout = dropout
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.attn = nn.ModuleDict({
+            "qkv": nn.Linear(width, 3 * width),
+            "proj": nn.Linear(width, width),
+        })
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = nn.ModuleDict({"fc1": nn.Linear(width, 4 * width), "fc2": nn.Linear(4 * width, width)})
+        self.mlp = nn.ModuleDict({
+            "fc1": nn.Linear(width, 4 * width),
+            "fc2": nn.Linear(4 * width, width),
+        })
 
     def forward(self, x):
-        dropout = self.dropout if self.training and torch.is_grad_enabled() else 0.0  # generate never drops
-        q, k, v = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)                      # all [B, heads, K, D/heads]
-        x = x + F.dropout(self.attn["proj"](y.transpose(1, 2).flatten(2)), dropout)
-        y = F.dropout(F.gelu(self.mlp["fc1"](self.norm2(x))), dropout)                      # [B, K, 4D]
-        return x + F.dropout(self.mlp["fc2"](y), dropout)
+        # Inference never drops, whichever mode the model is in: it computes no gradients.
+        dropping = self.training and torch.is_grad_enabled()
+        dropout = self.dropout if dropping else 0.0
 
+        qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, K, D/heads]
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # [B, heads, K, D/heads]
+        y = y.transpose(1, 2).flatten(2)  # [B, K, D]
+        x = x + F.dropout(self.attn["proj"](y), dropout)
 
-def stretch_square(image, size):
-    """Stretched to a square of the longer side, then size x size: the two steps of Harmon's
-    original."""
-    side = min(max(image.size), common.MAX_SIDE)
-    return image.resize((side, side)).resize((size, size))
+        y = F.gelu(self.mlp["fc1"](self.norm2(x)))  # [B, K, 4D]
+        y = self.mlp["fc2"](F.dropout(y, dropout))  # [B, K, D]
+        return x + F.dropout(y, dropout)
 
-
-def pad_square(image, size):
-    """Centred on a grey square of the longer side, then size x size (LLaVA's padding)."""
-    image = common.shrunk(image, common.MAX_SIDE)
-    square = Image.new("RGB", (max(image.size),) * 2, (127,) * 3)
-    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
-    return square.resize((size, size))
-
-
-def projector(width_in, width, width_out):
-    return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width_out))
 
 class DiffusionBlock(nn.Module):
-    """Residual block of the diffusion MLP: y (timestep and condition) sets shift, scale and gate. x, y [rows, W]"""
+    """A residual block of the diffusion head. y, which stands for timestep and condition, sets
+    shift and scale of its input, and the gate of its output."""
 
     def __init__(self, width):
         super().__init__()
         self.in_ln = nn.LayerNorm(width, eps=1e-6)
-        self.mlp = projector(width, width, width)
+        self.mlp = two_layers(width, width, width)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(width, 3 * width))
 
     def forward(self, x, y):
-        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)
+        """x [P, W], y [P, W] -> [P, W]"""
+        shift, scale, gate = self.adaLN_modulation(y).chunk(3, dim=-1)  # [P, W]
         return x + gate * self.mlp(self.in_ln(x) * (1 + scale) + shift)
 
+
 class DiffusionMLP(nn.Module):
-    """x [rows, C] noised tokens, t [rows] or [1] timesteps 0..999, z [rows, Dd] what MAR's decoder says of them
-    -> [rows, 2C]: the noise in x, and v in [-1, 1], the place of the step's log-variance between its two bounds."""
+    """The network of the diffusion head. It treats every token by itself: which noise is in it?"""
 
     def __init__(self, channels, z_width, width, layers):
         super().__init__()
-        self.time_embed = nn.ModuleDict({"mlp": projector(256, width, width)})
+        self.time_embed = nn.ModuleDict({"mlp": two_layers(256, width, width)})
         self.cond_embed = nn.Linear(z_width, width)
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(DiffusionBlock(width) for _ in range(layers))
         self.final_layer = nn.ModuleDict({
             "linear": nn.Linear(width, 2 * channels),
-            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width))})
+            "adaLN_modulation": nn.Sequential(nn.SiLU(), nn.Linear(width, 2 * width)),
+        })
 
     def forward(self, x, t, z):
+        """x [P, C] noised tokens, t [P or 1] timesteps from 0 to 999, z [P, Dd] the conditions from
+        MAR's decoder -> [P, 2C]: the noise in x, and v, which is meant to be in [-1, 1] and says
+        where the log-variance of the denoising step lies between its two bounds."""
         dtype = self.input_proj.weight.dtype
-        time = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)          # [rows or 1, 256]
-        y = self.time_embed["mlp"](time.to(dtype)) + self.cond_embed(z.to(dtype))                         # [rows, W]
-        x = self.input_proj(x.to(dtype))
+        time = get_timestep_embedding(t, 256, flip_sin_to_cos=True, downscale_freq_shift=0)
+        y = self.time_embed["mlp"](time.to(dtype)) + self.cond_embed(z.to(dtype))  # [P, W]
+
+        x = self.input_proj(x.to(dtype))  # [P, W]
         for block in self.res_blocks:
             x = block(x, y)
-        shift, scale = self.final_layer["adaLN_modulation"](y).chunk(2, dim=-1)
-        return self.final_layer["linear"](F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift)
+
+        shift, scale = self.final_layer["adaLN_modulation"](y).chunk(2, dim=-1)  # [P, W]
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
+        return self.final_layer["linear"](x)
+
 
 class MAR(nn.Module):
-    """The masked autoencoder: an encoder of what is visible (the buffer always is), a decoder that fills the rest, and
-    the diffusion head."""
+    """The masked autoencoder: an encoder of the visible tokens and the buffer, a decoder that fills
+    the hidden places, and the diffusion head."""
 
     def __init__(self, config):
         super().__init__()
-        c, self.config = config, config
-        places, De, Dd = c.table_size ** 2, c.encoder_width, c.decoder_width
-        self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)  # in every checkpoint, never read
-        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, De))   # in all buffer places; positions tell them apart
+        c = config
+        self.config = c
+        places = c.table_size ** 2
+        De = c.encoder_width
+        Dd = c.decoder_width
+
+        # class_emb is in every checkpoint, and nothing reads it.
+        self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)
+
+        # The encoder. fake_latent is the vector in all places of the buffer.
+        self.fake_latent = nn.Parameter(0.02 * torch.randn(1, De))
         self.z_proj = nn.Linear(c.latent_channels, De)
         self.z_proj_ln = nn.LayerNorm(De, eps=1e-6)
-        self.encoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, c.buffer_size + places, De))
-        self.encoder_blocks = nn.ModuleList(Block(De, c.encoder_heads, c.dropout) for _ in range(c.encoder_layers))
+        table = 0.02 * torch.randn(1, c.buffer_size + places, De)  # [1, E + places, De]
+        self.encoder_pos_embed_learned = nn.Parameter(table)
+        self.encoder_blocks = nn.ModuleList(
+            Block(De, c.encoder_heads, c.dropout) for _ in range(c.encoder_layers))
         self.encoder_norm = nn.LayerNorm(De, eps=1e-6)
+
+        # The decoder. mask_token is the vector in all hidden places.
         self.decoder_embed = nn.Linear(De, Dd)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, Dd))
-        self.decoder_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, c.buffer_size + places, Dd))
-        self.decoder_blocks = nn.ModuleList(Block(Dd, c.decoder_heads, c.dropout) for _ in range(c.decoder_layers))
+        table = 0.02 * torch.randn(1, c.buffer_size + places, Dd)  # [1, E + places, Dd]
+        self.decoder_pos_embed_learned = nn.Parameter(table)
+        self.decoder_blocks = nn.ModuleList(
+            Block(Dd, c.decoder_heads, c.dropout) for _ in range(c.decoder_layers))
         self.decoder_norm = nn.LayerNorm(Dd, eps=1e-6)
-        self.diffusion_pos_embed_learned = nn.Parameter(0.02 * torch.randn(1, places, Dd))
+
+        # The diffusion head. It treats tokens one by one, so its condition says where they are.
+        table = 0.02 * torch.randn(1, places, Dd)  # [1, places, Dd]
+        self.diffusion_pos_embed_learned = nn.Parameter(table)
         net = DiffusionMLP(c.latent_channels, Dd, c.diffusion_width, c.diffusion_layers)
         self.diffloss = nn.ModuleDict({"net": net})
-        # MAR's initialisation. What modulates, and the diffusion MLP's output, start at zero.
+        self.initialize()
+
+    def initialize(self):
+        """MAR's own initialisation. In the diffusion head, modulation and output start at zero."""
         for name, p in self.named_parameters():
             if name.endswith("bias") or "adaLN" in name or "final_layer" in name:
                 nn.init.zeros_(p)
@@ -264,147 +489,266 @@ class MAR(nn.Module):
                 nn.init.xavier_uniform_(p)
 
     def positions(self, table, grid):
-        """A table [1, E + side * side, D] -> [1, E + h*w, D], stretched to grid = (h, w): 16 x 16 to 32 x 32."""
+        """table [1, E + places, D] -> [1, E + h*w, D]: a position table for another grid = (h, w).
+        The image's part is interpolated (16 x 16 to 32 x 32 in the released models), the buffer's
+        part, if there is one, stays."""
         side = self.config.table_size
-        buffer, image = table.tensor_split([table.shape[1] - side ** 2], dim=1)
-        image = image.unflatten(1, (side, side)).permute(0, 3, 1, 2)                                # [1, D, side, side]
-        image = F.interpolate(image, size=grid, mode="bilinear").flatten(2).transpose(1, 2)         # [1, h*w, D]
+        E = table.shape[1] - side ** 2
+        h, w = grid
+
+        buffer, image = table.tensor_split([E], dim=1)
+        image = image.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
+        image = F.interpolate(image, size=grid, mode="bilinear")  # [1, D, h, w]
+        image = image.flatten(2).transpose(1, 2)  # [1, h*w, D]
         return torch.cat([buffer, image], dim=1)
 
     def encode(self, latents, grid, visible=None):
-        """latents [B, N, C], visible [B, V] places (None: all) -> [B, E+V, De], buffer first. The hidden are absent."""
-        B, E = latents.shape[0], self.config.buffer_size
-        buffer, places = self.positions(self.encoder_pos_embed_learned, grid).expand(B, -1, -1).tensor_split([E], dim=1)
+        """latents [B, N, C], visible [B, V] -> [B, E+V, De], the buffer first. Hidden tokens are
+        absent. grid: (h, w); visible: the numbers of the visible tokens, None: all are visible."""
+        B = len(latents)
+        E = self.config.buffer_size
+        table = self.positions(self.encoder_pos_embed_learned, grid).expand(B, -1, -1)
+        buffer_places, places = table.tensor_split([E], dim=1)
         if visible is not None:
-            latents, places = take(latents, visible), take(places, visible)
-        x = self.z_proj(latents.to(self.z_proj.weight.dtype))
+            latents = take(latents, visible)  # [B, V, C]
+            places = take(places, visible)  # [B, V, De]
+
+        x = self.z_proj(latents.to(self.z_proj.weight.dtype))  # [B, V, De]
         precision = x.dtype
-        x = self.z_proj_ln(torch.cat([self.fake_latent + buffer, x + places], dim=1))
-        # Under autocast position tables and norms give float32, in which all blocks would then keep their rows.
-        x = x.to(precision)
+        x = torch.cat([self.fake_latent + buffer_places, x + places], dim=1)  # [B, E+V, De]
+        # Under autocast the float32 tables and the norm would keep x in float32 through all blocks.
+        x = self.z_proj_ln(x).to(precision)
         for block in self.encoder_blocks:
             x = block(x)
         return self.encoder_norm(x)
 
     def decode(self, x, grid, visible):
-        """x [B, E+V, De] for the buffer and the visible places [B, V] -> z [B, N, Dd], a condition for every place."""
+        """x [B, E+V, De], visible [B, V] -> [B, N, Dd]: the context, for the buffer and the visible
+        tokens, becomes a condition for every place of the image."""
         E = self.config.buffer_size
         buffer, seen = self.decoder_embed(x).tensor_split([E], dim=1)
-        image = self.mask_token.to(seen.dtype).expand(len(x), grid[0] * grid[1], -1)
-        image = image.scatter(1, visible[..., None].expand(-1, -1, seen.shape[-1]), seen)                   # [B, N, Dd]
-        x = torch.cat([buffer, image], dim=1)
+
+        # Every place gets the mask token, then the visible ones what the context has for them.
+        image = self.mask_token.to(seen.dtype).expand(len(x), grid[0] * grid[1], -1)  # [B, N, Dd]
+        image = image.scatter(1, visible[..., None].expand(-1, -1, seen.shape[-1]), seen)
+
+        x = torch.cat([buffer, image], dim=1)  # [B, E+N, Dd]
         x = x + self.positions(self.decoder_pos_embed_learned, grid).to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
-        return self.decoder_norm(x)[:, E:] + self.positions(self.diffusion_pos_embed_learned, grid)
+        image = self.decoder_norm(x)[:, E:]  # [B, N, Dd]
+        return image + self.positions(self.diffusion_pos_embed_learned, grid)
+
 
 @functools.lru_cache(maxsize=8)
 def diffusion_schedule(steps, device):
-    """Tables of the cosine diffusion with `steps` of its 1000 timesteps kept: {name: float32 [steps]}. Of the signal's
-    variance abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) is left at time u: x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise.
-    With fewer steps the betas follow from the abars that are kept; `original` holds their numbers among the 1000."""
+    """The cosine diffusion with `steps` of its 1000 timesteps -> {name: float32 table of `steps`}.
+
+    At the time u, from 0 to 1, abar(u) = cos^2(pi/2 (u + 0.008) / 1.008) of a token's variance is
+    left: x_t = sqrt(abar) x_0 + sqrt(1 - abar) noise. Training takes all 1000 timesteps. With
+    fewer, for sampling, the betas follow from the abars of those that are kept. The table
+    "original" has their numbers among the 1000, which is what the network is told.
+    """
+    # All arithmetic is in float64.
     abar = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
     betas = np.minimum(1 - abar[1:] / abar[:-1], 0.999)
-    kept = np.cumsum([0.0] + [999 / max(1, steps - 1)] * (steps - 1)).round().astype(int)     # ties as in the original
-    now = np.cumprod(1 - betas)[kept]                           # abar of each step that is kept
-    before = np.append(1.0, now[:-1])                           # and of the one before it
-    betas = 1 - now / before
-    posterior = betas * (1 - before) / (1 - now)                # variance of q(x_{t-1} | x_t, x_0)
-    posterior = np.append(posterior[1:2], posterior[1:])        # it is 0 at t = 0, where that of t = 1 stands in
+    # Added up as floats, as the original does: where the sum ends in one half, rounding depends on
+    # it.
+    distances = [0.0] + [999 / max(1, steps - 1)] * (steps - 1)
+    kept = np.cumsum(distances).round().astype(int)
+
+    abar = np.cumprod(1 - betas)[kept]
+    abar_before = np.append(1.0, abar[:-1])
+    betas = 1 - abar / abar_before
+
+    # The variance of q(x_{t-1} | x_t, x_0). At t = 0 it is 0, whose logarithm would be infinite:
+    # the variance of t = 1 stands in.
+    posterior = betas * (1 - abar_before) / (1 - abar)
+    posterior = np.append(posterior[1:2], posterior[1:])
+
     tables = {
-        "alphas_cumprod": now, "betas": betas, "original": kept,
-        "signal": np.sqrt(now), "noise": np.sqrt(1 - now),                                      # x_0, noise -> x_t
-        "x0_from_xt": np.sqrt(1 / now), "x0_from_noise": np.sqrt(1 / now - 1),                  # and back
-        "mean_x0": betas * np.sqrt(before) / (1 - now),                                  # mean of q(x_{t-1} | x_t, x_0)
-        "mean_xt": (1 - before) * np.sqrt(1 - betas) / (1 - now),
-        "log_beta": np.log(betas), "log_posterior": np.log(posterior)}
-    return {name: torch.tensor(table, dtype=torch.int64 if name == "original" else torch.float32, device=device)
-            for name, table in tables.items()}
+        "original": kept,
+        "alphas_cumprod": abar,
+        "betas": betas,
+        # x_0 and noise -> x_t
+        "signal": np.sqrt(abar),
+        "noise": np.sqrt(1 - abar),
+        # x_t and noise -> x_0
+        "x0_from_xt": np.sqrt(1 / abar),
+        "x0_from_noise": np.sqrt(1 / abar - 1),
+        # x_0 and x_t -> the mean of q(x_{t-1} | x_t, x_0)
+        "mean_x0": betas * np.sqrt(abar_before) / (1 - abar),
+        "mean_xt": (1 - abar_before) * np.sqrt(1 - betas) / (1 - abar),
+        # the bounds of the log-variance
+        "log_beta": np.log(betas),
+        "log_posterior": np.log(posterior),
+    }
+    made = {}
+    for name, table in tables.items():
+        dtype = torch.int64 if name == "original" else torch.float32
+        made[name] = torch.tensor(table, dtype=dtype, device=device)
+    return made
+
 
 def denoising_step(at, x_t, noise, v, limit=math.inf):
-    """p(x_{t-1} | x_t) as the network sees it -> its mean and log-variance, [rows, C] each. at: the tables at time t;
-    x_t, noise, v [rows, C], the latter two from the network. limit: bound of the predicted x_0, none in Harmon."""
+    """One step back, p(x_{t-1} | x_t), as the network has it -> its mean and its log-variance.
+
+    at: the tables of diffusion_schedule at the time t; x_t [P, C]; noise [P, C] and v [P, C] from
+    the network; limit: bound of the predicted x_0, none in the released models.
+    """
     x_0 = (at["x0_from_xt"] * x_t - at["x0_from_noise"] * noise).clamp(-limit, limit)
-    part = (v + 1) / 2                                                       # 0: the posterior's variance, 1: beta
-    return at["mean_x0"] * x_0 + at["mean_xt"] * x_t, part * at["log_beta"] + (1 - part) * at["log_posterior"]
+    mean = at["mean_x0"] * x_0 + at["mean_xt"] * x_t  # [P, C]
+    # v = -1 is the posterior's variance, v = 1 is beta.
+    fraction = (v + 1) / 2
+    log_variance = fraction * at["log_beta"] + (1 - fraction) * at["log_posterior"]  # [P, C]
+    return mean, log_variance
+
+
+def normal_cdf(x):
+    """The distribution function of the standard normal, in the usual approximation by tanh."""
+    return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
+
 
 def diffusion_terms(net, x_0, z, t, noise):
-    """MAR's diffusion loss, its two terms for each row: x_0, noise [rows, C], z [rows, Dd], t [rows] -> mse, vb [rows].
-    mse  mean squared error of the predicted noise, in float32 (the original: bf16, under autocast).
-    vb   the variational bound in bits, to train the variance only (the noise is detached): the KL between the true and
-         the predicted step; at t = 0 the likelihood of x_0 under a Gaussian in bins of 1/255, which fit 8-bit pixels
-         and mean little for latents, but the released models were trained so."""
-    def cdf(x):                                                             # of the standard normal, very nearly
-        return 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x ** 3)))
-    x_0, noise = x_0.float(), noise.float()
-    at = {name: table[t][:, None] for name, table in diffusion_schedule(1000, x_0.device).items()}          # [rows, 1]
-    x_t = at["signal"] * x_0 + at["noise"] * noise
-    predicted, v = net(x_t, t, z).float().chunk(2, dim=-1)
-    mse = (noise - predicted).square().mean(-1)
-    mean, log_var = denoising_step(at, x_t, predicted.detach(), v)
-    true_mean, true_log_var = at["mean_x0"] * x_0 + at["mean_xt"] * x_t, at["log_posterior"]
-    kl = log_var - true_log_var - 1 + (true_log_var - log_var).exp() + (true_mean - mean).square() * (-log_var).exp()
-    inverse_std = (-0.5 * log_var).exp()
-    upper, lower = cdf(inverse_std * (x_0 - mean + 1 / 255)), cdf(inverse_std * (x_0 - mean - 1 / 255))
-    bin_mass = torch.where(x_0 < -0.999, upper, torch.where(x_0 > 0.999, 1 - lower, upper - lower))
-    likelihood = bin_mass.clamp(min=1e-12).log()
-    return mse, torch.where(t == 0, -likelihood.mean(-1), 0.5 * kl.mean(-1)) / math.log(2)
+    """MAR's diffusion loss: x_0 [P, C] true tokens, z [P, Dd] conditions, t [P] timesteps from 0 to
+    999, noise [P, C] -> its two terms for every token, mse and vb, each of shape P.
+
+    mse  the mean squared error of the predicted noise. It trains the prediction.
+    vb   the variational bound in bits. It trains the variance alone, as the noise is detached. For
+         t > 0 it is the KL divergence between the true and the predicted step back. At t = 0 it is
+         the likelihood of x_0 under a Gaussian in bins of 1/255. Such bins fit 8-bit pixels and
+         mean little for latents; we follow the original, since the released models are trained so.
+    """
+    # Float32 throughout. (The original has noise and mse in bf16.)
+    x_0 = x_0.float()
+    noise = noise.float()
+    at = {}
+    for name, table in diffusion_schedule(1000, x_0.device).items():
+        at[name] = table[t][:, None]
+
+    x_t = at["signal"] * x_0 + at["noise"] * noise  # [P, C]
+    predicted, v = net(x_t, t, z).float().chunk(2, dim=-1)  # [P, C]
+    mse = (noise - predicted).square().mean(-1)  # [P]
+
+    # t > 0: the KL divergence of two Gaussians.
+    mean, log_variance = denoising_step(at, x_t, predicted.detach(), v)
+    true_mean = at["mean_x0"] * x_0 + at["mean_xt"] * x_t
+    log_ratio = at["log_posterior"] - log_variance
+    distance = (true_mean - mean).square() * (-log_variance).exp()
+    kl = 0.5 * (log_ratio.exp() - log_ratio - 1 + distance)  # [P, C]
+
+    # t = 0: the probability of the bin in which x_0 is; the first and the last bin have no end.
+    inverse_std = (-0.5 * log_variance).exp()
+    upper = normal_cdf(inverse_std * (x_0 - mean + 1 / 255))
+    lower = normal_cdf(inverse_std * (x_0 - mean - 1 / 255))
+    probability = torch.where(x_0 > 0.999, 1 - lower, upper - lower)
+    probability = torch.where(x_0 < -0.999, upper, probability)
+    log_likelihood = probability.clamp(min=1e-12).log()  # [P, C]
+
+    vb = torch.where(t == 0, -log_likelihood.mean(-1), kl.mean(-1)) / math.log(2)  # [P]
+    return mse, vb
+
 
 def masked_after(N, num_steps):
-    """How many of N tokens are masked after each of the sampler's steps: a cosine, always fewer, at least one."""
+    """How many of N tokens are masked after each of the sampler's steps: a quarter of a cosine, but
+    each step paints at least one token, and at least one is left."""
     left = [N]
     for k in range(1, num_steps + 1):
-        left.append(max(1, min(left[-1] - 1, math.floor(N * math.cos(math.pi / 2 * k / num_steps)))))
+        cosine = math.floor(N * math.cos(math.pi / 2 * k / num_steps))
+        left.append(max(1, min(left[-1] - 1, cosine)))
     return left[1:]
 
-USER, END = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"    # Qwen2.5's template, without a system turn
-MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")  # what the user's words must not say
-LEAST_MASKED = 0.7      # of the tokens, in training
-LABELS_AT_ONCE = 128    # that meet the language model's head: float32 logits of 78 MB
-IMAGE_MARKER, IGNORED = -200, -100      # all embeddings of an image, in a list of ids; label of what is not predicted
+
+def stretch_square(image, size):
+    """Stretched to a square, and not cropped, then size x size. As in the original there are two
+    steps: to a square of the longer side, and from there."""
+    side = min(max(image.size), common.MAX_SIDE)
+    return image.resize((side, side)).resize((size, size))
+
+
+def pad_square(image, size):
+    """Centred on a grey square of the longer side, then size x size, as LLaVA does."""
+    image = common.shrunk(image, common.MAX_SIDE)
+    side = max(image.size)
+    square = Image.new("RGB", (side, side), (127, 127, 127))
+    square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+    return square.resize((size, size))
+
 
 class Harmon(nn.Module):
-    """VAE, MAR and Qwen2.5 as in the picture on top of the file, with random weights and no tokenizer."""
-    # Where ids or latents enter and leave: few numbers, on which all others depend.
-    unquantized = ("vae.", "llm.lm_head", "mar.z_proj", "mar.diffloss.net.input_proj",
-                   "mar.diffloss.net.final_layer.linear")
+    """VAE, MAR and Qwen2.5, connected as in the picture at the top of this file. The constructor
+    makes random weights and no tokenizer; see from_pretrained."""
+
+    # Layers that --quantize leaves alone: ids and latents enter and leave through them. They have
+    # few weights, and all else depends on what they say.
+    unquantized = (
+        "vae.",
+        "llm.lm_head",
+        "mar.z_proj",
+        "mar.diffloss.net.input_proj",
+        "mar.diffloss.net.final_layer.linear",
+    )
 
     def __init__(self, config):
         super().__init__()
-        c, self.config = config, config
+        c = config
+        self.config = c
+
+        # diffusers' class expresses KL-16 exactly: attention is only in the encoder's last level
+        # and in the middle of encoder and decoder.
         levels = len(c.vae_mult)
-        self.stride = 2 ** (levels - 1)                     # pixels of one token's side
-        # diffusers' class expresses KL-16 exactly: attention is in the encoder's last level and the middles only.
+        self.stride = 2 ** (levels - 1)  # a token is stride x stride pixels
         self.vae = AutoencoderKL(
-            block_out_channels=[c.vae_width * m for m in c.vae_mult], up_block_types=["UpDecoderBlock2D"] * levels,
+            block_out_channels=[c.vae_width * factor for factor in c.vae_mult],
             down_block_types=["DownEncoderBlock2D"] * (levels - 1) + ["AttnDownEncoderBlock2D"],
-            latent_channels=c.latent_channels, layers_per_block=c.vae_blocks, norm_num_groups=c.vae_groups,
-        ).requires_grad_(False)
+            up_block_types=["UpDecoderBlock2D"] * levels,
+            latent_channels=c.latent_channels,
+            layers_per_block=c.vae_blocks,
+            norm_num_groups=c.vae_groups,
+        )
+        self.vae.requires_grad_(False)
+
         self.llm = Qwen2ForCausalLM(Qwen2Config(
-            vocab_size=c.vocab_size, hidden_size=c.llm_width, intermediate_size=c.llm_mlp,
-            num_hidden_layers=c.llm_layers, num_attention_heads=c.llm_heads, num_key_value_heads=c.llm_kv_heads,
-            rope_parameters={"rope_type": "default", "rope_theta": 1e6}, rms_norm_eps=1e-6, tie_word_embeddings=True,
-            bos_token_id=None, eos_token_id=None, use_cache=False))
+            vocab_size=c.vocab_size,
+            hidden_size=c.llm_width,
+            intermediate_size=c.llm_mlp,
+            num_hidden_layers=c.llm_layers,
+            num_attention_heads=c.llm_heads,
+            num_key_value_heads=c.llm_kv_heads,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e6},
+            rms_norm_eps=1e-6,
+            tie_word_embeddings=True,
+            bos_token_id=None,
+            eos_token_id=None,
+            use_cache=False,
+        ))
         self.mar = MAR(c)
-        self.proj_in = projector(c.encoder_width, c.llm_width, c.llm_width)
-        self.proj_out = projector(c.llm_width, c.llm_width, c.encoder_width)
-        self.tokenizer = None                               # from_pretrained sets it; what takes ids does without
+        self.proj_in = two_layers(c.encoder_width, c.llm_width, c.llm_width)
+        self.proj_out = two_layers(c.llm_width, c.llm_width, c.encoder_width)
+
+        # from_pretrained sets it. Methods that get ids instead of texts do without.
+        self.tokenizer = None
         self.set_und()
 
     def set_und(self, size=None, blur=None):
-        """The paper's ablations: the understanding pass gets a smaller (section 3) or a blurred (F.2) image."""
+        """The paper's ablations: RecA's understanding side gets a smaller image (size, in pixels;
+        section 3.5) or a blurred one (blur, a factor; appendix F.2). InputError: not possible."""
         if size and size % self.stride:
-            raise InputError(f"--und-size {size}: Harmon's understanding encoder takes multiples of {self.stride}")
+            raise InputError(
+                f"--und-size {size}: Harmon's understanding encoder takes multiples of"
+                f" {self.stride}")
         common.check_blur(blur, self.config.image_size)
-        self.und_size, self.und_blur = size, blur
+        self.und_size = size
+        self.und_blur = blur
 
     @property
     def device(self):
         return self.proj_in[0].weight.device
 
     def _apply(self, function, recurse=True):
-        """What is behind .to(...). The table of the rotary positions is in no checkpoint and stays float32; the VAE's
-        convolutions are a quarter faster with the channels last."""
+        """Called by .to(...), .cuda() and the like. Two things need care. The table of the language
+        model's rotary positions is in no checkpoint and must stay float32, so it is made anew. And
+        the VAE's convolutions are a quarter faster if their weights have the channels last."""
         super()._apply(function, recurse)
         self.vae.to(memory_format=torch.channels_last)
         with torch.device(self.device):
@@ -412,470 +756,794 @@ class Harmon(nn.Module):
         return self
 
     def blocks(self):
-        """What repeats, for torch.compile and activation checkpointing: the layers, and the diffusion head as a whole,
-        which is called once for each of its four timesteps."""
-        return [*self.llm.model.layers, *self.mar.encoder_blocks, *self.mar.decoder_blocks, self.mar.diffloss["net"]]
+        """What is repeated, for torch.compile and activation checkpointing: all layers, and the
+        diffusion head as a whole, which is called once for each noise level of a token."""
+        return [
+            *self.llm.model.layers,
+            *self.mar.encoder_blocks,
+            *self.mar.decoder_blocks,
+            self.mar.diffloss["net"],
+        ]
 
     def parameter_groups(self, weight_decay):
-        """AdamW groups of all that is trained. The original's rule: no decay for one-dimensional tensors and the whole
-        diffusion MLP; so embeddings, position tables and the mask token do decay."""
-        trained = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
-        exempt = {name for name, p in trained if p.ndim == 1 or "diffloss" in name}
-        return [{"params": [p for name, p in trained if name not in exempt], "weight_decay": weight_decay},
-                {"params": [p for name, p in trained if name in exempt], "weight_decay": 0.0}]
+        """AdamW's groups of all that is trained. As in the original, one-dimensional tensors and
+        the whole diffusion head do not decay; embeddings, position tables and the mask token do."""
+        decaying = []
+        others = []
+        for name, p in self.named_parameters():
+            if not p.requires_grad:
+                continue
+            if p.ndim == 1 or "diffloss" in name:
+                others.append(p)
+            else:
+                decaying.append(p)
+        return [
+            {"params": decaying, "weight_decay": weight_decay},
+            {"params": others, "weight_decay": 0.0},
+        ]
 
     def preprocess(self, image, task, rng=None):
-        """A PIL RGB image -> {"pixels": uint8 [3, S, S]}, as the original's data sets do it. rng: a numpy Generator, for
-        t2i's crop along the long side; None: the central one."""
+        """A PIL RGB image -> {"pixels": uint8 [3, S, S]}, as the original's data sets make it:
+        recon stretches, i2t pads, t2i crops. rng: a numpy Generator for the place of the crop,
+        None: the centre. image None, for a conversation without an image: mid grey, as float
+        zeros."""
         size = self.config.image_size
-        if image is None:                                   # a conversation without an image: mid grey
+        if image is None:
             return {"pixels": torch.zeros(3, size, size)}
-        if task == "recon":                                 # squeezed to a square, from its longer side
+
+        if task == "recon":
             image = stretch_square(image, size)
+        elif task == "i2t":
+            image = pad_square(image, size)
         else:
-            image = pad_square(image, size) if task == "i2t" else common.random_square(image, size, rng)
+            image = common.random_square(image, size, rng)
         return {"pixels": common.to_uint8(image)}
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """All that is frozen: samples of preprocess -> dicts of float32 [h, w, C], which --cache stores: "latents", for
-        set_und's ablations also "und_latents"."""
+        """All that is frozen, which --cache therefore stores: B dicts of preprocess -> B dicts with
+        float32 tensors of shape h, w, C. "latents" are the tokens of the image; where set_und asks
+        for a smaller or blurred image on the understanding side, "und_latents" are those of it."""
         pixels = [common.normalize(sample["pixels"].to(self.device)) for sample in samples]
-        pixels = torch.stack(pixels)                                                                      # [B, 3, S, S]
+        pixels = torch.stack(pixels)  # [B, 3, S, S]
         features = {"latents": self._latents(pixels)}
+
         if task == "recon" and (self.und_size or self.und_blur):
-            pixels = common.blur(pixels, self.und_blur) if self.und_blur else pixels
-            pixels = F.interpolate(pixels, self.und_size, mode="bilinear", antialias=True) if self.und_size else pixels
+            if self.und_blur:
+                pixels = common.blur(pixels, self.und_blur)
+            if self.und_size:
+                pixels = F.interpolate(pixels, self.und_size, mode="bilinear", antialias=True)
             features["und_latents"] = self._latents(pixels)
-        return [{key: value[i] for key, value in features.items()} for i in range(len(samples))]
+
+        examples = []
+        for i in range(len(samples)):
+            examples.append({name: value[i] for name, value in features.items()})
+        return examples
 
     def _latents(self, pixels):
-        """[B, 3, S, S] in [-1, 1] -> [B, h, w, C] float32: the mean of the posterior, never a sample, scaled."""
+        """pixels [B, 3, S, S] in [-1, 1] -> [B, h, w, C] float32: the scaled mean of the VAE's
+        posterior, which is never sampled."""
         pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
-        few = max(1, 2 ** 20 // pixels[0, 0].numel())       # 4 of 512 px: the first layers of more would be the peak
-        mean = torch.cat([self.vae.encode(x).latent_dist.mean for x in pixels.split(few)])                # [B, C, h, w]
+        # Four images of 512 px at a time: the VAE's first level has 128 channels for each pixel,
+        # which for a whole batch would set the peak of memory.
+        at_once = max(1, 2 ** 20 // pixels[0, 0].numel())
+        means = [self.vae.encode(part).latent_dist.mean for part in pixels.split(at_once)]
+        mean = torch.cat(means)  # [B, C, h, w]
         return (mean * self.config.vae_scale).permute(0, 2, 3, 1).float().contiguous()
 
     def _pixels(self, latents):
-        """[B, h, w, C] -> [B, 3, S, S], about in [-1, 1]."""
-        latents = (latents / self.config.vae_scale).permute(0, 3, 1, 2).to(self.vae.dtype)
-        return torch.cat([self.vae.decode(z).sample for z in latents.split(4)])
+        """latents [B, h, w, C] -> [B, 3, S, S], about in [-1, 1]: the inverse."""
+        latents = (latents / self.config.vae_scale).permute(0, 3, 1, 2)  # [B, C, h, w]
+        latents = latents.to(self.vae.dtype)
+        return torch.cat([self.vae.decode(part).sample for part in latents.split(4)])
 
     def understand(self, features):
-        """Understanding embeddings: B dicts of encode -> [B, K, D], K = N + E. MAR's encoder on the whole image, the
-        buffer moved to the end, where causal attention lets it see the image. Gradients are multiplied by grad_scale on
-        their way back, so that the understanding pass changes slowly; the generation pass's are not."""
-        latents = torch.stack([f.get("und_latents", f["latents"]) for f in features])                     # [B, h, w, C]
-        x = self.proj_in(self.mar.encode(latents.flatten(1, 2), tuple(latents.shape[1:3])))               # [B, E+N, D]
-        if x.requires_grad:
-            x.register_hook(lambda gradient: gradient * self.config.grad_scale)
-        return x.roll(-self.config.buffer_size, dims=1)
+        """The understanding embeddings h_v: B dicts of encode -> [B, K, D], K = N + E, as the
+        language model gets them.
 
-    def _hidden_states(self, embeddings, rows):
-        """The language model's last hidden states where they are read: embeddings [B, T, D], rows [B, R] -> [B, R, D].
-        Attention is causal and padding stands at the end (section 4), where nothing sees it: no mask. The last layer
-        needs keys and values of all places, but queries and its MLP only where it is read: some 200 of 1320."""
-        llm, last, x = self.llm.model, self.llm.model.layers[-1], embeddings
-        rope = llm.rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
+        MAR's encoder sees the whole image; the same encoder, with most of the image hidden, makes
+        the context of generation (recon_loss). On the way back gradients are multiplied by
+        grad_scale, so that understanding changes slowly. Those of the context are not.
+        """
+        seen = [example.get("und_latents", example["latents"]) for example in features]
+        latents = torch.stack(seen)  # [B, h, w, C]
+        grid = tuple(latents.shape[1:3])
+        encoded = self.mar.encode(latents.flatten(1, 2), grid)  # [B, E+N, De]
+        understood = self._into_llm(encoded)  # [B, K, D]
+        if understood.requires_grad:
+            understood.register_hook(lambda gradient: gradient * self.config.grad_scale)
+        return understood
+
+    def _into_llm(self, encoded):
+        """encoded [B, E+V, De] from MAR's encoder -> [B, V+E, D] for the language model. The buffer
+        moves to the end, where causal attention lets it see the image."""
+        return self.proj_in(encoded).roll(-self.config.buffer_size, dims=1)
+
+    def _out_of_llm(self, hidden):
+        """hidden [B, V+E, D] from the language model -> [B, E+V, De] for MAR, the buffer first."""
+        return self.proj_out(hidden.roll(self.config.buffer_size, dims=1))
+
+    def _hidden_states(self, embeddings, places):
+        """The language model where it is read: embeddings [B, T, D], places [B, R] -> [B, R, D],
+        its last hidden states there, after the final norm.
+
+        Attention is causal, and padding stands at the end (_assemble), where nothing sees it: there
+        is no mask. All layers but the last are called as transformers has them. The last is written
+        out, since it is needed at R places only, some 200 of 1300 in recon_loss: there it computes
+        queries, attention output and MLP, and keys and values everywhere. For Harmon-1.5B that
+        saves 25 of the 1582 TFLOP of a step (1.6%; counted, on the longest inputs), and the result
+        is the same. To do without it, call self.llm.model and `take` the places from its result.
+        """
+        llm = self.llm.model
+        T = embeddings.shape[1]
+        positions = torch.arange(T, device=embeddings.device)  # [T]
+        cos, sin = llm.rotary_emb(embeddings, positions[None])  # [1, T, D/heads]
+        x = embeddings
         for layer in llm.layers[:-1]:
-            x = layer(x, attention_mask=None, position_embeddings=rope)
-        attention, normed = last.self_attn, last.input_layernorm(x)                                         # [B, T, D]
-        cos, sin = rope                                                                                # [1, T, D/heads]
-        q, k, v = (y.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2) for y in (    # [B, (kv) heads, ., D/heads]
-            attention.q_proj(take(normed, rows)), attention.k_proj(normed), attention.v_proj(normed)))
-        q = q * cos[0][rows][:, None] + rotate_half(q) * sin[0][rows][:, None]
+            x = layer(x, attention_mask=None, position_embeddings=(cos, sin))
+
+        # The last layer: queries for the places, keys and values for everything.
+        last = llm.layers[-1]
+        attention = last.self_attn
+        normed = last.input_layernorm(x)  # [B, T, D]
+        q = attention.q_proj(take(normed, places))  # [B, R, D]
+        k = attention.k_proj(normed)  # [B, T, kv_heads*D/heads]
+        v = attention.v_proj(normed)  # [B, T, kv_heads*D/heads]
+        q = q.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, heads, R, D/heads]
+        k = k.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, kv_heads, T, D/heads]
+        v = v.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, kv_heads, T, D/heads]
+
+        # Rotary positions: a query has that of its place.
+        q = q * cos[0][places][:, None] + rotate_half(q) * sin[0][places][:, None]
         k = k * cos + rotate_half(k) * sin
-        earlier = torch.arange(x.shape[1], device=x.device) <= rows[..., None]                              # [B, R, T]
-        seen = F.scaled_dot_product_attention(q, k, v, attn_mask=earlier[:, None], enable_gqa=True)
-        x = take(x, rows) + attention.o_proj(seen.transpose(1, 2).flatten(2))
+
+        # A place sees itself and what is before it.
+        seen = positions <= places[..., None]  # [B, R, T]
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
+        y = y.transpose(1, 2).flatten(2)  # [B, R, D]
+        x = take(x, places) + attention.o_proj(y)  # [B, R, D]
         return llm.norm(x + last.mlp(last.post_attention_layernorm(x)))
 
-    # ==== 3. Loading and saving (what reads files, sizes and names stands below the class) ============
+    # ==== 3. Loading and saving ===================================================================
 
     @classmethod
     def from_pretrained(cls, source, device="cpu", dtype=torch.float32, quantize=None):
-        """A model in eval mode with its tokenizer. source: a name in RELEASED, a hub repository or folder (:FILE where
-        there are several), a file, or "tiny". quantize: None or "int8", before anything is on the device. Weights are
-        .pth, .bin or .safetensors, whole or in shards. What is not there is fetched: kl16.ckpt, unless the weights hold
-        `vae.*`; Qwen2.5's tokenizer. InputError: no fit."""
+        """A model in eval mode, with its tokenizer.
+
+        source    a name in RELEASED or RECA; a hub repository or a folder, with :FILE where it
+                  holds several models; a file; or "tiny"
+        quantize  None or "int8": done before anything is on the device
+
+        The weights are .pth, .bin or .safetensors, whole or in shards. What does not lie beside
+        them is fetched: kl16.ckpt, unless the weights hold `vae.*`, and Qwen2.5's tokenizer.
+        InputError: there is no such model, or its files do not fit.
+        """
         if source == "tiny":
             source = common.tiny_folder("harmon")
-        path = common.find_checkpoint(
-            str(source), RELEASED | RECA, WEIGHT_FILES, ["kl16.ckpt", *SMALL_FILES], NEEDED
-        )
-        folder, state = path.parent, dict(common.load_state(path))
-        vae = {key[4:]: state.pop(key) for key in list(state) if key.startswith("vae.")}
+        known = RELEASED | RECA
+        beside = ["kl16.ckpt", *SMALL_FILES]
+        path = common.find_checkpoint(str(source), known, WEIGHT_FILES, beside, NEEDED)
+        folder = path.parent
+
+        # The weights, and among them perhaps those of the VAE.
+        state = {}
+        vae = {}
+        for key, value in common.load_state(path).items():
+            if key.startswith("vae."):
+                vae[key.removeprefix("vae.")] = value
+            else:
+                state[key] = value
         if not vae:
-            home = folder if (folder / "kl16.ckpt").is_file() else common.hub_folder("wusize/harmon", ["kl16.ckpt"])
+            home = folder
+            if not (folder / "kl16.ckpt").is_file():
+                home = common.hub_folder("wusize/harmon", ["kl16.ckpt"])
             vae = common.load_state(home / "kl16.ckpt")
-        model = cls.from_states(read_config(folder, state), state, vae, str(path))
+        model = cls.from_states(cls._read_config(folder, state), state, vae, str(path))
+
+        # A model of another size whose folder has no tokenizer goes without: it takes ids only.
         if (folder / "tokenizer_config.json").is_file():
             model.tokenizer = common.load_tokenizer(folder)
-        elif model.config.llm_width in TOKENIZERS:          # other sizes do without: they take ids only
-            model.tokenizer = common.load_tokenizer(common.hub_folder(TOKENIZERS[model.config.llm_width], SMALL_FILES))
+        elif model.config.llm_width in TOKENIZERS:
+            home = common.hub_folder(TOKENIZERS[model.config.llm_width], SMALL_FILES)
+            model.tokenizer = common.load_tokenizer(home)
         return common.quantize(model, quantize).to(device, dtype).eval()
 
     @classmethod
     def random(cls, name, device="cpu"):
-        """Random weights at a size in CONFIGS, made on the device, and a stand-in tokenizer: for tiny and --bench."""
+        """A model of a size in CONFIGS with random weights, made on the device, and with a
+        tokenizer of a few words: for tests and --bench."""
         if name not in CONFIGS:
             raise InputError(f"no such size: {name} (there are {', '.join(CONFIGS)})")
-        tokenizer, config = common.tiny_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"]), CONFIGS[name]
+        tokenizer = common.tiny_tokenizer(["<|im_start|>", "<|im_end|>", "<|endoftext|>"])
+        config = replace(CONFIGS[name])
+        if name == "tiny":
+            config.vocab_size = len(tokenizer)
+
         with torch.device(device):
-            model = cls(replace(config, vocab_size=len(tokenizer)) if name == "tiny" else replace(config)).to(device)
+            model = cls(config).to(device)
         model.tokenizer = tokenizer
         return model.eval()
 
     def save_pretrained(self, folder):
-        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders accept, a config.json and the tokenizer."""
-        folder, name = Path(folder), f"{self.config.name}.pth"
-        vae = {"model": common.autoencoder_to_original(self.vae)}
-        for file, state in ((name, self.released_state()), ("kl16.ckpt", vae)):
-            with common.atomic(folder / file) as path, open(path, "wb") as stream:
-                torch.save(state, stream)                   # to a path, torch would store that path, too
+        """Writes harmon_*.pth and kl16.ckpt, which the original's loaders read, a config.json and
+        the tokenizer."""
+        folder = Path(folder)
+        files = {
+            f"{self.config.name}.pth": self.released_state(),
+            "kl16.ckpt": {"model": common.autoencoder_to_original(self.vae)},
+        }
+        for name, state in files.items():
+            # Torch gets an open file: given a path, it would write the path into the file.
+            with common.atomic(folder / name) as path, open(path, "wb") as stream:
+                torch.save(state, stream)
+
         common.write(folder / "config.json", {"reca_harmon": asdict(self.config)})
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 
     @classmethod
     def from_states(cls, config, state, vae, name="checkpoint"):
-        """A model from the dicts of harmon_*.pth and kl16.ckpt. Strict: InputError names the keys that do not fit."""
-        with torch.device("meta"):                          # no time for random weights
+        """A model from the two dicts of tensors in harmon_*.pth and kl16.ckpt. It is strict: an
+        InputError names the keys that are missing, unknown or of another shape."""
+        # On the meta device no random weights are drawn, which all would be overwritten.
+        with torch.device("meta"):
             model = cls(config)
         model.to_empty(device="cpu").llm.tie_weights()
+
+        # The head is tied to the embedding, so a checkpoint may list it or not.
         embedding = state.get("llm.model.embed_tokens.weight")
-        if embedding is not None:                           # the tied head may be listed or not
-            if not torch.equal(state.get("llm.lm_head.weight", embedding), embedding):
-                raise InputError(f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight, but differs")
+        if embedding is not None:
+            head = state.get("llm.lm_head.weight", embedding)
+            if not torch.equal(head, embedding):
+                raise InputError(
+                    f"{name}: llm.lm_head.weight is tied to llm.model.embed_tokens.weight,"
+                    " but differs")
             state = {**state, "llm.lm_head.weight": embedding}
-        vae = {key: value for key, value in vae.items()     # kl16.ckpt may hold more than the VAE
-               if key.startswith(("encoder.", "decoder.", "quant_", "post_quant_"))}
-        common.load_strictly(model.vae, common.autoencoder_from_original(model.vae, vae), f"the VAE of {name}")
-        common.load_strictly(nn.ModuleDict({k: m for k, m in model.named_children() if k != "vae"}), state, name)
+
+        # kl16.ckpt may hold more than the VAE.
+        parts = ("encoder.", "decoder.", "quant_", "post_quant_")
+        vae = {key: value for key, value in vae.items() if key.startswith(parts)}
+        vae = common.autoencoder_from_original(model.vae, vae)
+        common.load_strictly(model.vae, vae, f"the VAE of {name}")
+
+        others = {key: module for key, module in model.named_children() if key != "vae"}
+        common.load_strictly(nn.ModuleDict(others), state, name)
         return model
 
     def released_state(self):
-        """The flat dict of a released harmon_*.pth: everything but the VAE, the tied head listed."""
-        return {key: value for key, value in self.state_dict().items() if not key.startswith("vae.")}
+        """The tensors of a released harmon_*.pth: everything but the VAE, the tied head listed."""
+        state = self.state_dict()
+        return {key: value for key, value in state.items() if not key.startswith("vae.")}
 
-    # ==== 4. The embedding-conditioned prompt =========================================================
-    # The heart of RecA: the model's own embeddings of an image stand where a caption would, in the chat template in
-    # which it learned to describe images, and the image that is to come follows.
+    @staticmethod
+    def _read_config(folder, state):
+        """The sizes: from a config.json that save_pretrained wrote, else those of the released
+        model with the same widths. (All sizes cannot be read off the weights: the numbers of heads
+        leave no trace in the shapes.)"""
+        path = folder / "config.json"
+        settings = None
+        if path.is_file():
+            settings = common.read_object(path).get("reca_harmon")
+        if settings:
+            try:
+                return HarmonConfig(**settings)
+            except TypeError as error:
+                raise InputError(f"{path}: {error}") from error
+
+        widths = []
+        for key in ("proj_in.2.weight", "mar.fake_latent"):
+            widths.append(state[key].shape[1] if key in state else None)
+        for name in ("harmon-1.5b", "harmon-0.5b"):
+            config = CONFIGS[name]
+            if widths == [config.llm_width, config.encoder_width]:
+                return config
+        raise InputError(
+            f"{folder} is no released Harmon (widths {widths}) and has no config.json with its"
+            " sizes")
+
+    # ==== 4. The embedding-conditioned prompt =====================================================
+    # The model's own embeddings of an image stand where a caption would, in the chat template in
+    # which it has learned to describe images. The image to be painted follows.
+    #
     #   <|im_start|>user \n\n [image, buffer] Describe the image in detail.<|im_end|> \n
     #   <|im_start|>assistant \n [visible tokens, buffer]
 
-    def recon_prompt(self, template=None):
-        """The ids of RecA's prompt, with the marker. Two newlines before the image (one id for Qwen) are an accident of
-        the original, it seems (its other prompts have one), but the released models were trained so. None, for a tenth
-        of the images: "unconditional" for the original, which yet leaves the image in."""
-        if template is None:
-            return self._tokens(USER) + [IMAGE_MARKER] + self._tokens("Generate an image." + END)
-        return (
-            self._tokens(USER + "\n")
-            + [IMAGE_MARKER]
-            + self._tokens(common.plain(template, MARKERS) + END)
-        )[:128]
-
-    def t2i_prompt(self, caption=None):
-        """Text to image; without a caption, what guidance moves away from."""
-        caption = caption and common.plain(caption, MARKERS).strip()
-        text = "Generate an image." if caption is None else f"Generate an image: {caption}"
-        return self._tokens(USER + text + END)[:1024]
-
-    def i2t_prompt(self, question):
-        """The first turn of a conversation: the image, a newline, the question."""
-        return (
-            self._tokens(USER)
-            + [IMAGE_MARKER]
-            + self._tokens("\n" + common.plain(question, MARKERS) + END)
-        )
-
-    def conversation(self, turns):
-        """[(question, answer), ...] -> ids and labels, 1472 at most. Labels: the answers, each with its turn's end."""
-        ids, labels = [], []
-        for i, (question, answer) in enumerate(turns):
-            asked = (
-                self._tokens(USER + common.plain(question, MARKERS) + END)
-                if i
-                else self.i2t_prompt(question)
-            )
-            answered = self._tokens(common.plain(answer, MARKERS) + "<|im_end|>")
-            between = self._tokens("\n")
-            ids += asked + answered + between
-            labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(between)
-        return ids[:1472], labels[:1472]
-
-    def _tokens(self, text):
+    def tokenize(self, text):
+        """A text, in which <|im_start|> and <|im_end|> are single tokens -> a list of ids."""
         if self.tokenizer is None:
-            raise InputError("this model has no tokenizer: put the files of Qwen2.5's tokenizer into its folder")
+            raise InputError(
+                "this model has no tokenizer: put the files of Qwen2.5's tokenizer into its folder")
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _pad(self, rows, value=0):
-        """Lists of ids -> ids and mask [B, L], padded on the right, on the CPU: _assemble reads them there."""
-        ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=value)
-        return ids, torch.arange(ids.shape[1]) < torch.tensor([len(row) for row in rows])[:, None]
+    def recon_prompt(self, template=None):
+        """RecA's prompt: a list of ids, 128 at most, with IMAGE_MARKER where h_v will stand.
+        template: the instruction, or None where the text is left out.
 
-    def _assemble(self, ids, mask, image=None, generated=None):
-        """Prompts ids, mask [B, L], image embeddings [B, K, D] in place of their IMAGE_MARKERs, and generated tokens
-        [B, G, D] -> embeddings [B, T, D], length [B] without the padding, places [B, L] of the ids in the sequence
-        (these two on the CPU).
-        The original has the padding between prompt and generated tokens, masks it, and lets positions skip it. Here it
-        is at the end of the row, to the same effect: positions are plainly 0, 1, 2 ..., and there is no mask."""
-        text = self.llm.model.embed_tokens(common.to_device(ids.clamp(min=0), self.device))               # [B, L, D]
-        for other in (image, generated):
-            if other is not None:       # joined as float32, words would keep the language model's rows in float32
-                text = text.to(other.dtype)
-        marker, rows, K = ids == IMAGE_MARKER, [], 1 if image is None else image.shape[1]
-        for i, (end, k) in enumerate(zip(mask.sum(1).tolist(), marker.int().argmax(1).tolist())):
-            row = [text[i, :end]] if image is None else [text[i, :k], image[i], text[i, k + 1:end]]
-            rows.append(torch.cat(row if generated is None else [*row, generated[i]]))
-        places = torch.arange(ids.shape[1], device=ids.device) + (marker.cumsum(1) - marker.long()) * (K - 1)
-        return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows]), places
+        Two things follow the original, since the released models were trained so. There are two
+        newlines before the image where its other prompts have one, which is probably an accident.
+        And where the text is left out ("unconditional" in the original) the embeddings stay.
+        """
+        if template is None:
+            text = "Generate an image."
+            return self.tokenize(USER) + [IMAGE_MARKER] + self.tokenize(text + END)
+        text = common.plain(template, MARKERS)
+        ids = self.tokenize(USER + "\n") + [IMAGE_MARKER] + self.tokenize(text + END)
+        return ids[:128]
 
-    # ==== 5. The losses ===============================================================================
+    def t2i_prompt(self, caption=None):
+        """Text to image: a list of ids, 1024 at most. None: without a caption, which is what
+        guidance moves away from."""
+        if caption is None:
+            text = "Generate an image."
+        else:
+            text = f"Generate an image: {common.plain(caption, MARKERS).strip()}"
+        return self.tokenize(USER + text + END)[:1024]
+
+    def i2t_prompt(self, question):
+        """Image to text: the first turn of a conversation, which is the image, a newline and the
+        question. A list of ids, with IMAGE_MARKER for the image."""
+        text = common.plain(question, MARKERS)
+        return self.tokenize(USER) + [IMAGE_MARKER] + self.tokenize("\n" + text + END)
+
+    def conversation(self, turns):
+        """[(question, answer), ...] -> ids and labels, two lists of the same length, 1472 at most.
+        The labels are the ids of the answers, each with the <|im_end|> behind it, else IGNORED."""
+        ids = []
+        labels = []
+        for number, (question, answer) in enumerate(turns):
+            if number == 0:
+                asked = self.i2t_prompt(question)
+            else:
+                asked = self.tokenize(USER + common.plain(question, MARKERS) + END)
+            answered = self.tokenize(common.plain(answer, MARKERS) + "<|im_end|>")
+            newline = self.tokenize("\n")
+
+            ids += asked + answered + newline
+            labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(newline)
+        return ids[:1472], labels[:1472]
+
+    def _assemble(self, prompts, understood=None, generated=None):
+        """The language model's input, a sequence for each prompt: their embeddings, padded at the
+        end, and their lengths without the padding (on the CPU).
+
+        prompts     lists of ids, those with an image first
+        understood  [B, K, D] or None: they stand where a prompt has its IMAGE_MARKER
+        generated   [B, G, D] or None: visible tokens and buffer, which follow the prompts
+
+        The original pads between prompt and generated tokens, masks the padding, and lets positions
+        skip it. With the padding at the end the same tokens have the same positions, plainly 0, 1,
+        2, and causal attention needs no mask.
+        """
+        # One lookup for the words of all prompts. (The marker is no word: what is looked up for it
+        # is not used.)
+        ids = torch.tensor(list(itertools.chain(*prompts))).clamp(min=0)
+        words = self.llm.model.embed_tokens(common.to_device(ids, self.device))
+        # Under autocast the table gives float32, and torch.cat would make everything float32.
+        for other in (understood, generated):
+            if other is not None:
+                words = words.to(other.dtype)
+
+        sequences = []
+        for i, embedded in enumerate(words.split([len(prompt) for prompt in prompts])):
+            parts = [embedded]
+            if IMAGE_MARKER in prompts[i]:
+                marker = prompts[i].index(IMAGE_MARKER)
+                parts = [embedded[:marker], understood[i], embedded[marker + 1:]]
+            if generated is not None:
+                parts.append(generated[i])
+            sequences.append(torch.cat(parts))
+        lengths = torch.tensor([len(sequence) for sequence in sequences])
+        return pad_sequence(sequences, batch_first=True), lengths
+
+    # ==== 5. The losses ===========================================================================
 
     def recon_loss(self, features, templates, draws=None, rng=None):
-        """RecA: the image from its own understanding embeddings (paper, equation 2).
+        """RecA: an image, painted from the model's own understanding of it (paper, equation 2).
 
-        features: B dicts of encode, templates: B instructions -> scalar, the mean over the masked
-        tokens. draws: see draw.
+        features   B dicts of encode
+        templates  B instructions
+        draws      what `draw` gives; None: drawn here, from rng
+        -> a scalar, the mean over all masked tokens
         """
-        draws = draws or self.draw("recon", features, rng)
-        rows = [self.recon_prompt(None if drop else text)
-                for drop, text in zip(draws["drop"].tolist(), templates)]
-        return self._generation_loss(features, *self._pad(rows), draws, self.understand(features))
+        if draws is None:
+            draws = self.draw("recon", features, rng)
+
+        # The prompt, t_template in the equation. A tenth of the images goes without the text.
+        prompts = []
+        for template, dropped in zip(templates, draws["text_dropped"].tolist()):
+            prompts.append(self.recon_prompt(None if dropped else template))
+
+        # The condition: what the model understands of the image, all of which it sees.
+        understood = self.understand(features)  # [B, K, D]
+
+        # The target is the same image, whose masked tokens are to be predicted.
+        latents, grid = self._stack_latents(features)  # [B, N, C]
+        masked, visible = self._masked_and_visible(draws)
+
+        # The context: MAR's encoder sees the visible tokens. The language model, which has read the
+        # prompt with the embeddings before them, adds what it makes of both.
+        context = self.mar.encode(latents, grid, visible)  # [B, E+V, De]
+        context = context + self._llm_residual(prompts, understood, context)  # [B, E+V, De]
+
+        # The loss: MAR's decoder makes a condition for every place, and given those of the masked
+        # ones the diffusion head has to say which noise was added to their tokens.
+        conditions = self.mar.decode(context, grid, visible)  # [B, N, Dd]
+        return self._diffusion_loss(conditions, latents, masked, draws)
 
     def t2i_loss(self, features, captions, draws=None, rng=None):
-        """Text to image, otherwise as recon_loss: for supervised fine-tuning; in RecA itself
-        lambda_t2i = 0. A tenth of the captions is dropped, to train what guidance moves away from."""
-        draws = draws or self.draw("t2i", features, rng)
-        rows = [self.t2i_prompt(None if drop else text)
-                for drop, text in zip(draws["drop"].tolist(), captions)]
-        return self._generation_loss(features, *self._pad(rows), draws)
+        """Text to image, for supervised fine-tuning; in RecA itself λ_t2i = 0. B dicts of encode
+        and B captions -> a scalar, as recon_loss. A tenth of the captions is left out, which trains
+        what guidance moves away from."""
+        if draws is None:
+            draws = self.draw("t2i", features, rng)
+
+        prompts = []
+        for caption, dropped in zip(captions, draws["text_dropped"].tolist()):
+            prompts.append(self.t2i_prompt(None if dropped else caption))
+
+        # From here on as in recon_loss, but nothing is understood: the caption is the only
+        # condition.
+        latents, grid = self._stack_latents(features)
+        masked, visible = self._masked_and_visible(draws)
+        context = self.mar.encode(latents, grid, visible)
+        context = context + self._llm_residual(prompts, None, context)
+        conditions = self.mar.decode(context, grid, visible)
+        return self._diffusion_loss(conditions, latents, masked, draws)
 
     def i2t_loss(self, features, conversations, draws=None, rng=None):
-        """Image to text, which keeps understanding alive: cross-entropy of the answers in B
-        conversations, lists of (question, answer), about an image each -> scalar, the mean over all
-        answer tokens. Nothing is drawn."""
-        ids, labels = zip(*(self.conversation(turns) for turns in conversations))
-        return self._answer_loss(features, *self._pad(ids), self._pad(labels, IGNORED)[0])
+        """Image to text, which keeps understanding alive: B dicts of encode, and B conversations
+        about these images, lists of (question, answer) -> a scalar, the cross-entropy of the
+        answers, the mean over all their tokens. Nothing is drawn."""
+        understood = self.understand(features)  # [B, K, D]
+        K = understood.shape[1]
 
-    def draw(self, task, features, rng=None):
-        """All random draws of recon_loss or t2i_loss. But for num_masked, which all images of a step
-        share, an image's do not depend on its batch."""
-        if task == "i2t":
-            return {}
-        rng = rng or Rng.fresh(len(features))
-        h, w, C = features[0]["latents"].shape
+        prompts = []
+        label_places = []  # of every example, where its labels are predicted
+        answers = []  # the labels of all examples, in one list
+        for turns in conversations:
+            ids, labels = self.conversation(turns)
+            # The embeddings take K places in the sequence, where the prompt has one marker.
+            marker = ids.index(IMAGE_MARKER)
+            labels = labels[:marker] + [IGNORED] * K + labels[marker + 1:]
+            # A label is predicted by the output one place before its own.
+            wanted = [place for place, label in enumerate(labels) if label != IGNORED]
+            prompts.append(ids)
+            label_places.append(torch.tensor(wanted, dtype=torch.long) - 1)
+            answers += [labels[place] for place in wanted]
+
+        # Every example gets as many places as the one with most labels; `real` are those that are
+        # not padding. All this is found on the CPU, so that the host never waits for the device.
+        places = pad_sequence(label_places, batch_first=True, padding_value=-1)  # [B, R]
+        real = (places >= 0).flatten().nonzero()[:, 0]
+        on_cpu = [places.clamp(min=0), real, torch.tensor(answers, dtype=torch.long)]
+        places, real, labels = common.to_device(on_cpu, self.device)
+
+        embeddings, _ = self._assemble(prompts, understood)
+        hidden = self._hidden_states(embeddings, places)  # [B, R, D]
+        hidden = hidden.flatten(0, 1)[real]  # [labels, D]
+        total = common.cross_entropy_sum(self.llm.lm_head, hidden, labels, LABELS_AT_ONCE)
+        return common.mean(total, len(answers))
+
+    def _stack_latents(self, features):
+        """B dicts of encode -> latents of shape B, N, C, row by row, and their grid (h, w)."""
+        latents = torch.stack([example["latents"] for example in features])  # [B, h, w, C]
+        return latents.flatten(1, 2), tuple(latents.shape[1:3])
+
+    def _masked_and_visible(self, draws):
+        """The places of an image's masked and of its visible tokens, row by row. Where the noise
+        waits for them, on the CPU, and where MAR needs them, on the model's device."""
+        M = int(draws["num_masked"])
+        masked = draws["orders"][:, :M].sort(dim=1).values  # [B, M]
+        visible = draws["orders"][:, M:].sort(dim=1).values  # [B, V]
+        return masked, common.to_device(visible, self.device)
+
+    def _llm_residual(self, prompts, understood, context):
+        """What the language model adds to the context, having read an example's prompt before it.
+        prompts, understood: as in _assemble; context [B, E+V, De] -> [B, E+V, De]"""
+        generated = self._into_llm(context)  # [B, G = V+E, D]
+        embeddings, lengths = self._assemble(prompts, understood, generated)
+
+        # They stand at the end of each sequence, before its padding.
+        last = torch.arange(-generated.shape[1], 0)
+        places = common.to_device(lengths[:, None] + last, self.device)  # [B, G]
+        return self._out_of_llm(self._hidden_states(embeddings, places))
+
+    def _diffusion_loss(self, conditions, latents, masked, draws):
+        """conditions [B, N, Dd], latents [B, N, C], masked [B, M] on the CPU -> a scalar, the mean
+        of both diffusion terms over all masked tokens, each at diffusion_repeats noise levels. (The
+        original computes them for all tokens, and multiplies the others' by 0.)"""
+        B, M = masked.shape
+        C = latents.shape[-1]
         repeats = self.config.diffusion_repeats
-        # The ratio of masked tokens: normal(1, 0.25) in [0.7, 1], one for the batch, so that all images have equal V.
-        ratio = torch.empty((), dtype=torch.float64)
-        nn.init.trunc_normal_(ratio, 1.0, 0.25, LEAST_MASKED, 1.0, generator=rng.batch)
-        drop = rng.uniform() < 0.1                              # [B] leave the text out?
-        orders = rng.permutation(h * w)                         # [B, N] places in random order, the masked ones first
-        # Of every token and repeat, in the order repeat, image, token:
-        t = rng.integers(1000, repeats, h * w).transpose(0, 1).flatten()                    # [4*B*N] timesteps
-        noise = rng.normal(repeats, h * w, C).transpose(0, 1).flatten(0, 2)                 # [4*B*N, C]
-        number = (h * w * ratio).ceil().long()
-        return {"drop": drop, "orders": orders, "num_masked": number, "t": t, "noise": noise}
 
-    def count_targets(self, task, features, texts, draws):
-        """Of how many terms a loss is the mean: masked tokens, or tokens of answers."""
-        if task == "i2t":
-            labels = [label for turns in texts for label in self.conversation(turns)[1]]
-            return sum(label != IGNORED for label in labels)
-        return len(features) * int(draws["num_masked"].flatten()[0])
+        # Noise and timesteps are drawn for all tokens. Those of the masked ones are picked out.
+        index = masked.expand(repeats, B, M)
+        t = draws["t"].gather(2, index)  # [repeats, B, M]
+        noise_index = index[..., None].expand(-1, -1, -1, C)
+        noise = draws["noise"].gather(2, noise_index)  # [repeats, B, M, C]
+        t, noise, masked = common.to_device([t, noise, masked], self.device)
 
-    def worst_case(self, task, count):
-        """(samples, texts, draws to replace) of the micro-batch that needs most memory: most tokens are
-        visible to the language model where fewest are masked, and a conversation is cut at 1472."""
-        size = self.config.image_size
-        samples = [{"pixels": torch.zeros(3, size, size, dtype=torch.uint8)}] * count
-        tokens = (size // self.stride) ** 2
-        if task == "i2t":
-            return samples, [[("Describe the image.", "word " * 1500)]] * count, {}
-        longest = max(common.templates(), key=len) if task == "recon" else "word " * 200
-        return samples, [longest] * count, {"num_masked": torch.tensor(math.ceil(LEAST_MASKED * tokens))}
-
-    def _generation_loss(self, features, ids, mask, draws, image=None):
-        """The masked part of the images, given the visible part and prompts. image [B, K, D] or None: see _assemble."""
-        latents = torch.stack([f["latents"] for f in features])
-        B, h, w, C = latents.shape
-        N, E, repeats = h * w, self.config.buffer_size, self.config.diffusion_repeats
-        M = int(draws["num_masked"].flatten()[0])
-        latents = latents.view(B, N, C)
-
-        # Which tokens are hidden; only these are noised. (The original multiplies the others' loss by zero.)
-        masked = draws["orders"][:, :M].sort(dim=1).values                                  # [B, M] in raster order
-        visible = draws["orders"][:, M:].sort(dim=1).values                                 # [B, V]
-        t = draws["t"].view(repeats, B, N).gather(2, masked.expand(repeats, B, M))          # [4, B, M]
-        noise = take(draws["noise"].view(repeats * B, N, C), masked.repeat(repeats, 1))     # [4*B, M, C]
-        masked, visible, t, noise = common.to_device([masked, visible, t, noise], self.device)
-
-        # The visible tokens behind the prompt, through the language model.
-        u = self.mar.encode(latents, (h, w), visible)                                       # [B, E+V, De]
-        generated = self.proj_in(u).roll(-E, dims=1)                                        # [B, G = V+E, D], buffer last
-        embeddings, length, _ = self._assemble(ids, mask, image, generated)
-        rows = length[:, None] + torch.arange(-generated.shape[1], 0)                       # [B, G] the last ones
-        hidden = self._hidden_states(embeddings, common.to_device(rows, self.device))
-        hidden = hidden.roll(E, dims=1)                                                     # buffer first again
-
-        # MAR's decoder fills the hidden places, and the diffusion head is asked which noise is in them.
-        z = self.mar.decode(u + self.proj_out(hidden), (h, w), visible)                     # [B, N, Dd]
-        x_0 = take(latents, masked).flatten(0, 1)                                           # [B*M, C]
-        z = take(z, masked).flatten(0, 1)                                                   # [B*M, Dd]
+        x_0 = take(latents, masked).flatten(0, 1)  # [P = B*M, C]
+        z = take(conditions, masked).flatten(0, 1)  # [P, Dd]
+        net = self.mar.diffloss["net"]
         total = 0
-        for t, noise in zip(t.flatten(1), noise.view(repeats, B * M, C)):
-            mse, vb = diffusion_terms(self.mar.diffloss["net"], x_0, z, t, noise)           # [B*M] each
+        for k in range(repeats):
+            mse, vb = diffusion_terms(net, x_0, z, t[k].flatten(), noise[k].flatten(0, 1))  # [P]
             total = total + (mse + vb).sum()
         return common.mean(total, repeats * B * M)
 
-    def _answer_loss(self, features, ids, mask, labels):
-        embeddings, _, places = self._assemble(ids, mask, self.understand(features))
-        # A label is predicted one place before its own. Images with fewer labels than R are filled up with -1.
-        wanted = (labels != IGNORED) & mask
-        rows = pad_sequence([place[w] - 1 for place, w in zip(places, wanted)], True, -1)   # [B, R]
-        # Found on the CPU: the device would have to stop and say how many there are.
-        read = (rows >= 0).flatten().nonzero()[:, 0]                                        # [labels] of B*R
-        labels = labels[wanted]
-        count = len(labels)
-        rows, read, labels = common.to_device([rows.clamp(min=0), read, labels], self.device)
-        hidden = self._hidden_states(embeddings, rows).flatten(0, 1)[read]                  # [labels, D]
+    def draw(self, task, features, rng=None):
+        """All random numbers of recon_loss or t2i_loss, on the CPU; {} for i2t_loss. An image's do
+        not depend on its batch, but for num_masked, which the images of a step share.
 
-        return common.mean(common.cross_entropy_sum(self.llm.lm_head, hidden, labels, LABELS_AT_ONCE), count)
+        num_masked    a scalar, M: how many tokens are masked
+        text_dropped  bool of shape B: is the text left out?
+        orders        int64 of shape B, N: all places in random order, the masked ones first
+        t             int64 of shape repeats, B, N: timesteps, uniform from 0 to 999
+        noise         float32 of shape repeats, B, N, C: standard normal
+        """
+        if task == "i2t":
+            return {}
+        if rng is None:
+            rng = Rng.fresh(len(features))
+        h, w, C = features[0]["latents"].shape
+        N = h * w
+        repeats = self.config.diffusion_repeats
 
-    # ==== 6. Inference ================================================================================
+        # The masked part is normal(1, 0.25), cut off to [0.7, 1]. It is one number for the batch,
+        # since the visible tokens of all images stand in one tensor.
+        ratio = torch.empty((), dtype=torch.float64)
+        nn.init.trunc_normal_(ratio, 1.0, 0.25, LEAST_MASKED, 1.0, generator=rng.batch)
+
+        text_dropped = rng.uniform() < 0.1  # [B]
+        orders = rng.permutation(N)  # [B, N]
+        t = rng.integers(1000, repeats, N).transpose(0, 1)  # [repeats, B, N]
+        noise = rng.normal(repeats, N, C).transpose(0, 1)  # [repeats, B, N, C]
+        return {
+            "num_masked": (N * ratio).ceil().long(),
+            "text_dropped": text_dropped,
+            "orders": orders,
+            "t": t,
+            "noise": noise,
+        }
+
+    def count_targets(self, task, features, texts, draws):
+        """Of how many terms a loss is the mean: masked tokens, or tokens of answers."""
+        if task != "i2t":
+            return len(features) * int(draws["num_masked"])
+        count = 0
+        for turns in texts:
+            _, labels = self.conversation(turns)
+            count += sum(label != IGNORED for label in labels)
+        return count
+
+    def worst_case(self, task, count):
+        """The micro-batch of `count` images that needs most memory: samples, texts, and draws to
+        replace. The language model sees most tokens where fewest are masked; a conversation is cut
+        at 1472 tokens."""
+        size = self.config.image_size
+        samples = [{"pixels": torch.zeros(3, size, size, dtype=torch.uint8)}] * count
+        if task == "i2t":
+            return samples, [[("Describe the image.", "word " * 1500)]] * count, {}
+
+        if task == "recon":
+            longest = max(common.templates(), key=len)
+        else:
+            longest = "word " * 200
+        tokens = (size // self.stride) ** 2
+        fewest = torch.tensor(math.ceil(LEAST_MASKED * tokens))
+        return samples, [longest] * count, {"num_masked": fewest}
+
+    # ==== 6. Inference ============================================================================
 
     @torch.no_grad()
-    def generate(self, prompts, **settings):
-        """Text to image: prompts -> PIL images, in one batch.
-        seed      one for each image, or a number s: image i has seed s + i. An image does not depend on its batch
-        draws     all random draws, for a replay: see _sample
-        settings  num_steps=64, guidance_scale=3 (1: none), guidance_schedule ("linear"), temperature, progress"""
-        prompts = self._assemble(*self._pad([self.t2i_prompt(prompt) for prompt in prompts]))
-        return self._paint_images(prompts, **settings)
+    def generate(self, prompts, *, num_steps=None, guidance_scale=None, seed=0, **settings):
+        """Text to image: B texts -> B PIL images, painted in one batch.
+
+        num_steps, guidance_scale: None for the config's; guidance_scale 1 is no guidance
+
+        seed      one for each image, or a number s: image i has the seed s + i. What is painted for
+                  a seed does not depend on the rest of the batch
+        settings  guidance_schedule, temperature; draws, for a replay; progress: see _sample
+        """
+        prompt_ids = [self.t2i_prompt(prompt) for prompt in prompts]
+        settings.update(num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
+        return self._paint_images(prompt_ids, None, **settings)
 
     @torch.no_grad()
-    def reconstruct(self, images, *, templates=None, **settings):
-        """Image to image, as generate: PIL images -> PIL images painted from nothing but their understanding."""
-        features = self.encode([self.preprocess(image, "recon") for image in images], "recon")
-        rows = [self.recon_prompt(template) for template in templates or [common.SEED_TEMPLATE] * len(images)]
-        return self._paint_images(self._assemble(*self._pad(rows), self.understand(features)), **settings)
+    def reconstruct(self, images, *, templates=None, num_steps=None, guidance_scale=None, seed=0,
+                    **settings):
+        """Image to image: B PIL images -> B PIL images, painted from nothing but the model's
+        understanding of them. templates: B instructions, None: the seed template. Else as
+        generate."""
+        samples = [self.preprocess(image, "recon") for image in images]
+        understood = self.understand(self.encode(samples, "recon"))  # [B, K, D]
+        if templates is None:
+            templates = [common.SEED_TEMPLATE] * len(images)
+        prompts = [self.recon_prompt(template) for template in templates]
+        settings.update(num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
+        return self._paint_images(prompts, understood, **settings)
 
     @torch.no_grad()
     def describe(self, images, question=common.SEED_TEMPLATE, max_new_tokens=256):
-        """Image to text, greedy: PIL images and one question -> answers."""
-        features = self.encode([self.preprocess(image, "i2t") for image in images], "i2t")
-        ids, mask = self._pad([self.i2t_prompt(question)] * len(images))
-        embeddings = self._assemble(ids, mask, self.understand(features))[0]                               # [B, T, D]
+        """Image to text: B PIL images, and one question about each -> B answers. Greedy: each token
+        is the likeliest one."""
+        samples = [self.preprocess(image, "i2t") for image in images]
+        understood = self.understand(self.encode(samples, "i2t"))  # [B, K, D]
+        prompts = [self.i2t_prompt(question)] * len(images)
+        embeddings, _ = self._assemble(prompts, understood)
+
+        # All sequences have the same length, so nothing is padded.
         end = self.tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
         answers = self.llm.generate(
-            inputs_embeds=embeddings, attention_mask=torch.ones_like(embeddings[..., 0], dtype=torch.long),
-            use_cache=True, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=end, pad_token_id=end[0])
-        return [text.strip() for text in self.tokenizer.batch_decode(answers, skip_special_tokens=True)]
+            inputs_embeds=embeddings,
+            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long, device=self.device),
+            use_cache=True,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=end,
+            pad_token_id=end[0],
+        )
+        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
+        return [text.strip() for text in texts]
 
-    def _paint_images(self, prompts, **settings):
-        """What _assemble gave for B prompts -> B PIL images. Guidance moves away from "Generate an image." alone."""
-        unconditional = self._assemble(*self._pad([self.t2i_prompt()] * len(prompts[0])))
-        latents = self._sample([prompts[:2], unconditional[:2]], **settings)
+    def _paint_images(self, prompts, understood, **settings):
+        """B prompts and their understood [B, K, D] or None -> B PIL images. The other branch of
+        guidance is "Generate an image.", without a caption and without embeddings."""
+        unconditional = [self.t2i_prompt()] * len(prompts)
+        embeddings, lengths = self._assemble(prompts + unconditional, understood)
+        latents = self._sample(embeddings, lengths, **settings)
         return [common.to_pil(pixels) for pixels in self._pixels(latents)]
 
-    def _sample(self, branches, num_steps=None, guidance_scale=None, guidance_schedule="constant", temperature=1.0,
-               seed=0, draws=None, progress=False):
-        """MAR's sampler: branches [(embeddings [n, T, D], length [n])] of n prompts and of n unconditional ones ->
-        latents [n, h, w, C]. Every step predicts a condition for all places from what is there, and the diffusion head
-        paints the next tokens of a random order, few at first. draws: "orders" [n, N], "iter{k}.init_noise" [n*P, C],
-        "iter{k}.step_noise" [diffusion steps, n*P, C], noisiest first. Further rows are ignored."""
-        c, num_steps = self.config, num_steps or self.config.num_steps
-        guidance_scale = c.guidance_scale if guidance_scale is None else guidance_scale
-        branches = branches[:1] if guidance_scale == 1 else branches
-        B, grid = len(branches), (c.image_size // self.stride,) * 2
-        n, N, E = len(branches[0][1]), grid[0] * grid[1], c.buffer_size
-        rng = Rng.sampling(seed, n)
-        orders = (rng.permutation(N) if draws is None else draws["orders"][:n]).to(self.device)
-        # Keys and values of the prompts, once. Here padding stays between a prompt and its tokens, since a cache has
-        # one length: the tokens are masked from it, and count their positions from their prompt's own end.
-        prompts = pad_sequence([row for rows, _ in branches for row in rows], batch_first=True)
-        length = torch.cat([length for _, length in branches])[:, None].to(self.device)                     # [B*n, 1]
-        in_prompt = torch.arange(prompts.shape[1], device=self.device) < length                             # [B*n, T]
+    def _sample(self, embeddings, lengths, num_steps=None, guidance_scale=None,
+                guidance_schedule=None, temperature=None, seed=0, draws=None, progress=False):
+        """MAR's sampler: embeddings [2B, T, D] and lengths [2B], of B prompts and then of B
+        unconditional ones, from _assemble -> [B, h, w, C], the latents of B images.
+
+        It begins with all tokens masked. Each step makes conditions for all places from the prompt
+        and the tokens that are there, and the diffusion head paints the next ones of a random
+        order: few at first, many at the end.
+
+        draws     None, or "orders" [B, N], and of each step k "iter{k}.init_noise" and
+                  "iter{k}.step_noise", the latter of all denoising steps, the noisiest first. P
+                  tokens an image: B*P vectors each (or more, which are ignored)
+        progress  show a bar
+        """
+        c = self.config
+        if num_steps is None:
+            num_steps = c.num_steps
+        if guidance_scale is None:
+            guidance_scale = c.guidance_scale
+        if guidance_schedule is None:
+            guidance_schedule = c.guidance_schedule
+        if temperature is None:
+            temperature = c.temperature
+
+        # Without guidance the unconditional branch is left out.
+        branches = 1 if guidance_scale == 1 else 2
+        B = len(lengths) // 2
+        embeddings = embeddings[:branches * B]
+        lengths = lengths[:branches * B, None].to(self.device)  # [branches*B, 1]
+        h = w = c.image_size // self.stride
+        N = h * w
+        C = c.latent_channels
+
+        # Each image has an order of its own. The first `masked` places of it are still masked.
+        rng = Rng.sampling(seed, B)
+        orders = rng.permutation(N) if draws is None else draws["orders"][:B]
+        orders = orders.to(self.device)  # [B, N]
+
+        # The language model reads the prompts once: their keys and values stay in the cache.
         cache = DynamicCache(config=self.llm.config)
-        self.llm.model(inputs_embeds=prompts, past_key_values=cache, use_cache=True)
-        latents, left = torch.zeros(n, N, c.latent_channels, device=self.device), N
-        for k, planned in enumerate(tqdm(masked_after(N, num_steps), disable=not progress, leave=False)):
-            following = 0 if k == num_steps - 1 else planned                                # the last paints the rest
-            if following == left:                                   # more steps than tokens: this one has nothing to do
+        self.llm.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
+        places = torch.arange(embeddings.shape[1], device=self.device)
+        in_prompt = places < lengths  # [branches*B, T]
+
+        latents = torch.zeros(B, N, C, device=self.device)
+        masked = N
+        bar = tqdm(masked_after(N, num_steps), disable=not progress, leave=False)
+        for k, planned in enumerate(bar):
+            # The last step paints all that is left. Where there are more steps than tokens, those
+            # at the end have nothing to do.
+            still_masked = 0 if k == num_steps - 1 else planned
+            if still_masked == masked:
                 continue
-            visible = orders[:, left:].sort(dim=1).values                                                   # [n, V]
-            now = orders[:, following:left].sort(dim=1).values                               # [n, P = left - following]
-            left, P = following, now.shape[1]
-            u = self.mar.encode(latents, grid, visible)                           # [n, E+V, De], once for both branches
-            generated = self.proj_in(u).roll(-E, dims=1).repeat(B, 1, 1)                                 # [B*n, E+V, D]
-            G = generated.shape[1]
-            hidden = self.llm.model(
-                inputs_embeds=generated, past_key_values=cache, use_cache=True,
-                attention_mask=F.pad(in_prompt, (0, G), value=True),
-                position_ids=length + torch.arange(G, device=self.device)).last_hidden_state.roll(E, dims=1)
-            cache.crop(-G)                                              # forget the tokens, keep the prompt
-            z = self.mar.decode(u.repeat(B, 1, 1) + self.proj_out(hidden), grid, visible.repeat(B, 1))
-            z = take(z, now.repeat(B, 1)).flatten(0, 1)                                                    # [B*n*P, Dd]
+            visible = orders[:, masked:].sort(dim=1).values  # [B, V]
+            painted = orders[:, still_masked:masked]  # [B, P = masked - still_masked]
+            painted = painted.sort(dim=1).values
+            masked = still_masked
+            P = painted.shape[1]
+
+            # The conditions of the tokens to paint, in both branches.
+            conditions = self._conditions(latents, (h, w), visible, cache, in_prompt)
+            z = take(conditions, painted.repeat(branches, 1)).flatten(0, 1)  # [branches*B*P, Dd]
+
+            # All noise of these tokens: to start from, and one for each denoising step.
             if draws is None:
-                noise = rng.normal(1 + c.diffusion_steps, P, c.latent_channels).transpose(0, 1).flatten(1, 2)
+                noises = rng.normal(1 + c.diffusion_steps, P, C)  # [B, 1 + diffusion steps, P, C]
+                noises = noises.transpose(0, 1).flatten(1, 2)
             else:
-                noise = torch.cat([draws[f"iter{k}.init_noise"][None, :n * P], draws[f"iter{k}.step_noise"][:, :n * P]])
-            scale = 1 + (guidance_scale - 1) * (N - planned) / N if guidance_schedule == "linear" else guidance_scale
-            painted = self._denoise(z, scale, temperature, noise.to(self.device))
-            latents.scatter_(1, now[..., None].expand(-1, -1, c.latent_channels), painted.view(n, P, -1))
-        return latents.unflatten(1, grid)
+                first = draws[f"iter{k}.init_noise"][None, :B * P]
+                noises = torch.cat([first, draws[f"iter{k}.step_noise"][:, :B * P]])
+            noises = noises.to(self.device)  # [1 + diffusion steps, B*P, C]
+
+            scale = guidance_scale
+            if guidance_schedule == "linear":
+                scale = 1 + (guidance_scale - 1) * (N - planned) / N
+            tokens = self._denoise(z, scale, temperature, noises)  # [B*P, C]
+            latents.scatter_(1, painted[..., None].expand(-1, -1, C), tokens.view(B, P, C))
+        return latents.unflatten(1, (h, w))
+
+    def _conditions(self, latents, grid, visible, cache, in_prompt):
+        """A step of the sampler up to MAR's decoder: latents [B, N, C], visible [B, V], the cache
+        of the prompts, in_prompt [branches*B, T], which places of it are no padding -> [branches*B,
+        N, Dd].
+
+        Here the padding stays between a prompt and its image tokens, since a cache has one length
+        for all. It is masked, and the tokens' positions continue those of their own prompt.
+        """
+        branches = len(in_prompt) // len(latents)
+        encoded = self.mar.encode(latents, grid, visible)  # [B, E+V, De]
+        generated = self._into_llm(encoded).repeat(branches, 1, 1)  # [branches*B, G = V+E, D]
+        G = generated.shape[1]
+
+        lengths = in_prompt.sum(1, keepdim=True)  # [branches*B, 1]
+        hidden = self.llm.model(
+            inputs_embeds=generated,
+            past_key_values=cache,
+            use_cache=True,
+            attention_mask=F.pad(in_prompt, (0, G), value=True),
+            position_ids=lengths + torch.arange(G, device=self.device),
+        ).last_hidden_state  # [branches*B, G, D]
+        # The cache is to hold the prompts alone: the next step has other image tokens.
+        cache.crop(-G)
+
+        context = encoded.repeat(branches, 1, 1) + self._out_of_llm(hidden)  # [branches*B, E+V, De]
+        return self.mar.decode(context, grid, visible.repeat(branches, 1))
 
     def _denoise(self, z, guidance_scale, temperature, noises):
-        """The diffusion head's sampler: z [rows or 2 rows, Dd], with guidance the unguided rows last, and noises
-        [1 + steps, rows, C] -> [rows, C]. Guidance acts on the predicted noise; the variance is the guided branch's."""
-        (rows, C), x = noises.shape[1:], noises[0].float()
-        tables = diffusion_schedule(len(noises) - 1, x.device)
-        for j in reversed(range(len(noises) - 1)):
-            out = self.mar.diffloss["net"](x.repeat(len(z) // rows, 1), tables["original"][j:j + 1], z).float()
-            noise, v = out[:rows].chunk(2, dim=-1)
-            if len(z) > rows:
-                noise = out[rows:, :C] + guidance_scale * (noise - out[rows:, :C])
+        """The diffusion head's sampler: z [branches*P, Dd], with guidance the conditions of P
+        tokens and then the unconditional ones, noises [1 + diffusion steps, P, C] -> [P, C].
+        Guidance moves the predicted noise; the variance is that of the conditional branch."""
+        P, C = noises.shape[1:]
+        branches = len(z) // P
+        net = self.mar.diffloss["net"]
+        steps = len(noises) - 1
+        tables = diffusion_schedule(steps, noises.device)
+
+        x = noises[0].float()  # [P, C]
+        for j in reversed(range(steps)):
+            out = net(x.repeat(branches, 1), tables["original"][j:j + 1], z).float()
+            noise, v = out[:P].chunk(2, dim=-1)  # [P, C]
+            if branches == 2:
+                unconditional = out[P:, :C]  # [P, C]
+                noise = unconditional + guidance_scale * (noise - unconditional)  # [P, C]
+
             at = {name: table[j] for name, table in tables.items()}
-            x, log_var = denoising_step(at, x, noise, v, self.config.clip_latents or math.inf)
+            limit = math.inf
+            if self.config.clip_latents > 0:
+                limit = self.config.clip_latents
+            x, log_variance = denoising_step(at, x, noise, v, limit)
+            # The last step adds no noise.
             if j > 0:
-                x = x + temperature * (0.5 * log_var).exp() * noises[-1 - j]
+                x = x + temperature * (0.5 * log_variance).exp() * noises[steps - j]
         return x
 
-# ==== 3, continued: files, sizes, names ===============================================================
 
-WEIGHT_FILES = [["*.index.json"], ["*.pth"], ["*.safetensors"], ["*.bin"]]                     # in this order
-NEEDED = ("proj_in.0.weight", "mar.fake_latent")  # what only Harmon's has
-SMALL_FILES = ["config.json", "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"]
-TOKENIZERS = {1536: "Qwen/Qwen2.5-1.5B-Instruct", 896: "Qwen/Qwen2.5-0.5B-Instruct"}        # by width
+# ==== 7. main() ===================================================================================
 
-def read_config(folder, state):
-    """The sizes: from a config.json of ours, else from two widths. (Numbers of heads leave no trace in shapes.)"""
-    path = folder / "config.json"
-    settings = common.read_object(path).get("reca_harmon") if path.is_file() else None
-    if settings:
-        try:
-            return HarmonConfig(**settings)
-        except TypeError as error:
-            raise InputError(f"{path}: {error}") from error
-    widths = [state[key].shape[1] if key in state else None for key in ("proj_in.2.weight", "mar.fake_latent")]
-    for config in CONFIGS.values():
-        if widths == [config.llm_width, config.encoder_width] and config.name != "harmon_tiny":
-            return config
-    raise InputError(f"{folder} is no released Harmon (widths {widths}) and has no config.json with its sizes")
-
-# ==== 7. main() =======================================================================================
 
 def prepare(model, args):
-    """Called before training. The frozen VAE takes the working precision once: autocast would cast its float32 weights
-    anew in every step (it remembers only those that are trained)."""
+    """Called before training. The frozen VAE takes the working precision once: autocast would cast
+    its float32 weights anew in every step, since it remembers casts of trained weights only."""
     if args.precision == "bf16" and model.device.type == "cuda":
         model.vae.to(torch.bfloat16)
     return {}
 
+
 def main():
     common.run(Harmon, common.parse_args(__doc__, RECIPES, DEFAULT), prepare)
+
 
 if __name__ == "__main__":
     common.cli(main)

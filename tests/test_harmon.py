@@ -71,17 +71,32 @@ def watch(monkeypatch, log, owner, name):
     monkeypatch.setattr(owner, name, run)
 
 
+def lists(ids, mask):
+    """Padded rows -> lists without the padding."""
+    return [row[valid.bool()].tolist() for row, valid in zip(ids, mask)]
+
+
 def draws_of(task):
-    return {name: GOLDEN[f"{task}.{name}"] for name in ("orders", "num_masked", "t", "noise")}
+    """The draws of the fixture, under our names and in our shapes."""
+    orders = GOLDEN[f"{task}.orders"]
+    shape = (SPEC["diffusion_batch_mul"], *orders.shape)
+    return {"num_masked": GOLDEN[f"{task}.num_masked"][0],
+            "text_dropped": torch.zeros(len(orders), dtype=torch.bool), "orders": orders,
+            "t": GOLDEN[f"{task}.t"].view(shape), "noise": GOLDEN[f"{task}.noise"].view(*shape, -1)}
 
 
 def loss_of(model, features, task):
-    ids, mask = GOLDEN[f"in.{task}.input_ids"], GOLDEN[f"in.{task}.attention_mask"]
-    if task == "recon":
-        return model._generation_loss(features, ids, mask, draws_of(task), model.understand(features))
-    if task == "text2image":
-        return model._generation_loss(features, ids, mask, draws_of(task))
-    return model._answer_loss(features, ids, mask, GOLDEN["in.image2text.labels"])
+    """A loss of the ids of the fixture: they stand for texts, and what makes ids of texts gives them back."""
+    ids = lists(GOLDEN[f"in.{task}.input_ids"], GOLDEN[f"in.{task}.attention_mask"])
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("recon_prompt", "t2i_prompt", "conversation"):
+            patch.setattr(model, name, lambda given: given)
+        if task == "recon":
+            return model.recon_loss(features, ids, draws_of(task))
+        if task == "text2image":
+            return model.t2i_loss(features, ids, draws_of(task))
+        labels = lists(GOLDEN["in.image2text.labels"], GOLDEN["in.image2text.attention_mask"])
+        return model.i2t_loss(features, list(zip(ids, labels)))
 
 
 # ---- encoders --------------------------------------------------------------------------------------------------------
@@ -125,7 +140,7 @@ def test_parity_harmon_generation_loss(model, features, task, monkeypatch):
 
     close(log["encode"][-1][1], expected["x_enc_visible"])
     # Ours has the padding at the end of each row, theirs in the middle: what is left without it must be the same.
-    embeddings, length, _ = log["_assemble"][0][1]
+    embeddings, length = log["_assemble"][0][1]
     all_hidden = model._hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
     read = log["_hidden_states"][0][1]
     for i, valid in enumerate(expected["llm_attention_mask"].bool()):
@@ -150,7 +165,7 @@ def test_parity_harmon_i2t_loss(model, features, monkeypatch):
     watch(monkeypatch, log, model, "_hidden_states")
     loss = loss_of(model, features, "image2text")
     close(loss, GOLDEN["image2text.loss"], 1e-5)
-    embeddings, length, _ = log["_assemble"][0][1]
+    embeddings, length = log["_assemble"][0][1]
     all_hidden = model._hidden_states(embeddings, torch.arange(embeddings.shape[1]).expand(len(embeddings), -1))
     for i in range(len(embeddings)):
         n = length[i]
@@ -214,8 +229,8 @@ def test_parity_harmon_sampler(model, monkeypatch):
     watch(monkeypatch, log, model, "_denoise")
     watch(monkeypatch, log, model.mar, "encode")
     with torch.no_grad():
-        branches = [model._assemble(ids[half], mask[half])[:2] for half in (slice(0, n), slice(n, 2 * n))]
-        latents = model._sample(branches, SPEC["sample_iters"], SPEC["sample_cfg"],
+        prompts = model._assemble(lists(ids, mask))                 # conditional, then unconditional
+        latents = model._sample(*prompts, SPEC["sample_iters"], SPEC["sample_cfg"],
                                 temperature=SPEC["sample_temperature"], draws=sampler_draws())
         pixels = model._pixels(latents)
     N = SPEC["tokens_per_image"]
@@ -349,7 +364,7 @@ def test_harmon_sizes_from_shapes(tmp_path):
     for name in ("harmon-0.5b", "harmon-1.5b"):
         with torch.device("meta"):
             state = Harmon(reca_harmon.CONFIGS[name]).released_state()
-        assert reca_harmon.read_config(tmp_path, state) == reca_harmon.CONFIGS[name]
+        assert Harmon._read_config(tmp_path, state) == reca_harmon.CONFIGS[name]
 
 
 # ---- what the fixture does not hold: prompts, draws, settings --------------------------------------------------------
@@ -404,13 +419,13 @@ def test_harmon_draws(tiny):
     ratios = torch.stack([d["num_masked"] for d in many]) / 1024
     assert ratios.min() >= 0.7 and ratios.max() <= 1
     assert abs(ratios.mean() - 0.867) < 0.01 and abs(ratios.median() - 0.874) < 0.01
-    assert 0.07 < torch.cat([d["drop"] for d in many]).float().mean() < 0.13
+    assert 0.07 < torch.cat([d["text_dropped"] for d in many]).float().mean() < 0.13
     both = tiny.draw("recon", features, common.Rng(0, "recon", 5, positions=[10, 11]))
     one = tiny.draw("recon", features[1:], common.Rng(0, "recon", 5, positions=[11]))
     (h, w, C), repeats = features[0]["latents"].shape, tiny.config.diffusion_repeats
     N = h * w
     assert both["num_masked"] == one["num_masked"]
-    assert torch.equal(both["orders"][1:], one["orders"]) and torch.equal(both["drop"][1:], one["drop"])
+    assert torch.equal(both["orders"][1:], one["orders"]) and torch.equal(both["text_dropped"][1:], one["text_dropped"])
     assert torch.equal(both["t"].view(repeats, 2, N)[:, 1], one["t"].view(repeats, N))
     assert torch.equal(both["noise"].view(repeats, 2, N, C)[:, 1], one["noise"].view(repeats, N, C))
 
@@ -500,7 +515,7 @@ def test_harmon_describe(tiny):
     end = tiny.tokenizer.convert_tokens_to_ids("<|im_end|>")
     with torch.no_grad():
         for i, answer in enumerate(answers):
-            row = tiny._assemble(*tiny._pad([tiny.i2t_prompt(question)]), tiny.understand(features[i:i + 1]))[0]
+            row = tiny._assemble([tiny.i2t_prompt(question)], tiny.understand(features[i:i + 1]))[0]
             ids = []
             for _ in range(6):
                 ids.append(int(tiny.llm(inputs_embeds=row, use_cache=False).logits[0, -1].argmax()))

@@ -128,26 +128,30 @@ STRIDE = 7919
 
 # ==== 2. Harmon ===================================================================================
 
+
 def harmon(model, seed, stages):
     """A VAE; understanding from full captions; with it, generation from sparse ones."""
     c = model.config
     pool = stages.count(4000, least=64)
 
+    # 1. The VAE. Noise is added to the latents, so that neighbours of a latent are decoded alike.
     def vae_loss(positions):
         pixels = crowded(seed, positions, c.image_size)
         latents = model.vae.encode(pixels).latent_dist.mean
-        # Neighbours of a latent are to decode alike.
-        disturbed = latents + 0.05 * torch.randn_like(latents)
-        error = model.vae.decode(disturbed).sample - pixels
+        noised = latents + 0.05 * torch.randn_like(latents)
+        error = model.vae.decode(noised).sample - pixels
         return error.square().mean() + error.abs().mean() + 1e-3 * latents.square().mean()
 
     vae = model.vae.requires_grad_(True)
     stages.train("VAE", vae.parameters(), vae_loss, steps=600, lr=2e-3, batch=8)
     model.vae.requires_grad_(False)
+
+    # As in the released models, the latents are scaled to a variance of about 1.
     with torch.no_grad():
         latents = model.vae.encode(crowded(seed, range(256), c.image_size)).latent_dist.mean
     c.vae_scale = 1 / latents.std().item()
 
+    # The scenes that the other stages train on.
     scenes = [common.random_scene(generator(seed, 2, i)) for i in range(pool)]
     samples = [{"pixels": pixels} for pixels in draw(scenes, c.image_size)]
     features = frozen_features(model, samples, "i2t")
@@ -155,23 +159,24 @@ def harmon(model, seed, stages):
     def pick(positions):
         return [position * STRIDE % pool for position in positions]
 
-    # Understanding: captions, and tags. An image token is to be near the words (in the language
-    # model's own table) for what its cell holds.
+    # 2. Understanding: captions, and tags. The embedding of an image token is to be near the
+    # embeddings that the language model has for the words of what is in the token's cell.
     words = model.tokenizer.convert_tokens_to_ids(list(WORDS))
-    tags = torch.stack([scene_words(scene, 4) for scene in scenes])                 # [pool, N, 16]
+    tags = torch.stack([scene_words(scene, 4) for scene in scenes])  # [pool, N, 16]
 
-    def understanding(positions):
+    def understanding_loss(positions):
         picked = pick(positions)
-        seen = [features[i] for i in picked]
-        talks = [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]
-        table = model.llm.model.embed_tokens.weight[words]                                # [16, D]
-        scale = table.norm(dim=1).mean() ** 2
-        near = model.understand(seen)[:, :16] @ table.T / scale                        # [B, N, 16]
-        tagging = F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked])
-        return model.i2t_loss(seen, talks) + tagging
+        examples = [features[i] for i in picked]
+        conversations = [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]
 
-    # Generation, and a regression: the decoder's conditions, read by one linear layer, are to tell
-    # the latents. Without it a model of this size needs thousands of steps until anything of the
+        table = model.llm.model.embed_tokens.weight[words]  # [16, D]
+        scale = table.norm(dim=1).mean() ** 2
+        near = model.understand(examples)[:, :16] @ table.T / scale  # [B, N, 16]
+        tagging = F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked])
+        return model.i2t_loss(examples, conversations) + tagging
+
+    # 3. Generation, and a regression: one linear layer is to tell the latents from the decoder's
+    # conditions. Without it a model of this size needs thousands of steps until anything of the
     # prompt arrives at the diffusion head.
     probe = nn.Linear(c.decoder_width, c.latent_channels)
     decode = model.mar.decode
@@ -181,23 +186,25 @@ def harmon(model, seed, stages):
         last.setdefault("conditions", decode(*inputs))
         return last["conditions"]
 
-    def both(positions):
+    def joint_loss(positions):
         last.clear()
         picked = pick(position + 5 for position in positions)
+        examples = [features[i] for i in picked]
         rng = generator(seed, 3, positions[0])
         captions = [common.caption(scenes[i], 0.3, rng) for i in picked]
-        painted = [features[i] for i in picked]
-        generation = model.t2i_loss(painted, captions)
-        latents = torch.stack([row["latents"] for row in painted]).flatten(1, 2)        # [B, N, C]
+
+        generation = model.t2i_loss(examples, captions)
+        latents = torch.stack([example["latents"] for example in examples]).flatten(1, 2)
         regression = F.mse_loss(probe(last["conditions"]), latents)
-        return understanding(positions) + generation + regression
+        return understanding_loss(positions) + generation + regression
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    stages.train("understanding", trained, understanding, steps=150, lr=1.5e-3)
+    stages.train("understanding", trained, understanding_loss, steps=150, lr=1.5e-3)
     model.mar.decode = decode_and_remember
     trained += probe.parameters()
-    stages.train("understanding and generation", trained, both, steps=700, lr=2e-3)
-    del model.mar.decode                                          # the method of the class again
+    stages.train("understanding and generation", trained, joint_loss, steps=700, lr=2e-3)
+    # The attribute goes, and the method of the class is there again.
+    del model.mar.decode
 
 
 # ==== 3. Show-o ===================================================================================
