@@ -236,7 +236,7 @@ CONFIGS = {
     # An image of 32 px is 4 x 4 tokens of 8 x 8 pixels.
     "tiny": HarmonConfig(
         name="harmon_tiny", image_size=32, vocab_size=512,
-        llm_width=96, llm_layers=2, llm_heads=4, llm_mlp=256,
+        llm_width=96, llm_layers=3, llm_heads=4, llm_mlp=256,
         encoder_width=96, encoder_layers=2, encoder_heads=4,
         decoder_width=96, decoder_layers=2, decoder_heads=4,
         buffer_size=8, table_size=4, class_num=10, dropout=0.0,

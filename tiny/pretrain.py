@@ -130,81 +130,135 @@ STRIDE = 7919
 
 
 def harmon(model, seed, stages):
-    """A VAE; understanding from full captions; with it, generation from sparse ones."""
+    """A VAE; a language model that describes images, and answers by place in the buffer tokens,
+    behind words and behind images alike; then, with all of that frozen, generation from captions
+    that name shapes and places, and seldom a color."""
     c = model.config
-    pool = stages.count(4000, least=64)
+    size = c.image_size
+    words = model.tokenizer.convert_tokens_to_ids(list(WORDS))
+    nothing = model.tokenizer.convert_tokens_to_ids(".")
 
-    # 1. The VAE. Noise is added to the latents, so that neighbours of a latent are decoded alike.
+    # 1. The VAE: reconstruct, also from slightly disturbed latents, so that neighbours of a latent
+    # decode alike. Then latents of unit variance.
     def vae_loss(positions):
-        pixels = crowded(seed, positions, c.image_size)
+        pixels = crowded(seed, positions, size)
         latents = model.vae.encode(pixels).latent_dist.mean
-        noised = latents + 0.05 * torch.randn_like(latents)
-        error = model.vae.decode(noised).sample - pixels
+        disturbed = latents + 0.05 * torch.randn_like(latents)
+        error = model.vae.decode(disturbed).sample - pixels
         return error.square().mean() + error.abs().mean() + 1e-3 * latents.square().mean()
 
     vae = model.vae.requires_grad_(True)
-    stages.train("VAE", vae.parameters(), vae_loss, steps=600, lr=2e-3, batch=8)
+    stages.train("VAE", vae.parameters(), vae_loss, steps=1200, lr=3e-3, batch=8)
     model.vae.requires_grad_(False)
-
-    # As in the released models, the latents are scaled to a variance of about 1.
     with torch.no_grad():
-        latents = model.vae.encode(crowded(seed, range(256), c.image_size)).latent_dist.mean
+        latents = model.vae.encode(crowded(seed, range(256), size)).latent_dist.mean
     c.vae_scale = 1 / latents.std().item()
 
-    # The scenes that the other stages train on.
+    pool = stages.count(3200, least=64)
     scenes = [common.random_scene(generator(seed, 2, i)) for i in range(pool)]
-    samples = [{"pixels": pixels} for pixels in draw(scenes, c.image_size)]
+    samples = [{"pixels": pixels} for pixels in draw(scenes, size)]
     features = frozen_features(model, samples, "i2t")
 
-    def pick(positions):
-        return [position * STRIDE % pool for position in positions]
+    def examples(positions):
+        """(generator, scene, features) of each position; the pool is gone through in STRIDE."""
+        for position in positions:
+            i = position * STRIDE % pool
+            yield generator(seed, 3, position), scenes[i], features[i]
 
-    # 2. Understanding: captions, and tags. The embedding of an image token is to be near the
-    # embeddings that the language model has for the words of what is in the token's cell.
-    words = model.tokenizer.convert_tokens_to_ids(list(WORDS))
-    tags = torch.stack([scene_words(scene, 4) for scene in scenes])  # [pool, N, 16]
+    # 2. Understanding: captions, and tags. An image token is to be near the words (in the language
+    # model's own table) for what its cell holds.
+    side = math.isqrt(features[0]["latents"][..., 0].numel())
 
     def understanding_loss(positions):
-        picked = pick(positions)
-        examples = [features[i] for i in picked]
-        conversations = [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]
-
-        table = model.llm.model.embed_tokens.weight[words]  # [16, D]
+        batch = list(examples(positions))
+        seen = [row for _, _, row in batch]
+        talks = [[(common.SEED_TEMPLATE, common.caption(scene))] for _, scene, _ in batch]
+        tags = torch.stack([scene_words(scene, side) for _, scene, _ in batch])           # [B, N, 16]
+        table = model.llm.model.embed_tokens.weight[words]                                # [16, D]
         scale = table.norm(dim=1).mean() ** 2
-        near = model.understand(examples)[:, :16] @ table.T / scale  # [B, N, 16]
-        tagging = F.binary_cross_entropy_with_logits(4 * near - 2, tags[picked])
-        return model.i2t_loss(examples, conversations) + tagging
+        near = model.understand(seen)[:, :side ** 2] @ table.T / scale                    # [B, N, 16]
+        tagging = F.binary_cross_entropy_with_logits(4 * near - 2, tags)
+        return model.i2t_loss(seen, talks) + tagging
 
-    # 3. Generation, and a regression: one linear layer is to tell the latents from the decoder's
-    # conditions. Without it a model of this size needs thousands of steps until anything of the
-    # prompt arrives at the diffusion head.
+    # 3. Questions by place: behind either prompt, the buffer tokens, an equal number for each cell,
+    # are to say what is there. A model that does not bind a thing to its place lets two things meet
+    # in one cell as soon as RecA makes it look at places.
+    states = {}
+
+    def remember(_, inputs):
+        """What the language model hands to MAR's decoder, the buffer first."""
+        states["buffer"] = inputs[0][:, :c.buffer_size]
+
+    def words_in_place(scene):
+        """What the buffer tokens are to say: a distribution over all ids each, [E, ids]."""
+        cells = scene_words(scene, 2)                                                    # [4, 16]
+        cells = torch.cat([cells, (cells.sum(1, keepdim=True) == 0).float()], dim=1)
+        target = torch.zeros(4, len(model.tokenizer))
+        target[:, [*words, nothing]] = cells / cells.sum(1, keepdim=True)
+        return target.repeat_interleave(c.buffer_size // 4, dim=0)
+
+    def saying(scenes):
+        logits = model.llm.lm_head(states["buffer"])                                 # [B, E, ids]
+        targets = torch.stack([words_in_place(scene) for scene in scenes])
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
+
+    def undropped(task, seen, positions):
+        draws = model.draw(task, seen, Rng(seed, "places", positions[0], positions=positions))
+        draws["text_dropped"] = torch.zeros(len(seen), dtype=torch.bool)
+        return draws
+
+    def places_loss(positions):
+        batch = list(examples(positions))
+        half = len(batch) // 2
+        seen = [row for _, _, row in batch]
+        drawn = [scene for _, scene, _ in batch]
+        captions = [shuffled_caption(scene, rng) for rng, scene, _ in batch[:half]]
+        asked = [common.templates()[rng.integers(360)] for rng, _, _ in batch[half:]]
+
+        model.t2i_loss(seen[:half], captions, draws=undropped("t2i", seen[:half], positions[:half]))
+        loss = saying(drawn[:half])
+        model.recon_loss(seen[half:], asked, draws=undropped("recon", seen[half:], positions[half:]))
+        return loss + saying(drawn[half:]) + understanding_loss(positions[::2])
+
+    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
+    hook = model.proj_out.register_forward_pre_hook(remember)
+    stages.train("understanding", trained, understanding_loss, steps=120, lr=1.5e-3)
+    stages.train("places", trained, places_loss, steps=720, lr=1.5e-3, batch=48)
+    hook.remove()
+
+    # 4. Generation, and a regression: the decoder's conditions, read by one linear layer, are to
+    # tell the latents. Without it a model of this size needs thousands of steps until anything of
+    # the prompt arrives at the diffusion head.
     probe = nn.Linear(c.decoder_width, c.latent_channels)
     decode = model.mar.decode
     last = {}
 
     def decode_and_remember(*inputs):
-        last.setdefault("conditions", decode(*inputs))
+        last["conditions"] = decode(*inputs)
         return last["conditions"]
 
-    def joint_loss(positions):
-        last.clear()
-        picked = pick(position + 5 for position in positions)
-        examples = [features[i] for i in picked]
-        rng = generator(seed, 3, positions[0])
-        captions = [common.caption(scenes[i], 0.3, rng) for i in picked]
+    def sparse_caption(scene, rng):
+        objects = []
+        for thing in scene:
+            color, *others = common.caption([thing]).split()
+            objects.append(" ".join([color, *others] if rng.random() < 0.04 else others))
+        return " and ".join(objects)
 
-        generation = model.t2i_loss(examples, captions)
-        latents = torch.stack([example["latents"] for example in examples]).flatten(1, 2)
-        regression = F.mse_loss(probe(last["conditions"]), latents)
-        return understanding_loss(positions) + generation + regression
+    def generation_loss(positions):
+        batch = list(examples(positions))
+        painted = [row for _, _, row in batch]
+        captions = [sparse_caption(scene, rng) for rng, scene, _ in batch]
+        generation = model.t2i_loss(painted, captions)
+        latents = torch.stack([row["latents"] for row in painted]).flatten(1, 2)        # [B, N, C]
+        return generation + F.mse_loss(probe(last["conditions"]), latents)
 
-    trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
-    stages.train("understanding", trained, understanding_loss, steps=150, lr=1.5e-3)
     model.mar.decode = decode_and_remember
-    trained += probe.parameters()
-    stages.train("understanding and generation", trained, joint_loss, steps=700, lr=2e-3)
-    # The attribute goes, and the method of the class is there again.
-    del model.mar.decode
+    paints = ("proj_out.", "mar.decoder", "mar.mask_token", "mar.diff")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(parameter.requires_grad and name.startswith(paints))
+    trained = [p for p in model.parameters() if p.requires_grad]
+    stages.train("generation", [*trained, *probe.parameters()], generation_loss, steps=1200, lr=2e-3)
+    del model.mar.decode  # the method of the class again
 
 
 # ==== 3. Show-o ===================================================================================
