@@ -1306,6 +1306,11 @@ def objective(losses, weights, backward):
 
         L = λ_recon · L_recon  +  λ_i2t · L_i2t  +  λ_t2i · L_t2i
 
+    L_recon is RecA: paint an image from the model's own understanding embeddings of it. L_i2t,
+    image to text, keeps understanding alive. L_t2i, text to image, is ordinary fine-tuning. In the
+    paper λ_recon = 1, λ_t2i = 0, and λ_i2t = 1 where understanding and generation share parameters
+    (Show-o, Harmon), else 0.
+
     losses    {"recon": function() that yields the shares of L_recon, ...}: scalars, one for each
               micro-batch, whose sum is the loss
     weights   {"recon": λ_recon, "i2t": λ_i2t, "t2i": λ_t2i}. A loss whose λ is 0 is not computed.
@@ -1487,36 +1492,37 @@ class Trainer:
         losses = {"recon": model.recon_loss, "i2t": model.i2t_loss, "t2i": model.t2i_loss}
 
         def shares(name):
-            for batch in micro_batches[name]:
+            for micro_batch in micro_batches[name]:
+                features = micro_batch.features
                 with self.precision():
-                    loss = losses[name](batch.features, batch.texts, draws=batch.draws)
-                yield loss * (batch.targets / max(1, targets[name]))
+                    loss = losses[name](features, micro_batch.texts, draws=micro_batch.draws)
+                yield loss * (micro_batch.targets / max(1, targets[name]))
 
         # 3. Equation (3) and its gradients. An update takes the mean of `accum` steps. It also
         # takes the mean over the processes, although their shares of a loss add up: hence `ranks`.
         def backward(share):
             (share * ranks / args.accum).backward()
 
-        loss_functions = {name: functools.partial(shares, name) for name in micro_batches}
+        terms = {name: functools.partial(shares, name) for name in micro_batches}
         out_of_memory = False
         try:
-            loss, values = objective(loss_functions, self.weights, backward)
+            total, values = objective(terms, self.weights, backward)
         except torch.OutOfMemoryError:
-            # Processes that share the weights are stuck in the middle of a transfer. Others go on
-            # to the next line, by which all learn of it.
+            # Processes that divide the weights wait for each other in the middle of the model.
+            # Others meet in sum_over_processes, where all of them learn of it.
             if self.average is not average_gradients:
                 raise
             out_of_memory = True
-            loss = torch.zeros((), device=model.device)
-            values = {name: loss for name in micro_batches if self.weights[name] != 0}
-        loss, values, stop = self.sum_over_processes(loss, values, out_of_memory)
+            total = torch.zeros((), device=model.device)
+            values = {name: total for name in terms if self.weights[name] != 0}
+        total, values, stop = self.sum_over_processes(total, values, out_of_memory)
 
         self.step += 1
         self.seen += args.batch
         self.pending += 1
-        row = {"step": self.step, "loss": loss, **values}
+        row = {"step": self.step, "loss": total, **values}
         images = list(itertools.chain(*items.values()))
-        self.stop_unless_finite("loss", loss, images)
+        self.stop_unless_finite("loss", total, images)
 
         # 4. The update: gradients -> moved weights.
         if self.pending == args.accum:
@@ -1535,6 +1541,7 @@ class Trainer:
             self.pending = 0
             self.last_update = self.progress()
 
+        # An image that cannot be read is named once, in the row of its first step.
         unreadable = set(itertools.chain(*[item["skipped"] for item in images]))
         row["skipped"] = sorted(unreadable - self.skipped)
         self.skipped |= unreadable
@@ -1604,7 +1611,7 @@ class Trainer:
         dist.all_reduce(counts)
         return dict(zip(targets, counts.tolist()))
 
-    def sum_over_processes(self, loss, values, out_of_memory):
+    def sum_over_processes(self, total, values, out_of_memory):
         """This process's parts of L and of the losses -> (L, {name: loss}, stop), as numbers.
 
         All processes stop together: `stop` is True where one of them got a signal, and all raise
@@ -1612,15 +1619,15 @@ class Trainer:
         for which the host waits.
         """
         flags = torch.tensor([self.stop is not None, out_of_memory], dtype=torch.float32)
-        numbers = torch.stack([value.float() for value in (loss, *values.values())])
+        numbers = torch.stack([value.float() for value in (total, *values.values())])
         numbers = torch.cat([numbers, to_device(flags, self.model.device)])
         if world()[1] > 1:
             dist.all_reduce(numbers)
 
-        loss, *sums, stop, out_of_memory = numbers.tolist()
+        total, *sums, stop, out_of_memory = numbers.tolist()
         if out_of_memory:
             raise torch.OutOfMemoryError("a micro-batch does not fit")
-        return loss, dict(zip(values, sums)), stop > 0
+        return total, dict(zip(values, sums)), stop > 0
 
     def stop_unless_finite(self, name, value, images):
         """InputError where the loss or the gradient's norm is not finite, with the images named."""
@@ -1687,8 +1694,8 @@ class Trainer:
         record_run(self.args, self.model.device, again=True)
 
     def finish(self):
-        """The last checkpoint, loss.png, and a line that says what is to be said. After a signal
-        the process ends here, without an error."""
+        """The last checkpoint and loss.png. After a signal the process ends here, without an error.
+        """
         # In the middle of an accumulation the weights are still those of the last update: this is
         # where a resumed run goes on.
         finished = self.step >= self.args.steps
@@ -1808,7 +1815,6 @@ def load_model(model_class, args, device, checkpoint):
         dtype = torch.float32
 
     options = {"device": device, "dtype": dtype, "quantize": args.quantize}
-
     if checkpoint is None:
         model = model_class.from_pretrained(args.model, **options)
     else:
