@@ -2000,7 +2000,7 @@ def preview_images(rows, size, count=6):
         if source is None:
             continue
         try:
-            images.append(shrunk(load_image(source), longest=1024))
+            images.append(shrunk(load_image(source), 1024))
         except UnreadableImage as error:
             # The training names every image that it has to skip.
             first_error = first_error or f"{name} ({error})"
@@ -2138,21 +2138,18 @@ def add_flags_of_a_run(parser):
 
 
 def add_training_flags(parser):
-    group = parser.add_argument_group(
-        "training",
-        "Defaults of the first nine: the paper's Table 8, counted in our steps and updates.")
+    group = parser.add_argument_group("training", (
+        "The defaults are the paper's (Table 8), counted in steps and updates as this project has "
+        "them: see Recipe in the script."))
     group.add_argument("--steps", type=at_least(0), help=(
-        "evaluations of equation (3). Paper: Table 8. 0: inference only"))
+        "evaluations of equation (3); 0: inference only. Paper: 5000, Harmon-0.5B 3000, BAGEL "
+        "1000"))
     group.add_argument("--batch", type=at_least(1), help=(
-        "images of each loss in a step, over all GPUs. Paper: Table 8"))
+        "images of each loss in a step, over all GPUs. Paper, at once on a GPU: Show-o 2 (256 px: "
+        "4), Harmon 48 (0.5B: 96), OpenUni 42 (L: 20), BAGEL 8 on each of 6"))
     group.add_argument("--accum", type=at_least(1), help=(
-        "steps to an update of the weights. Paper: Table 8"))
-    group.add_argument("--lr", type=number(0), help=(
-        "peak of the learning rate. Paper: Table 8"))
-    group.add_argument("--warmup", type=at_least(0), help=(
-        "updates of linear warm-up. Paper: Table 8"))
-    group.add_argument("--weight-decay", type=number(0), help=(
-        "of AdamW. Paper: Table 8"))
+        "steps to an update of the weights. Paper: Show-o 5, Harmon 2, OpenUni 16, BAGEL 1"))
+
     group.add_argument("--lambda-recon", type=number(0), help=(
         "weight of L_recon in equation (3). Paper: 1"))
     group.add_argument("--lambda-i2t", type=number(0), help=(
@@ -2160,11 +2157,19 @@ def add_training_flags(parser):
         "Harmon), else 0"))
     group.add_argument("--lambda-t2i", type=number(0), help=(
         "weight of L_t2i; 1 where --captions is given. Paper: 0; 1 in its SFT baseline"))
+
+    group.add_argument("--lr", type=number(0), help=(
+        "peak of the learning rate. Paper: Show-o 5e-7, Harmon and OpenUni 1e-5, BAGEL 4e-5"))
+    group.add_argument("--warmup", type=at_least(0), help=(
+        "updates of linear warm-up. Paper: Show-o and BAGEL 1000, Harmon 500, OpenUni 50"))
     group.add_argument("--horizon", type=at_least(0), help=(
         "update at which the cosine reaches 0; 0: constant. Not in the paper: the original's; "
         "where that gives none, the end of the run"))
+    group.add_argument("--weight-decay", type=number(0), help=(
+        "of AdamW. Paper: Show-o 0.01, Harmon 0.02, OpenUni 0.05, BAGEL 0"))
     group.add_argument("--clip", type=number(0), help=(
         "limit of the gradient's norm; 0: none. Not in the paper: the original's"))
+
     group.add_argument("--seed", type=at_least(0, 2 ** 63 - 1), default=0, help=(
         "of every random number. Not in the paper"))
     group.add_argument("--save-every", type=at_least(1), default=500, help=(
@@ -2239,12 +2244,13 @@ def add_inference_flags(parser):
         "asked of each image of a --describe folder"))
     group.add_argument("--max-new-tokens", type=at_least(1, 100_000), default=256, help=(
         "of a description"))
+
     group.add_argument("--guidance-scale", type=number(0), help=(
         "of the sampler; 1: none. Not given: the original's"))
     group.add_argument("--sampling-steps", type=at_least(1, 1000), help=(
         "of the sampler. Not given: the original's"))
     group.add_argument("--batch-images", type=at_least(1), help=(
-        "images that are made at once (default 8; 32 on a GPU, BAGEL 8)"))
+        "images that are made at once (default: 32 on a GPU, BAGEL 8; 8 on a CPU)"))
     group.add_argument("--quantize", choices=("int8",), help=(
         "keep the weights of linear layers (not heads) in int8: half the memory of bf16, slower; "
         "only with --steps 0"))
@@ -3780,7 +3786,10 @@ def score_generations(scenes, images):
     pairs = [(scene, read_scene(image)) for scene, image in zip(scenes, images)]
 
     def details(scene, fields):
-        return {tuple(thing[field] for field in fields) for thing in scene}
+        objects = set()
+        for thing in scene:
+            objects.add(tuple(thing[field] for field in fields))
+        return objects
 
     scores = {}
     for task, (objects, fields) in TOY_TASKS.items():
