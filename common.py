@@ -76,7 +76,9 @@ RECIPES, {name of a model: Recipe}, and DEFAULT, the name that --model has if it
 is a dataclass whose fields are the defaults of the flags of the same names: steps, batch, accum, lr,
 warmup, horizon, weight_decay, clip, lambda_recon, lambda_i2t, lambda_t2i; and betas and eps of AdamW.
 
-main(), which hands all of this over: common.run(Model, common.parse_args(__doc__, RECIPES, DEFAULT)).
+main(), which hands this over: common.run(Model, common.parse_args(__doc__, RECIPES, DEFAULT)).
+
+Legend of the shape comments: B images in a batch, H W pixels.
 """
 import argparse
 import codecs
