@@ -1,29 +1,82 @@
-"""What the four RecA scripts share. A script hands over a model with the losses `recon_loss`, `i2t_loss`, `t2i_loss`;
-this file, which knows no architecture, does the rest. *What is trained* stands there, *how a step is taken* here:
+"""What the four RecA scripts share: files, data, equation (3), training, inference on files.
 
-  1. errors and files      2. random numbers      3. templates and images      4. data (rows, streams, the cache)
-  5. training (equation (3), the loop)      6. inference on files      7. the toy world      8. the command line
+A script, reca_*.py, holds one architecture and its losses: *what* is trained. This file knows no
+architecture. It takes the model of a script and does the rest: *how* a step is taken. The way from
+images to moved weights is in section 6, and begins with `run`, which main() of every script calls:
 
-What a script provides (to write one for another architecture, start from the nearest of the four):
+    run                  loads the model, trains it (post_train), makes what inference is asked for
+    post_train           opens the streams of images, makes the trainer, and lets it train
+    Trainer.train        the loop over steps: log, previews, checkpoints
+    Trainer.take_step    a step: images -> micro-batches -> losses -> gradients -> moved weights
+    objective            equation (3): L = λ_recon · L_recon + λ_i2t · L_i2t + λ_t2i · L_t2i
 
-  Model.from_pretrained(source, device=, dtype=, quantize=)     source: hub id, folder, or a key of RECIPES; quantize:
-                                     None or "int8", see `quantize` in section 6
-  Model.random(name, device)                         full size without a download, for --bench
-  .save_pretrained(folder)   .parameter_groups(weight_decay) for AdamW   .blocks() to compile and checkpoint
-  .config.image_size         .device     .set_und(size=, blur=)  --und-size, --blur
-  .unquantized               tuple of names' beginnings: what stays as it is under --quantize
-  .preprocess(image, task, rng)      PIL RGB (None: a text without image; ValueError skips the row) -> CPU tensors of
-                                     one image. task: recon, i2t, t2i. rng: numpy Generator for crops, None: central
-  .encode(samples, task)             what FROZEN parts say of each image, a dict each: runs without a graph, and is all
-                                     that --cache stores; whatever is trained belongs into the loss
-  .draw(task, features, rng)         every random number of a loss, {} where nothing is drawn; rng: an Rng of section 2
-  .count_targets(task, features, texts, draws)    of how many terms the loss is the mean, counted on the host
-  .recon_loss(features, templates, draws=None, rng=None), .i2t_loss(features, conversations, ...), .t2i_loss(features,
-        captions, ...)               -> scalar, the mean over its targets. draws: from draw, or None: drawn from rng
-  .worst_case(task, count)           (samples, texts, draws to replace) of the largest inputs: what must fit
-  .generate(prompts, seed=, guidance_scale=, num_steps=)   .reconstruct(images, seed=, ...)   .describe(images,
-        question=, max_new_tokens=)  seed: an int, or one per image. What the command line does not give is not passed
-  Recipe       the dataclass whose fields are the defaults of the flags with the same names
+Sections:
+
+    1. Errors and files                 6. Equation (3) and training
+    2. Checkpoints                      7. The command line
+    3. Processes and random numbers     -- what follows is not needed to understand RecA --
+    4. Templates and images             8. Memory and speed
+    5. Data                             9. Inference on files
+                                       10. How fast is this card?
+                                       11. The toy world
+
+What a script provides
+======================
+To write a script for another architecture, start from the nearest of the four. This file uses the
+following, and nothing else.
+
+A model class, a torch.nn.Module. `task` is the name of a loss: "recon", "i2t" or "t2i".
+
+  Loading and saving
+    Model.from_pretrained(source, device=, dtype=, quantize=)
+        source: a hub id, a folder, or a name in RECIPES. quantize: None or "int8", see `quantize`.
+    Model.random(name, device)
+        A model of full size with random weights, without a download, for --bench.
+    model.save_pretrained(folder)
+        Writes the layout of the released files.
+
+  What training asks for
+    model.device, model.config.image_size
+    model.set_und(size=, blur=)
+        --und-size and --blur: what the understanding side is shown of an image.
+    model.parameter_groups(weight_decay)
+        The trained parameters as groups for AdamW.
+    model.blocks()
+        The repeated layers, a list: each is compiled, and recomputed in the backward pass.
+    model.unquantized
+        The beginnings of the names of layers, a tuple: these stay as they are under --quantize.
+
+  From an image to a loss
+    model.preprocess(image, task, rng)
+        A PIL image (None: a text without an image) -> CPU tensors by name, a dict. rng: a numpy
+        Generator that places the crop, or None: the central crop. A ValueError skips the image.
+    model.encode(samples, task)
+        A list of such dicts -> what the FROZEN parts compute for each image, a list of dicts of
+        tensors: the `features` below. It runs without a graph, and it is all that --cache keeps;
+        whatever is trained belongs into the losses.
+    model.draw(task, features, rng)
+        All random numbers of a loss by name, a dict ({} where nothing is drawn). rng: an Rng.
+    model.count_targets(task, features, texts, draws)
+        The number of terms of which the loss is the mean, an int that the host knows.
+    model.recon_loss(features, templates, draws=None, rng=None)
+    model.i2t_loss(features, conversations, draws=None, rng=None)
+    model.t2i_loss(features, captions, draws=None, rng=None)
+        -> scalar, the mean over the targets. draws: what `draw` returned; None: drawn from rng.
+        A template and a caption are strings; a conversation is a list of (question, answer).
+    model.worst_case(task, count)
+        (samples, texts, draws that replace drawn ones) of the `count` largest inputs that training
+        can meet: what must fit into memory.
+
+  Inference. seed: an int, or one for each image. What the command line does not give is not passed.
+    model.generate(prompts, seed=, guidance_scale=, num_steps=)      -> list of PIL images
+    model.reconstruct(images, seed=, guidance_scale=, num_steps=)    -> list of PIL images
+    model.describe(images, question=, max_new_tokens=)               -> list of strings
+
+RECIPES, {name of a model: Recipe}, and DEFAULT, the name that --model has if it is not given. Recipe
+is a dataclass whose fields are the defaults of the flags of the same names: steps, batch, accum, lr,
+warmup, horizon, weight_decay, clip, lambda_recon, lambda_i2t, lambda_t2i; and betas and eps of AdamW.
+
+main(), which hands this over: common.run(Model, common.parse_args(__doc__, RECIPES, DEFAULT)).
 
 Legend of the shape comments: B images in a batch, H W pixels.
 """
@@ -1732,6 +1785,8 @@ def encode_batch(model, items, task, cache=None):
 
 
 # ==== 6. Equation (3) and training ================================================================
+# To follow RecA from images to moved weights, read from `run` downwards: run, post_train,
+# Trainer.train, Trainer.take_step, objective. (Python wants them in the opposite order.)
 
 
 LOSSES = ("recon", "i2t", "t2i")
@@ -1742,61 +1797,75 @@ def objective(losses, weights, backward):
 
         L = λ_recon · L_recon  +  λ_i2t · L_i2t  +  λ_t2i · L_t2i
 
-    losses: {"recon": function that yields the shares of its micro-batches, scalars that add up to
-    L_recon, ...}; weights: {"recon": λ_recon, ...}. A loss whose λ is 0 is never computed. Each
-    share goes backward as soon as it is there, so that the peak of memory is that of one
-    micro-batch of one loss. Returns (L, {name: L_name}) as detached tensors.
+    L_recon is RecA: paint an image from the model's own understanding embeddings of it. L_i2t,
+    image to text, keeps understanding alive. L_t2i, text to image, is ordinary fine-tuning. In the
+    paper λ_recon = 1, λ_t2i = 0, and λ_i2t = 1 where understanding and generation share parameters
+    (Show-o, Harmon), else 0.
+
+    losses    {"recon": function() that yields the shares of L_recon, ...}: scalars, one for each
+              micro-batch, whose sum is the loss
+    weights   {"recon": λ_recon, "i2t": λ_i2t, "t2i": λ_t2i}. A loss whose λ is 0 is not computed.
+    backward  function(share of L) that adds to the gradients. It is called as soon as a share is
+              there: the activations of only one micro-batch of one loss are in memory at a time.
+
+    Returns (L, {"recon": L_recon, ...}) as tensors without a graph.
     """
+    total = 0
     values = {}
-    for name, loss in losses.items():
+    for name, shares in losses.items():
         if weights[name] == 0:
             continue
+
         values[name] = 0
-        for share in loss():
+        for share in shares():
             backward(weights[name] * share)
             values[name] += share.detach()
-    return sum(weights[name] * value for name, value in values.items()), values
+        total += weights[name] * values[name]
+    return total, values
 
 
 def mean(total, count):
-    """total / count for a count known on the host; 0 where a micro-batch holds no target at all."""
+    """total / count, for a count that the host knows; 0 where a micro-batch holds no target."""
     return total / max(1, count)
 
 
 def learning_rate(update, peak, warmup, horizon):
-    """Linear warm-up over `warmup` weight updates (counted from 0), then a cosine to 0 at `horizon` (0: constant)."""
+    """The learning rate of a weight update, counted from 0: a linear warm-up over `warmup` updates
+    to `peak`, then a cosine that reaches 0 at the update `horizon`. horizon 0: constant instead."""
     if update < warmup:
         return peak * (update + 1) / warmup
-    progress = min(1, (update - warmup) / max(1, horizon - warmup)) if horizon else 0
+    if horizon == 0:
+        return peak
+    progress = min(1, (update - warmup) / max(1, horizon - warmup))
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 @dataclasses.dataclass
 class MicroBatch:
-    """Images that go through the model at once. `targets`: of how many terms their loss is the mean
-    (masked tokens, answer tokens, ...)."""
-    features: list
-    texts: list
-    draws: dict
-    targets: int
+    """Images that go through the model at once, and what one of its losses needs of them."""
+    features: list      # what the frozen parts have computed, a dict of tensors for each image
+    texts: list         # templates, conversations or captions
+    draws: dict         # the random numbers of the loss
+    targets: int        # of how many terms the loss is the mean: masked tokens, answer tokens ...
 
 
 class Trainer:
     """The post-training loop, once for all architectures.
 
-    model    has encode, draw, count_targets, <name>_loss, parameter_groups, save_pretrained, device
-    streams  {"recon": Stream, "i2t": Stream, ...}, one for each loss whose λ is not 0
-    args     the command line (section 8)
-    show     function(step) that draws a preview, or None
-    optimizer, average: in place of AdamW and average_gradients, for sharded or low-precision weights
+    model      see "What a script provides" at the top of this file
+    streams    {"recon": Stream, "i2t": Stream, ...}, one for each loss whose λ is not 0
+    args       the command line (section 7)
+    show       function(step) that paints a preview, or None
+    optimizer  None: AdamW
+    average    function(parameters) that makes the gradients of all processes equal to their mean
 
-    A *step* is one evaluation of equation (3) on `batch` images for each loss, over all processes.
-    An *update* moves the weights, every `accum` steps. A *micro-batch* is what one process puts
-    through the model at once; it changes memory and speed and, but for rounding, no number: a loss
-    is the mean over all targets of the step, and every draw belongs to the seed and an image's
-    position (the one exception is dropout).
+    A *step* is one evaluation of equation (3), on `batch` images for each loss, over all processes.
+    An *update* moves the weights; it comes after every `accum` steps. A *micro-batch* is what one
+    process puts through the model at once. It changes memory and speed and, up to rounding, no
+    number: a loss is the mean over all targets of the step, and every random number follows from
+    the seed and an image's position in its stream. (Dropout alone depends on it.)
     """
-    sharded = False         # do several processes divide the weights among them?
+    sharded = False     # Do several processes divide the weights among them?
 
     def __init__(self, model, streams, args, show=None, optimizer=None, average=average_gradients):
         self.model = model
@@ -1805,502 +1874,707 @@ class Trainer:
         self.show = show
         self.average = average
         self.weights = {"recon": args.lambda_recon, "i2t": args.lambda_i2t, "t2i": args.lambda_t2i}
-        self.optimizer = optimizer or make_optimizer(model, args, low_precision=False)
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        size = args.micro_batch or CPU_MICRO_BATCH      # a number, or as run.json has it: one for each loss
+        if optimizer is None:
+            optimizer = make_optimizer(model, args, low_precision=False)
+        self.optimizer = optimizer
+        self.parameters = []
+        for group in optimizer.param_groups:
+            self.parameters += group["params"]
+
+        # --micro-batch is a number for all losses. In run.json there is one for each; a loss that a
+        # resumed run did not begin with gets what fits for all others.
+        size = args.micro_batch or CPU_MICRO_BATCH
         if not isinstance(size, dict):
             size = dict.fromkeys(streams, size)
-        # A resumed run may have a loss that it did not begin with: what fitted for all others.
-        self.micro_batch = {name: size.get(name, min(size.values(), default=1)) for name in streams}
+        least = min(size.values(), default=1)
+        self.micro_batch = {name: size.get(name, least) for name in streams}
         self.halved = False
 
         self.out = Path(args.out)
-        self.step = 0           # evaluations of equation (3)
-        self.updates = 0        # moves of the weights
-        self.seen = 0           # images of each stream
+        self.step = 0           # steps that were taken
+        self.updates = 0        # updates that were made
+        self.seen = 0           # images that were taken from each stream
         self.pending = 0        # steps whose gradients wait for the next update
+        self.last_update = self.progress()
         self.stop = None        # the name of the signal that asked for the end
-        self.skipped = set()
+        self.skipped = set()    # names of images that could not be read
 
-    def save(self):
-        """out/checkpoint-<step>: the released layout, and beside it what a resume needs. The two newest are kept."""
-        if world()[0] == 0:
-            with atomic(self.out / f"checkpoint-{self.step:06d}") as folder:
-                folder.mkdir(parents=True)
-                self.model.save_pretrained(folder)
-                torch.save({**self.progress(), "optimizer": self.optimizer.state_dict()}, folder / "trainer.pt")
-            for old in own_checkpoints(self.out)[:-2]:
-                shutil.rmtree(old)
-        if dist.is_initialized():
-            dist.barrier()
+    def train(self):
+        """Takes steps until --steps or a signal, and writes the log, previews and checkpoints.
 
-    def progress(self):
-        return {"step": self.step, "updates": self.updates, "seen": self.seen}
-
-    def resume(self, folder):
-        """Reads all but the weights (see from_pretrained). Random numbers need no state (section 2)."""
-        state = load_training(folder)
-        self.go_on_from(state)
-        with own_options(self.optimizer):
-            self.optimizer.load_state_dict(state["optimizer"])
-
-    def go_on_from(self, progress):
-        self.step = progress["step"]
-        self.updates = progress["updates"]
-        self.seen = progress["seen"]
-        self.pending = 0
-
-    def precision(self):
-        """The context in which the model computes. Autocast would keep the bf16 copy of every float32
-        weight until the end of the forward pass; a block that is recomputed needs its own for a
-        moment only, so with checkpointing they are made anew."""
-        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.args.precision == "bf16",
-                              cache_enabled=not self.args.checkpointing)
-
-    def micro_batches(self, name, items):
-        """This process's images of one loss, encoded, with their random numbers -> [MicroBatch].
-
-        Every process makes as many, and none is larger than micro_batch: sharded weights are
-        gathered by all together. One that has no image left repeats its first with 0 targets.
+        The last checkpoint is written in both cases. After a signal the process ends.
         """
-        passes = -(-self.largest_share() // self.micro_batch[name])
-        bounds = [len(items) * k // passes for k in range(passes + 1)]
+        args = self.args
+        first_step = self.step
+        began = time.time()
+        stop = False
 
-        made = []
-        for begin, end in zip(bounds[:-1], bounds[1:]):
-            chunk = items[begin:end] or items[:1]
-            texts = [item["text"] for item in chunk]
-            rng = Rng(self.args.seed, name, self.step, positions=[item["position"] for item in chunk])
-            with self.precision():
-                features = encode_batch(self.model, chunk, name, self.streams[name].cache)
-            draws = self.model.draw(name, features, rng)
-            targets = self.model.count_targets(name, features, texts, draws) if begin < end else 0
-            made.append(MicroBatch(features, texts, draws, targets))
-        return made
+        handlers = self.notice_signals()
+        loaders = self.loaders()
+        log = self.open_log()
+        bar = tqdm(
+            desc="RecA", unit="step", initial=first_step, total=args.steps,
+            dynamic_ncols=True, disable=world()[0] > 0)
+        try:
+            while self.step < args.steps and not stop:
+                row = None
+                try:
+                    row, stop = self.take_step(loaders)
+                except torch.OutOfMemoryError:
+                    if not self.can_halve_micro_batches():
+                        raise
+                # This is not done in the except clause: there the exception, which knows where it
+                # was raised, still holds the activations.
+                if row is None:
+                    self.halve_micro_batches()
+                    close_all(loaders)
+                    log.close()
+                    loaders = self.loaders()
+                    log = self.open_log()
+                    continue
 
-    def largest_share(self):
-        return -(-self.args.batch // world()[1])
+                seconds = time.time() - began
+                row["images_per_s"] = round((self.step - first_step) * args.batch / seconds, 3)
+                log.write(json.dumps(row) + "\n")
+                for name in row["skipped"]:
+                    bar.write(f"skipped: {name}")
+                losses = {name: f"{row[name]:.4f}" for name in LOSSES if name in row}
+                bar.set_postfix(losses | {"img/s": row["images_per_s"]})
+                bar.update(self.step - bar.n)
 
-    def loss(self, name, batch):
-        """One loss of one micro-batch, the mean over its targets: the model's own function."""
-        losses = {"recon": self.model.recon_loss, "i2t": self.model.i2t_loss, "t2i": self.model.t2i_loss}
-        with self.precision():
-            return losses[name](batch.features, batch.texts, draws=batch.draws)
+                # The last preview and the last checkpoint are made after the loop.
+                if stop or self.step == args.steps:
+                    break
+                if self.show is not None and self.step % args.sample_every == 0:
+                    self.show(self.step)
+                if self.pending == 0 and self.step % args.save_every < args.accum:
+                    self.save()
+        finally:
+            close_all(loaders)
+            log.close()
+            bar.close()
+            # From here on signals interrupt as usual: also scores and inference.
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
-    def shares(self, name, batches, total):
-        """Yields each micro-batch's share of L_name: its mean, weighted with its part of all targets."""
-        for batch in batches:
-            yield self.loss(name, batch) * (batch.targets / max(1, total))
+        self.finish()
 
     def take_step(self, loaders):
-        """Equation (3), its gradients, every `accum` steps a move of the weights -> row of the log, whether to stop."""
+        """One step: equation (3), its gradients, and after every `accum` steps an update.
+
+        loaders: {"recon": iterator, ...}; each gives a list of items a step, this process's part of
+        the images. Returns the step's row of the log, and whether a signal asks for the end.
+        InputError where a number is not finite; OutOfMemoryError, on all processes, where a
+        micro-batch does not fit on one of them.
+        """
         args = self.args
+        model = self.model
         rank, ranks = world()
-        device = self.model.device
         torch.manual_seed(stable_seed(args.seed, "dropout", self.step, rank))
 
+        # 1. Images -> micro-batches: what the frozen parts compute of the images, their texts and
+        # their random numbers.
         items = {name: next(loader) for name, loader in loaders.items()}
-        batches = {name: self.micro_batches(name, images) for name, images in items.items()}
-        totals = {name: sum(batch.targets for batch in chunks) for name, chunks in batches.items()}
-        if ranks > 1:
-            counts = torch.tensor(list(totals.values()), dtype=torch.float64, device=device)
-            dist.all_reduce(counts)
-            totals = dict(zip(totals, counts.tolist()))
-        losses = {name: functools.partial(self.shares, name, chunks, totals[name])
-                  for name, chunks in batches.items()}
+        micro_batches = {name: self.micro_batches(name, items[name]) for name in items}
+        targets = self.targets_of_step(micro_batches)
 
-        # The gradients of the processes are averaged below, while their shares add up: hence `ranks`.
+        # 2. The losses. One is the mean over all its targets of the step, so that the mean of a
+        # micro-batch counts in proportion to the targets that it holds.
+        losses = {"recon": model.recon_loss, "i2t": model.i2t_loss, "t2i": model.t2i_loss}
+
+        def shares(name):
+            for micro_batch in micro_batches[name]:
+                features = micro_batch.features
+                with self.precision():
+                    loss = losses[name](features, micro_batch.texts, draws=micro_batch.draws)
+                yield loss * (micro_batch.targets / max(1, targets[name]))
+
+        # 3. Equation (3) and its gradients. An update takes the mean of `accum` steps. It also
+        # takes the mean over the processes, although their shares of a loss add up: hence `ranks`.
+        def backward(share):
+            (share * ranks / args.accum).backward()
+
+        terms = {name: functools.partial(shares, name) for name in micro_batches}
         out_of_memory = False
         try:
-            _, values = objective(losses, self.weights, lambda share: (share * ranks / args.accum).backward())
+            total, values = objective(terms, self.weights, backward)
         except torch.OutOfMemoryError:
+            # Processes that divide the weights wait for each other in the middle of the model.
+            # Others meet in sum_over_processes, where all of them learn of it.
             if self.average is not average_gradients:
-                raise                   # in the middle of what sharded processes do together
+                raise
             out_of_memory = True
-            values = {name: torch.zeros((), device=device) for name in losses if self.weights[name]}
+            total = torch.zeros((), device=model.device)
+            values = {name: total for name in terms if self.weights[name] != 0}
+        total, values, stop = self.sum_over_processes(total, values, out_of_memory)
 
-        # One transfer: the losses, and whether any process ran out of memory or was told to stop.
-        flags = torch.tensor([self.stop is not None, out_of_memory], dtype=torch.float32)
-        numbers = torch.stack([value.float() for value in values.values()])
-        numbers = torch.cat([numbers, to_device(flags, device)])
-        if ranks > 1:
-            dist.all_reduce(numbers)
-        *numbers, stop, out_of_memory = numbers.tolist()
-        if out_of_memory:
-            raise torch.OutOfMemoryError("a micro-batch does not fit")
-
-        values = dict(zip(values, numbers))
         self.step += 1
         self.seen += args.batch
         self.pending += 1
-        loss = sum(self.weights[name] * value for name, value in values.items())
-        row = {"step": self.step, "loss": loss, **values}
+        row = {"step": self.step, "loss": total, **values}
+        images = list(itertools.chain(*items.values()))
+        self.stop_unless_finite("loss", total, images)
+
+        # 4. The update: gradients -> moved weights.
         if self.pending == args.accum:
             self.average(self.parameters)
             row["lr"] = learning_rate(self.updates, args.lr, args.warmup, self.horizon())
-            limit = args.clip or float("inf")
-            row["grad_norm"] = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+            limit = args.clip or math.inf
+            norm = torch.nn.utils.clip_grad_norm_(self.parameters, limit).item()
+            row["grad_norm"] = norm
+            self.stop_unless_finite("grad_norm", norm, images)
 
-        items = [item for images in items.values() for item in images]
-        self.stop_unless_finite(row, items)
-        if "lr" in row:
             for group in self.optimizer.param_groups:
                 group["lr"] = row["lr"]
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             self.updates += 1
             self.pending = 0
+            self.last_update = self.progress()
 
-        unreadable = {name for item in items for name in item["skipped"]}
+        # An image that cannot be read is named once, in the row of its first step.
+        unreadable = set(itertools.chain(*[item["skipped"] for item in images]))
         row["skipped"] = sorted(unreadable - self.skipped)
         self.skipped |= unreadable
-        return row, stop > 0
+        return row, stop
 
-    def horizon(self):
-        """The update at which the cosine reaches 0. None given: the run's last, whatever --steps says,
-        also in a resumed run that goes on for longer."""
-        if self.args.horizon is not None:
-            return self.args.horizon
-        left = self.args.steps - (self.step - self.pending)
-        return self.updates + left // self.args.accum
-
-    def stop_unless_finite(self, row, items):
-        names = ", ".join(item["name"] for item in items[:8])
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(row.get(name, 0)):
-                saved = own_checkpoints(self.out)
-                kept = (
-                    f"the last good checkpoint, {saved[-1].name}, is kept in {self.out}"
-                    if saved
-                    else "no checkpoint had been written yet"
-                )
-                raise InputError(
-                    f"{name} is {row[name]} at step {self.step} on {names}: stopped; {kept} (try a"
-                    " lower --lr or --precision fp32)"
-                )
+    # ---- the parts of a step ---------------------------------------------------------------------
 
     def loaders(self):
-        """{name: generator of lists of items} from the position that has been reached."""
-        return {name: stream.batches(self.seen, self.args.batch, self.args.workers)
-                for name, stream in self.streams.items() if self.weights[name] != 0}
+        """{name of a loss: generator of lists of items} from the position that has been reached."""
+        loaders = {}
+        for name, stream in self.streams.items():
+            if self.weights[name] != 0:
+                loaders[name] = stream.batches(self.seen, self.args.batch, self.args.workers)
+        return loaders
 
-    def halve_micro_batches(self, boundary):
-        """After a micro-batch that did not fit: half of it, once, and on from the last update, since
-        nobody knows which gradients the broken backward pass has added to."""
-        self.halved = True
-        self.micro_batch = {name: max(1, size // 2) for name, size in self.micro_batch.items()}
-        self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.empty_cache()
-        tqdm.write(f"out of memory in step {self.step + 1}: from now on micro-batches of {self.micro_batch}, "
-                   f"again from step {boundary['step'] + 1}")
-        self.go_on_from(boundary)
-        self.args.micro_batch = self.micro_batch        # also for a run that resumes this one
-        record_run(self.args, self.model.device, again=True)
+    def micro_batches(self, name, items):
+        """This process's images of one loss, encoded, with their random numbers -> [MicroBatch].
+
+        Every process makes equally many, and none is larger than micro_batch[name]: processes that
+        divide the weights gather them for each pass together. A process that has fewer images than
+        passes repeats its first image with 0 targets.
+        """
+        passes = math.ceil(self.largest_share() / self.micro_batch[name])
+        bounds = [len(items) * k // passes for k in range(passes + 1)]
+
+        batches = []
+        for begin, end in zip(bounds[:-1], bounds[1:]):
+            chunk = items[begin:end] or items[:1]
+            texts = [item["text"] for item in chunk]
+            positions = [item["position"] for item in chunk]
+            rng = Rng(self.args.seed, name, self.step, positions=positions)
+            with self.precision():
+                features = encode_batch(self.model, chunk, name, self.streams[name].cache)
+
+            draws = self.model.draw(name, features, rng)
+            targets = 0
+            if begin < end:
+                targets = self.model.count_targets(name, features, texts, draws)
+            batches.append(MicroBatch(features, texts, draws, targets))
+        return batches
+
+    def largest_share(self):
+        """The most images of a step that any process gets of each loss."""
+        return math.ceil(self.args.batch / world()[1])
+
+    def precision(self):
+        """The context in which the model computes: autocast to bf16, or nothing.
+
+        Autocast keeps the bf16 copy of every float32 weight until the end of the forward pass. With
+        checkpointing they are made anew instead: a block that is recomputed needs only its own.
+        """
+        return torch.autocast(
+            self.model.device.type, torch.bfloat16,
+            enabled=self.args.precision == "bf16",
+            cache_enabled=not self.args.checkpointing)
+
+    def targets_of_step(self, micro_batches):
+        """{name of a loss: its number of targets} over all micro-batches and all processes."""
+        targets = {}
+        for name, batches in micro_batches.items():
+            targets[name] = sum(batch.targets for batch in batches)
+        if world()[1] == 1:
+            return targets
+
+        counts = torch.tensor(
+            list(targets.values()), dtype=torch.float64, device=self.model.device)
+        dist.all_reduce(counts)
+        return dict(zip(targets, counts.tolist()))
+
+    def sum_over_processes(self, total, values, out_of_memory):
+        """This process's parts of L and of the losses -> (L, {name: loss}, stop), as numbers.
+
+        All processes stop together: `stop` is True where one of them got a signal, and all raise
+        OutOfMemoryError where one of them had to. Everything comes from the GPU in one transfer,
+        for which the host waits.
+        """
+        flags = torch.tensor([self.stop is not None, out_of_memory], dtype=torch.float32)
+        numbers = torch.stack([value.float() for value in (total, *values.values())])
+        numbers = torch.cat([numbers, to_device(flags, self.model.device)])
+        if world()[1] > 1:
+            dist.all_reduce(numbers)
+
+        total, *sums, stop, out_of_memory = numbers.tolist()
+        if out_of_memory:
+            raise torch.OutOfMemoryError("a micro-batch does not fit")
+        return total, dict(zip(values, sums)), stop > 0
+
+    def stop_unless_finite(self, name, value, images):
+        """InputError where the loss or the gradient's norm is not finite, with the images named."""
+        if math.isfinite(value):
+            return
+        saved = own_checkpoints(self.out)
+        kept = "no checkpoint had been written yet"
+        if saved:
+            kept = f"the last good checkpoint, {saved[-1].name}, is kept in {self.out}"
+        names = ", ".join(item["name"] for item in images[:8])
+        raise InputError(
+            f"{name} is {value} at step {self.step} on {names}: stopped; {kept} (try a lower --lr "
+            "or --precision fp32)")
+
+    def horizon(self):
+        """The update at which the cosine reaches 0. Where no flag and no recipe gives one, it is
+        the last of the run, whatever --steps is, also in a resumed run that goes on for longer."""
+        if self.args.horizon is not None:
+            return self.args.horizon
+        steps_left = self.args.steps - (self.step - self.pending)
+        return self.updates + steps_left // self.args.accum
+
+    # ---- what surrounds the steps ----------------------------------------------------------------
+
+    def notice_signals(self):
+        """From now on SIGINT and SIGTERM end the training after the step, with a checkpoint.
+        Returns {signal: its handler until now}."""
+        def notice(number, _):
+            self.stop = signal.Signals(number).name
+
+        handlers = {}
+        for number in (signal.SIGINT, signal.SIGTERM):
+            handlers[number] = signal.signal(number, notice)
+        return handlers
 
     def open_log(self):
-        """out/log.jsonl, without the rows of steps that are taken again: after a kill it may be ahead
-        of the checkpoint."""
+        """out/log.jsonl, without the rows of steps that are taken again: a run that was killed may
+        have logged steps that no checkpoint holds."""
         if world()[0] != 0:
             return open(os.devnull, "w")
         mend_lines(self.out / "log.jsonl", lambda row: row["step"] <= self.step)
         return open(self.out / "log.jsonl", "a", buffering=1)
 
-    def train(self):
-        """From self.step to --steps, or to a signal; the last checkpoint is written in both cases."""
-        args = self.args
-        first = self.step
-        began = time.time()
-        boundary = self.progress()      # where the weights moved last
-        stop = False
+    def can_halve_micro_batches(self):
+        """Whether a micro-batch that does not fit may be halved: once, and not where processes
+        divide the weights."""
+        larger = max(self.micro_batch.values()) > 1
+        return larger and not self.halved and self.average is average_gradients
 
-        def ask_to_stop(number, _):
-            self.stop = signal.Signals(number).name
+    def halve_micro_batches(self):
+        """After a micro-batch that did not fit: half of it, and on from the last update, since
+        nobody knows to which gradients the interrupted backward pass has been added."""
+        self.halved = True
+        self.micro_batch = {name: max(1, size // 2) for name, size in self.micro_batch.items()}
+        self.optimizer.zero_grad(set_to_none=True)
+        torch.cuda.empty_cache()
+        tqdm.write(
+            f"out of memory in step {self.step + 1}: from now on micro-batches of "
+            f"{self.micro_batch}, again from step {self.last_update['step'] + 1}")
 
-        handlers = {number: signal.signal(number, ask_to_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        loaders = self.loaders()
-        log = self.open_log()
-        bar = tqdm(total=args.steps, initial=first, unit="step", dynamic_ncols=True, disable=world()[0] > 0,
-                   desc="RecA")
-        try:
-            while self.step < args.steps and not stop:
-                try:
-                    row, stop = self.take_step(loaders)
-                except torch.OutOfMemoryError:
-                    if self.halved or max(self.micro_batch.values()) == 1 or self.average is not average_gradients:
-                        raise
-                    row = None
-                if row is None:         # outside the except: there the exception holds on to the activations
-                    self.halve_micro_batches(boundary)
-                    for loader in loaders.values():
-                        loader.close()
-                    loaders = self.loaders()
-                    log.close()
-                    log = self.open_log()
-                    continue
+        # A run that resumes this one begins with the smaller micro-batches.
+        self.go_on_from(self.last_update)
+        self.args.micro_batch = self.micro_batch
+        record_run(self.args, self.model.device, again=True)
 
-                seconds = time.time() - began
-                row["images_per_s"] = round((self.step - first) * args.batch / seconds, 3)
-                log.write(json.dumps(row) + "\n")
-                losses = {name: f"{row[name]:.4f}" for name in LOSSES if name in row}
-                bar.set_postfix(losses | {"img/s": row["images_per_s"]})
-                bar.update(self.step - bar.n)
-                for name in row["skipped"]:
-                    bar.write(f"skipped: {name}")
-
-                updated = self.pending == 0
-                if updated:
-                    boundary = self.progress()
-                going = not stop and self.step < args.steps
-                if going and self.show and self.step % args.sample_every == 0:
-                    self.show(self.step)
-                if going and updated and self.step % args.save_every < args.accum:
-                    self.save()
-        finally:
-            for loader in loaders.values():
-                loader.close()
-            for number, handler in handlers.items():    # scoring and inference may be interrupted as usual
-                signal.signal(number, handler)
-            log.close()
-            bar.close()
-
-        # In the middle of an accumulation the weights are those of their last move: a resumed run goes on from there.
-        finished = self.step >= args.steps
-        self.go_on_from(boundary)
+    def finish(self):
+        """The last checkpoint and loss.png. After a signal the process ends here, without an error.
+        """
+        # In the middle of an accumulation the weights are still those of the last update: this is
+        # where a resumed run goes on.
+        finished = self.step >= self.args.steps
+        self.go_on_from(self.last_update)
         self.save()
-        self.free()
+
+        # Previews, scores and inference get the memory of gradients and moments.
+        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.state.clear()
+
         if world()[0] == 0:
             draw_losses(self.out)
             if self.skipped:
-                print(f"{len(self.skipped)} unreadable images were skipped (named in {self.out / 'log.jsonl'})")
+                print(f"{len(self.skipped)} unreadable images were skipped (named in "
+                      f"{self.out / 'log.jsonl'})")
         if not finished:
             by = self.stop or "another rank"
-            print(f"stopped by {by} at step {self.step}, saved; go on with --resume --out {self.out}")
+            print(f"stopped by {by} at step {self.step}, saved; go on with --resume --out "
+                  f"{self.out}")
             sys.exit(0)
 
-    def free(self):
-        """Training is over: previews, scores and inference get the memory of gradients and moments."""
-        self.optimizer.zero_grad(set_to_none=True)
-        self.optimizer.state.clear()
+    # ---- checkpoints -----------------------------------------------------------------------------
+
+    def save(self):
+        """out/checkpoint-<step>: the model in the released layout, and beside it trainer.pt, which
+        only a resume needs. The two newest are kept."""
+        if world()[0] == 0:
+            with atomic(self.out / f"checkpoint-{self.step:06d}") as folder:
+                folder.mkdir(parents=True)
+                self.model.save_pretrained(folder)
+                state = {**self.progress(), "optimizer": self.optimizer.state_dict()}
+                torch.save(state, folder / "trainer.pt")
+            for old in own_checkpoints(self.out)[:-2]:
+                shutil.rmtree(old)
+        if dist.is_initialized():
+            dist.barrier()
+
+    def resume(self, folder):
+        """Reads what `save` wrote, but for the model's weights, which from_pretrained has read.
+        Random numbers need no state: they follow from the seed (section 3)."""
+        state = load_training(folder)
+        self.go_on_from(state)
+        with own_options(self.optimizer):
+            self.optimizer.load_state_dict(state["optimizer"])
+
+    def progress(self):
+        """How far the training is, as trainer.pt keeps it."""
+        return {"step": self.step, "updates": self.updates, "seen": self.seen}
+
+    def go_on_from(self, progress):
+        """Sets the counters to those of an update: `progress` is what progress() returned then."""
+        self.step = progress["step"]
+        self.updates = progress["updates"]
+        self.seen = progress["seen"]
+        self.pending = 0
+        self.last_update = self.progress()
+
+
+def close_all(loaders):
+    """Ends the generators of a {name: generator}, and with them their worker processes."""
+    for loader in loaders.values():
+        loader.close()
 
 
 @contextlib.contextmanager
 def own_options(optimizer):
     """with own_options(optimizer): load its state. Weight decay, betas and eps stay those of this
-    run: a state has its own, which would count instead of what the command line says."""
-    kept = [
-        {name: group[name] for name in ("weight_decay", "betas", "eps")}
-        for group in optimizer.param_groups
-    ]
+    run, as the command line says: loading would replace them by those of the earlier run."""
+    kept = []
+    for group in optimizer.param_groups:
+        kept.append({name: group[name] for name in ("weight_decay", "betas", "eps")})
     yield
     for group, options in zip(optimizer.param_groups, kept):
         group.update(options)
 
 
-def run(model_class, args, prepare=lambda model, args: {}, trainer=Trainer, inference_jobs=()):
-    """main() of every script. prepare(model, args) -> more arguments for the trainer (optimizer, average); trainer: a
-    subclass of Trainer, for a script that needs one; inference_jobs: {function(model, args, jobs): jobs}, to be called
-    after training like those of section 6."""
+def run(model_class, args, prepare=lambda model, args: {}, trainer_class=Trainer,
+        inference_jobs=()):
+    """What main() of every script calls: load the model, train it, and use it.
+
+    model_class     the script's model
+    args            from parse_args
+    prepare         function(model, args), called before the training. It returns further arguments
+                    of the trainer: {} or {"average": function}.
+    trainer_class   Trainer, or a subclass where a script needs one
+    inference_jobs  {function(model, args, jobs): jobs}: inference that only this script has, called
+                    after the training like those of section 9
+    """
     device = start_process(args)
     if args.bench:
-        return bench(model_class, args, device, prepare, trainer)
-    out = Path(args.out)
+        return bench(model_class, args, device, prepare, trainer_class)
+
+    # Bad files end the run here, before anything is downloaded, and not after days of training.
     check_out(args)
-    # Bad files fail before anything is downloaded, and not after days of training.
-    rows, todo = build_rows(args) if args.steps else {}, dict(inference_jobs)
-    if args.generate:
-        todo[generate_files] = prompt_jobs(args.generate, out, args.images)
-    if args.reconstruct:
-        todo[reconstruct_files] = reconstruct_jobs(args.reconstruct, out)
-    if args.describe:
-        check_answers(out)
-        todo[describe_files] = questions(args)
-    resume = own_checkpoints(out)[-1] if args.resume else None
-    source = resume or args.model
-    dtype = torch.float32 if args.steps or args.precision == "fp32" else torch.bfloat16
-    with resuming(resume) if resume else contextlib.nullcontext():
-        if resume:
-            load_training(resume, mmap=True)
-        model = model_class.from_pretrained(str(source), device=device, dtype=dtype, quantize=args.quantize)
+    rows = build_rows(args) if args.steps else {}
+    inference_jobs = dict(inference_jobs) | asked_inference(args)
+
+    checkpoint = own_checkpoints(args.out)[-1] if args.resume else None
+    model = load_model(model_class, args, device, checkpoint)
+    record_run(args, device)
+
+    if args.steps:
+        post_train(model, args, rows, prepare, trainer_class, checkpoint)
+
+    if world()[0] == 0:
+        with inference(model, args):
+            for make_files, jobs in inference_jobs.items():
+                make_files(model, args, jobs)
+
+
+def load_model(model_class, args, device, checkpoint):
+    """The model on the device: --model, or that of the checkpoint where a run is resumed."""
+    # Training keeps float32 weights, which autocast or lower_precision may round. Inference alone
+    # reads them in bf16.
+    dtype = torch.bfloat16
+    if args.steps or args.precision == "fp32":
+        dtype = torch.float32
+
+    options = {"device": device, "dtype": dtype, "quantize": args.quantize}
+    if checkpoint is None:
+        model = model_class.from_pretrained(args.model, **options)
+    else:
+        # A look at trainer.pt comes first: the error offers the checkpoint before a damaged one.
+        with resuming(checkpoint):
+            load_training(checkpoint, mmap=True)
+            model = model_class.from_pretrained(str(checkpoint), **options)
+
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
     if args.compile:
         compile_blocks(model)
-    record_run(args, device)
-    if args.steps:
-        post_train(model, args, rows, prepare, trainer, resume)
-    if world()[0] == 0:
-        with inference(model, args):
-            for make_files, jobs in todo.items():
-                make_files(model, args, jobs)
+    return model
 
 
-def post_train(model, args, rows, prepare, trainer, resume):
-    """RecA: streams, previews, the trainer; the toy world's scores before and after. resume: a checkpoint or None."""
-    out, main_process, size = Path(args.out), world()[0] == 0, model.config.image_size
-    toy, previews, texts = args.data == "shapes", out / "previews", templates(args.templates)
+def post_train(model, args, rows, prepare, trainer_class, checkpoint):
+    """The training of a run, from the images to the last checkpoint.
+
+    rows: {"recon": rows, ...} from build_rows. checkpoint: where a resumed run goes on, or None.
+    The other arguments are those of `run`.
+    """
+    out = Path(args.out)
+    main_process = world()[0] == 0
+    resumed = checkpoint is not None
     if main_process:
-        for path in [*leftovers(out), *([] if resume else written_by_run(out))]:
+        remove_old_files(out, resumed)
+
+    # The data: an endless stream of images with a text for each loss whose λ is not 0.
+    rows = complete_rows(model, args, rows)
+    streams = open_streams(model, args, rows)
+
+    # The model as it is before RecA, for comparison.
+    previews = Previews(model, args, rows, resumed)
+    effect = ToyEffect(model, args) if args.data == "shapes" else None
+    if main_process and not resumed:
+        previews.paint_before()
+        if effect is not None:
+            effect.measure_before()
+
+    # The training. run.json is written again, with what --optimizer auto and --micro-batch auto
+    # have found.
+    trainer = set_up_training(model, streams, args, prepare, trainer_class, previews.show)
+    record_run(args, model.device, again=True)
+    if resumed:
+        with resuming(checkpoint):
+            trainer.resume(checkpoint)
+    model.train()
+    trainer.train()
+
+    # The model after RecA.
+    previews.show(trainer.step)
+    if main_process:
+        if effect is not None:
+            effect.measure_after(previews)
+        print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
+
+
+def remove_old_files(out, resumed):
+    """Removes what a killed run left half-written and, unless a run is resumed, what an earlier run
+    wrote. All other files stay."""
+    for path in leftovers(out):
+        remove(path)
+    if not resumed:
+        for path in written_by_run(out):
             remove(path)
-    for shapes in rows.values():
-        if isinstance(shapes, Shapes):
-            shapes.size = size
+
+
+def complete_rows(model, args, rows):
+    """{"recon": rows, ...} from build_rows -> the rows of each loss whose λ is not 0.
+
+    The toy world is drawn in the model's size. For L_i2t without data the model describes images.
+    """
+    rows = dict(rows)
+    for data in rows.values():
+        if isinstance(data, Shapes):
+            data.size = model.config.image_size
+
     if args.lambda_i2t and not args.i2t_data:
         with inference(model, args):
-            rows["i2t"] = describe_first(model, args, rows["recon"], out / "i2t_self.jsonl")
+            path = Path(args.out) / "i2t_self.jsonl"
+            rows["i2t"] = describe_first(model, args, rows["recon"], path)
     if not args.lambda_recon:
-        rows.pop("recon", None)
-    # What is cached depends on these; the frozen weights are told apart by their first numbers.
-    frozen = [p.detach().flatten()[:4].float().tolist() for p in model.parameters() if not p.requires_grad]
-    settings = {"model": args.model, "frozen": stable_seed(frozen), "image_size": size, "und_size": args.und_size,
-                "blur": args.blur, "precision": args.precision}
+        rows.pop("recon", None)     # they were there to be described only
+    return rows
+
+
+def open_streams(model, args, rows):
+    """{"recon": rows, ...} -> {"recon": Stream, ...}, with a cache each where --cache is given."""
+    # What is cached depends on these. The frozen weights are told apart by their first numbers.
+    first_numbers = []
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            first_numbers.append(parameter.detach().flatten()[:4].float().tolist())
+    settings = {
+        "model": args.model,
+        "frozen": stable_seed(first_numbers),
+        "image_size": model.config.image_size,
+        "und_size": args.und_size,
+        "blur": args.blur,
+        "precision": args.precision,
+    }
+
     streams = {}
     for name, data in rows.items():
         cache = Cache(args.cache, {**settings, "task": name}) if args.cache else None
-        streams[name] = Stream(name, data, model.preprocess, args.seed, texts if name == "recon" else None, cache)
-    samples, before = kept_previews(previews) if resume else ([], [])
-    samples = samples or preview_images(next(iter(rows.values())), size)
-    told = [caption(scene) for scene in told_scenes()] if toy else []
-
-    def paint():
-        """The preview images, reconstructed by the model as it is now: one at a time, since in the
-        middle of an accumulation gradients and moments fill the memory."""
-        with inference(model, args):
-            return [model.reconstruct([sample], seed=[k], **sampler_options(args))[0]
-                    for k, sample in enumerate(samples)]
-
-    def paint_told():
-        """The captions of effect.png, painted by the model as it is now."""
-        with inference(model, args):
-            return model.generate(told, seed=list(range(len(told))), **sampler_options(args))
-
-    def show(step):
-        now = paint()                           # on all ranks: sharded weights are gathered by all together
-        if main_process:
-            columns = {"input": samples, "before RecA": before, f"step {step}": now}
-            if not before:
-                del columns["before RecA"]
-            picture = grid(list(zip(*columns.values())), list(columns), cell=max(128, min(256, size)))
-            write(previews / f"step_{step:06d}.png", picture)
-
-    def score(when):
-        """out/scores.json: the toy world's scores now, under `when`, beside those that are
-        there."""
-        known = read_object(out / "scores.json") if (out / "scores.json").exists() else {}
-        say(f"scores {when}: 128 held-out scenes are painted from their images, 128 from words")
-        with inference(model, args):
-            known[when] = score_toy(model, size, 128, 7, sampler_options(args))
-        write(out / "scores.json", known)
-        return known
-
-    if main_process and not resume:
-        before = paint()
-        for k, (image, painted) in enumerate(zip(samples, before)):
-            write(previews / f"input_{k}.png", image)
-            write(previews / f"before_{k}.png", painted)
-        if toy:
-            for k, image in enumerate(paint_told()):
-                write(previews / f"told_before_{k}.png", image)
-            score("before")
-    trainer = set_up_training(model, streams, args, prepare, trainer, show)
-    record_run(args, model.device, again=True)
-    if resume:
-        with resuming(resume):
-            trainer.resume(resume)
-    model.train()
-    trainer.train()
-    show(trainer.step)
-    if main_process and toy:
-        scores = score("after")
-        print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
-        for name, after in scores["after"].items():
-            print(f"{name:<22}{scores.get('before', {}).get(name, math.nan):>8.2f}{after:>8.2f}")
-        if args.lambda_recon and not args.lambda_t2i and "before" in scores:
-            print(effect_words(scores["before"], scores["after"]))
-        told_before = [previews / f"told_before_{k}.png" for k in range(len(told))]
-        if before and all(path.is_file() for path in told_before):
-            left = list(zip(told, map(load_image, told_before), paint_told()))
-            right = list(zip(samples, before, paint()))
-            write(out / "effect.png", effect_picture(left, right))
-    if main_process:
-        print(f"done: checkpoint-{trainer.step:06d}, loss.png, previews/, log.jsonl are in {out}/")
+        texts = templates(args.templates) if name == "recon" else None
+        streams[name] = Stream(name, data, model.preprocess, args.seed, texts, cache)
+    return streams
 
 
 @contextlib.contextmanager
 def inference(model, args):
-    """with inference(model, args): no dropout, no gradients, in --precision. Afterwards training mode again."""
+    """with inference(model, args): no dropout, no gradients, in --precision. After it the model is
+    in training mode again."""
+    bf16 = args.precision == "bf16"
     model.eval()
-    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=args.precision == "bf16"):
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         yield
     model.train()
 
 
+# ---- pictures of a run ---------------------------------------------------------------------------
+
+
+class Previews:
+    """A few images, and their reconstructions before RecA and at a step. In out/previews:
+
+    input_0.png ...      the images
+    before_0.png ...     their reconstructions before RecA
+    step_<step>.png      both of them, and the reconstructions at that step, side by side
+    """
+
+    def __init__(self, model, args, rows, resumed):
+        self.model = model
+        self.args = args
+        self.folder = Path(args.out) / "previews"
+        self.images = []
+        self.before = []        # empty where the model before RecA is gone, and its pictures, too
+        if resumed:
+            self.images, self.before = kept_previews(self.folder)
+        if not self.images:
+            first_rows = next(iter(rows.values()))
+            self.images = preview_images(first_rows, model.config.image_size)
+
+    def paint(self):
+        """The images, reconstructed by the model as it is now. One at a time: in the middle of an
+        accumulation gradients and moments fill the memory."""
+        painted = []
+        with inference(self.model, self.args):
+            for k, image in enumerate(self.images):
+                options = sampler_options(self.args)
+                painted += self.model.reconstruct([image], seed=[k], **options)
+        return painted
+
+    def paint_before(self):
+        """Keeps the images and their reconstructions before RecA, as files for a resumed run."""
+        self.before = self.paint()
+        for k, (image, painted) in enumerate(zip(self.images, self.before)):
+            write(self.folder / f"input_{k}.png", image)
+            write(self.folder / f"before_{k}.png", painted)
+
+    def show(self, step):
+        """Writes step_<step>.png. All processes paint: they gather sharded weights together."""
+        columns = {"input": self.images, "before RecA": self.before, f"step {step}": self.paint()}
+        if not self.before:
+            del columns["before RecA"]
+        if world()[0] != 0:
+            return
+        cell = max(128, min(256, self.model.config.image_size))
+        picture = grid(list(zip(*columns.values())), titles=list(columns), cell=cell)
+        write(self.folder / f"step_{step:06d}.png", picture)
+
+
 def preview_images(rows, size, count=6):
-    """The first readable images (of the toy world: scenes that are not trained on), as PIL."""
+    """The first `count` readable images, as PIL. Of the toy world: scenes that are held out."""
     if isinstance(rows, Shapes):
         rng = np.random.default_rng(12345)
         return [draw_scene(random_scene(rng), size) for _ in range(count)]
-    images, first = [], None
-    for name, source, _ in (row for row in rows if row[1] is not None):
+
+    images = []
+    first_error = None
+    for name, source, _ in rows:
+        if source is None:
+            continue
         try:
-            images.append(load_image(source))
-        except UnreadableImage as error:       # the run names it, when it comes to it
-            first = first or f"{name} ({error})"
+            images.append(shrunk(load_image(source), 1024))
+        except UnreadableImage as error:
+            # The training names every image that it has to skip.
+            first_error = first_error or f"{name} ({error})"
         if len(images) == count:
             break
     if not images:
-        raise InputError(f"none of the {len(rows)} images could be read; the first: {first}")
-    return [shrunk(image, 1024) for image in images]
+        raise InputError(
+            f"none of the {len(rows)} images could be read; the first: {first_error}")
+    return images
 
 
 def kept_previews(folder):
-    """What a run that is resumed showed first: (images, the same before RecA). Two empty lists
-    where that is not whole: then other images are shown, and none before RecA, as the model that
-    could paint it is gone."""
-    images, before = [], []
-    with contextlib.suppress(UnreadableImage):
-        while (folder / f"before_{len(images)}.png").exists():
-            k = len(images)
-            pair = [load_image(folder / f"{when}_{k}.png") for when in ("input", "before")]
-            images.append(pair[0])
-            before.append(pair[1])
-        return images, before
-    return [], []
+    """What a run that is resumed showed first: (images, their reconstructions before RecA). Two
+    empty lists where one of the files is missing or unreadable: the run then shows other images,
+    and nothing before RecA, since the model that could paint it is gone."""
+    images = []
+    before = []
+    try:
+        while (folder / f"before_{len(before)}.png").exists():
+            k = len(before)
+            images.append(load_image(folder / f"input_{k}.png"))
+            before.append(load_image(folder / f"before_{k}.png"))
+    except UnreadableImage:
+        return [], []
+    return images, before
+
+
+LOSS_COLORS = {"recon": "#c0392b", "i2t": "#2471a3", "t2i": "#1e8449"}
 
 
 def draw_losses(out):
-    """out/log.jsonl -> out/loss.png: the losses over the steps, smoothed, each between its own low and high."""
-    rows, picture = read_json(out / "log.jsonl", lines=True), Image.new("RGB", (900, 420), "white")
-    draw, width = ImageDraw.Draw(picture), 1 + len(rows) // 20
-    for name, color, x in zip(LOSSES, ("#c0392b", "#2471a3", "#1e8449"), (20, 310, 600)):
+    """out/log.jsonl -> out/loss.png: the losses over the steps, smoothed, each between its own
+    lowest and highest value."""
+    rows = read_json(out / "log.jsonl", lines=True)
+    width = 1 + len(rows) // 20         # of the window over which the mean is taken
+    picture = Image.new("RGB", (900, 420), "white")
+    pen = ImageDraw.Draw(picture)
+
+    for place, name in enumerate(LOSSES):
         values = [row[name] for row in rows if name in row]
-        if values:
-            curve = np.convolve(values, np.ones(width) / width, "valid")
-            low, high = curve.min(), curve.max()
-            ys = 390 - 350 * (curve - low) / max(high - low, 1e-9)
-            draw.line([*zip(np.linspace(20, 880, len(ys)), ys), (880, ys[-1])], fill=color, width=2)
-            draw.text((x, 10), f"{name}: {curve[0]:.4g} to {curve[-1]:.4g} ({low:.4g} to {high:.4g})", fill=color)
-    draw.text((20, 400), f"steps 1 to {len(rows)}, means of {width}", fill="black")
+        if not values:
+            continue
+        curve = np.convolve(values, np.ones(width) / width, "valid")
+        low = curve.min()
+        high = curve.max()
+
+        xs = np.linspace(20, 880, len(curve))
+        ys = 390 - 350 * (curve - low) / max(high - low, 1e-9)
+        pen.line([*zip(xs, ys), (880, ys[-1])], fill=LOSS_COLORS[name], width=2)
+        title = f"{name}: {curve[0]:.4g} to {curve[-1]:.4g} ({low:.4g} to {high:.4g})"
+        pen.text((20 + 290 * place, 10), title, fill=LOSS_COLORS[name])
+
+    pen.text((20, 400), f"steps 1 to {len(rows)}, means of {width}", fill="black")
     write(out / "loss.png", picture)
 
 
 def grid(rows, titles=(), cell=192, gap=4):
-    """Rows of PIL images (equal lengths) -> one picture of square cells, a title above each column."""
-    header, pitch = 18 if titles else 0, cell + gap
+    """Rows of PIL images, equally many in each -> one picture of square cells, with a title above
+    each column."""
+    header = 18 if titles else 0
+    pitch = cell + gap
     sheet = Image.new("RGB", (len(rows[0]) * pitch, header + len(rows) * pitch), "lightgray")
+
+    pen = ImageDraw.Draw(sheet)
     for column, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((column * pitch + 4, 3), title, fill="black")
-    for r, row in enumerate(rows):
+        pen.text((column * pitch + 4, 3), title, fill="black")
+
+    for number, row in enumerate(rows):
         for column, image in enumerate(row):
-            image = image.resize((cell, cell), Image.NEAREST if image.width < cell else Image.BICUBIC)
-            sheet.paste(image, (column * pitch, header + r * pitch))
+            # Small pictures are enlarged without smoothing: their pixels are to be seen.
+            how = Image.NEAREST if image.width < cell else Image.BICUBIC
+            place = (column * pitch, header + number * pitch)
+            sheet.paste(image.resize((cell, cell), how), place)
     return sheet
 
 
 # ==== 7. The command line =========================================================================
 
 
-# The type of a flag that names a file or a folder: ~ is the home folder also where no shell says so
-# (--data=~/x).
+# ---- types of flags ------------------------------------------------------------------------------
+
+
+# A file or a folder: ~ is the home folder also where no shell expands it (--data=~/x).
 expanded = os.path.expanduser
 
 
@@ -2329,63 +2603,151 @@ def number(least, most=math.inf):
 
 def micro_batch(text):
     """The type of --micro-batch."""
-    return None if text == "auto" else at_least(1)(text)
+    if text == "auto":
+        return None
+    return at_least(1)(text)
 
 
-# Titles, and the flags below each: name, type (bool: a switch; a tuple: choices), default (None: the recipe's), help.
-FLAGS = (
-    "what",
-    ("--data", expanded, None, "folder of images, .tar (WebDataset), or shapes (toy world). Paper: 120K of Midjourney v6"),
-    ("--out", expanded, None, "folder of the run (default out/<script>-<model>)"),
-    ("--resume", bool, None, "go on from the newest checkpoint in --out, to the same numbers"),
-    ("--bench", bool, None, "time full-size steps with random weights: images/s, MFU, peak memory; downloads nothing"),
-    "training (defaults: the paper's Table 8, in our steps)",
-    ("--steps", at_least(0), None, "evaluations of equation (3); 0: inference only"),
-    ("--batch", at_least(1), None, "images of each loss in a step, over all GPUs"),
-    ("--accum", at_least(1), None, "steps per weight update"),
-    ("--micro-batch", micro_batch, None, "images that go through the model at once on one GPU; auto (default): what "
-     "fits, found before training. Changes memory and speed, not the result"),
-    ("--optimizer", ("auto", "fp32", "bf16"), "auto", "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: "
-     "weights and moments in bf16, stochastic rounding, 8 bytes; auto: fp32 where it fits"),
-    ("--lr", number(0), None, "peak learning rate"),
-    ("--warmup", at_least(0), None, "weight updates of linear warm-up"),
-    ("--horizon", at_least(0), None, "weight update at which the cosine reaches 0; 0: constant. Not given: the "
-     "recipe's, which may be the end of the run"),
-    ("--weight-decay", number(0), None, "of AdamW"),
-    ("--clip", number(0), None, "limit of the gradient's norm; 0: none"),
-    ("--seed", at_least(0, 2 ** 63 - 1), 0, "of every random number"),
-    ("--precision", ("bf16", "fp32"), None, "bf16 (autocast, float32 master weights; default on a GPU) or fp32"),
-    ("--compile", bool, None, "torch.compile the repeated blocks"),
-    ("--checkpointing", argparse.BooleanOptionalAction, None, "recompute activations in the backward: a tenth of the "
-     "memory, about a third more time (default: on a GPU)"),
-    ("--lambda-recon", number(0), None, "weight of L_recon in equation (3)"),
-    ("--lambda-i2t", number(0), None, "weight of L_i2t; the paper: 1 where understanding and generation share parameters"),
-    ("--lambda-t2i", number(0), None, "weight of L_t2i; 1 where --captions is given"),
-    ("--i2t-data", expanded, None, "LLaVA-style .json/.jsonl for L_i2t (paper: LLaVA-1.5's 665K); shapes: the toy world's"),
-    ("--i2t-images", expanded, None, "folder of its images (default: the folder of the file)"),
-    ("--self-captions", at_least(1), 1024, "without --i2t-data: images that the model describes first for it (ours)"),
-    ("--captions", expanded, None, ".jsonl of {image, caption} for L_t2i (SFT: --lambda-recon 0); shapes: full, sparse"),
-    ("--cache", expanded, None, "folder where what the frozen parts say of an image is kept (crops get deterministic)"),
-    ("--workers", at_least(0, 256), None, "processes that decode images (default: by the number of cores)"),
-    ("--save-every", at_least(1), 500, "steps between checkpoints"),
-    ("--sample-every", at_least(1), 250, "steps between preview pictures"),
-    "the paper's ablations",
-    ("--und-size", at_least(1, 4096), None, "side of the understanding input (paper, section 3: the smallest it accepts)"),
-    ("--blur", at_least(1), None, "shrink that image by this factor and enlarge it again (app. F.2)"),
-    ("--templates", ("all", "one"), "all", "all 360, or the one seed template"),
-    "inference (after training; alone with --steps 0)",
-    ("--generate", expanded, None, "prompts: .txt, GenEval .jsonl, WISE/T2I-CompBench .json, or a folder of DPG-Bench .txt"),
-    ("--images", at_least(1, 10_000), 1, "images per prompt; GenEval 4, the paper's starred rows 12"),
-    ("--reconstruct", expanded, None, "folder of images to reconstruct from their understanding embeddings"),
-    ("--describe", expanded, None, "folder of images, or a question file (.jsonl)"),
-    ("--question", str, SEED_TEMPLATE, "for a --describe folder"),
-    ("--max-new-tokens", at_least(1, 100_000), 256, "of a description"),
-    ("--batch-images", at_least(1), None, "images of one inference batch (default 8; 32 on a GPU, BAGEL 8)"),
-    ("--guidance-scale", number(0), None, "of the sampler; 1: none (Show-o: 0). Not given: the paper's"),
-    ("--sampling-steps", at_least(1, 1000), None, "of the sampler. Not given: the paper's"),
-    ("--quantize", ("int8",), None, "keep the weights of all linear layers but the heads in int8: half the memory of "
-     "bf16, slower; only with --steps 0"),
-)
+# ---- the flags -----------------------------------------------------------------------------------
+# The help of a flag says what the paper does; make_parser adds the default. A flag that is not
+# given takes its value from the Recipe of the model, or, if that has none, from `fill_in`.
+
+
+def add_flags_of_a_run(parser):
+    group = parser.add_argument_group("what to run")
+    group.add_argument("--data", type=expanded, help=(
+        "folder of images, a .tar of them (WebDataset), or shapes (the toy world). Paper: images "
+        "of Midjourney v6; BAGEL: 10,000 of FLUX"))
+    group.add_argument("--out", type=expanded, help=(
+        "folder of the run (default out/<script>-<model>)"))
+    group.add_argument("--resume", action="store_true", help=(
+        "go on from the newest checkpoint in --out, to the same numbers as without interruption; "
+        "flags that are not given stay as they were"))
+    group.add_argument("--bench", action="store_true", help=(
+        "time steps at full size with random weights: images/s, share of the GPU's peak (MFU), "
+        "peak of memory; downloads nothing"))
+
+
+def add_training_flags(parser):
+    group = parser.add_argument_group("training", (
+        "The defaults are the paper's (Table 8), counted in steps and updates as this project has "
+        "them: see Recipe in the script."))
+    group.add_argument("--steps", type=at_least(0), help=(
+        "evaluations of equation (3); 0: inference only. Paper: 5000, Harmon-0.5B 3000, BAGEL "
+        "1000"))
+    group.add_argument("--batch", type=at_least(1), help=(
+        "images of each loss in a step, over all GPUs. Paper, at once on a GPU: Show-o 2 (256 px: "
+        "4), Harmon 48 (0.5B: 96), OpenUni 42 (L: 20), BAGEL 8 on each of 6"))
+    group.add_argument("--accum", type=at_least(1), help=(
+        "steps to an update of the weights. Paper: Show-o 5, Harmon 2, OpenUni 16, BAGEL 1"))
+
+    group.add_argument("--lambda-recon", type=number(0), help=(
+        "weight of L_recon in equation (3). Paper: 1"))
+    group.add_argument("--lambda-i2t", type=number(0), help=(
+        "weight of L_i2t. Paper: 1 where understanding and generation share parameters (Show-o, "
+        "Harmon), else 0"))
+    group.add_argument("--lambda-t2i", type=number(0), help=(
+        "weight of L_t2i; 1 where --captions is given. Paper: 0; 1 in its SFT baseline"))
+
+    group.add_argument("--lr", type=number(0), help=(
+        "peak of the learning rate. Paper: Show-o 5e-7, Harmon and OpenUni 1e-5, BAGEL 4e-5"))
+    group.add_argument("--warmup", type=at_least(0), help=(
+        "updates of linear warm-up. Paper: Show-o and BAGEL 1000, Harmon 500, OpenUni 50"))
+    group.add_argument("--horizon", type=at_least(0), help=(
+        "update at which the cosine reaches 0; 0: constant. Not in the paper: the original's; "
+        "where that gives none, the end of the run"))
+    group.add_argument("--weight-decay", type=number(0), help=(
+        "of AdamW. Paper: Show-o 0.01, Harmon 0.02, OpenUni 0.05, BAGEL 0"))
+    group.add_argument("--clip", type=number(0), help=(
+        "limit of the gradient's norm; 0: none. Not in the paper: the original's"))
+
+    group.add_argument("--seed", type=at_least(0, 2 ** 63 - 1), default=0, help=(
+        "of every random number. Not in the paper"))
+    group.add_argument("--save-every", type=at_least(1), default=500, help=(
+        "steps between checkpoints"))
+    group.add_argument("--sample-every", type=at_least(1), default=250, help=(
+        "steps between previews"))
+
+
+def add_data_flags(parser):
+    group = parser.add_argument_group("data of the losses")
+    group.add_argument("--i2t-data", type=expanded, help=(
+        "conversations for L_i2t, LLaVA's .json or .jsonl; shapes: the toy world's. Paper: "
+        "LLaVA-1.5's 665K"))
+    group.add_argument("--i2t-images", type=expanded, help=(
+        "folder of their images (default: the folder of the file)"))
+    group.add_argument("--self-captions", type=at_least(1), default=1024, help=(
+        "without --i2t-data: how many images the model describes before the training, as the "
+        "targets of L_i2t. Ours, not in the paper"))
+    group.add_argument("--captions", type=expanded, help=(
+        "captions for L_t2i, a .jsonl of {image, caption}; of the toy world: full, sparse. Paper: "
+        "none; its SFT baseline is this with --lambda-recon 0"))
+    group.add_argument("--cache", type=expanded, help=(
+        "folder in which the frozen parts' results for an image are kept. The crop of an image is "
+        "then the same in every epoch"))
+    group.add_argument("--workers", type=at_least(0, 256), help=(
+        "processes that decode images (default: by the number of cores)"))
+
+
+def add_hardware_flags(parser):
+    group = parser.add_argument_group(
+        "memory and speed", "The paper: one A100 of 80 GB; BAGEL six.")
+    group.add_argument("--micro-batch", type=micro_batch, help=(
+        "images that go through the model at once on one GPU; auto (default): what fits, found "
+        "before the training. Changes memory and speed, not the result"))
+    group.add_argument("--optimizer", choices=("auto", "fp32", "bf16"), default="auto", help=(
+        "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: weights and moments in bf16, "
+        "rounded stochastically, 8 bytes a weight; auto: fp32 where it fits. Paper: AdamW"))
+    group.add_argument("--precision", choices=("bf16", "fp32"), help=(
+        "bf16: autocast (default on a GPU); fp32 (default on a CPU)"))
+    group.add_argument("--checkpointing", action=argparse.BooleanOptionalAction, help=(
+        "compute activations again in the backward pass: a tenth of the memory, about a third more "
+        "time (default: on a GPU)"))
+    group.add_argument("--compile", action="store_true", help=(
+        "torch.compile the repeated blocks"))
+
+
+def add_ablation_flags(parser):
+    group = parser.add_argument_group("the paper's ablations")
+    group.add_argument("--und-size", type=at_least(1, 4096), help=(
+        "side of the image that the understanding side is shown. Paper, section 2.2, and default: "
+        "the smallest that the encoder accepts"))
+    group.add_argument("--blur", type=at_least(1), help=(
+        "shrink that image by this factor and enlarge it again. Paper, appendix F.2; default: not"))
+    group.add_argument("--templates", choices=("all", "one"), default="all", help=(
+        "the instructions behind the embeddings: all 360 (paper, appendix C.2), or the one from "
+        "which they derive"))
+
+
+def add_inference_flags(parser):
+    group = parser.add_argument_group(
+        "inference", "After the training; without training where --steps is 0.")
+    group.add_argument("--generate", type=expanded, help=(
+        "prompts: a .txt, GenEval's .jsonl, the .json of WISE or T2I-CompBench, or DPG-Bench's "
+        "folder of .txt"))
+    group.add_argument("--images", type=at_least(1, 10_000), default=1, help=(
+        "images of a prompt. Paper: 12 in the rows with a star; GenEval itself: 4"))
+    group.add_argument("--reconstruct", type=expanded, help=(
+        "folder of images, painted again from the model's understanding embeddings of them"))
+    group.add_argument("--describe", type=expanded, help=(
+        "folder of images, or a file of questions (.json, .jsonl)"))
+    group.add_argument("--question", default=SEED_TEMPLATE, help=(
+        "asked of each image of a --describe folder"))
+    group.add_argument("--max-new-tokens", type=at_least(1, 100_000), default=256, help=(
+        "of a description"))
+
+    group.add_argument("--guidance-scale", type=number(0), help=(
+        "of the sampler; 1: none. Not given: the original's"))
+    group.add_argument("--sampling-steps", type=at_least(1, 1000), help=(
+        "of the sampler. Not given: the original's"))
+    group.add_argument("--batch-images", type=at_least(1), help=(
+        "images that are made at once (default: 32 on a GPU, BAGEL 8; 8 on a CPU)"))
+    group.add_argument("--quantize", choices=("int8",), help=(
+        "keep the weights of linear layers (not heads) in int8: half the memory of bf16, slower; "
+        "only with --steps 0"))
+
+
+# ---- parsing -------------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -2394,94 +2756,163 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse_args(description, recipes, default, argv=None, extend=None):
-    """The flags of all scripts. recipes: {model name: the script's Recipe dataclass}; what is not given on the command
-    line is taken from the recipe of the chosen model. extend(parser): adds the flags that only one architecture has."""
+    """The command line of a script -> a Namespace in which every flag has its value.
+
+    description  the script's docstring, see help_text
+    recipes      {name of a model: Recipe}. What the command line does not give comes from the run
+                 that is resumed, or, in a new run, from the recipe of the chosen model.
+    default      the model where --model is not given
+    argv         the flags as a list of strings, or None: those of this process
+    extend       function(parser) that adds the flags that only one architecture has
+
+    InputError for a flag that is unknown or malformed, and for flags that contradict each other.
+    """
     print_anything()
-    paper, group = vars(recipes[default]), None
-    parser = Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    models = (
-        f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint)."
-        f" -reca: what the authors have trained (default {default})"
-    )
-    parser.add_argument("--model", type=expanded, default=default, help=models)
-    for flag in FLAGS:
-        if isinstance(flag, str):
-            group = parser.add_argument_group(flag)
-            continue
-        name, kind, value, text = flag
-        shown = paper.get(name[2:].replace("-", "_"), value)
-        text += "" if shown is None else f" (default {shown})"
-        if kind is bool:
-            group.add_argument(name, action="store_true", help=text)
-        elif kind is argparse.BooleanOptionalAction:
-            group.add_argument(name, action=kind, default=value, help=text)
-        else:
-            how = {"choices": kind} if isinstance(kind, tuple) else {"type": kind}
-            group.add_argument(name, default=value, help=text, **how)
-    if extend:
-        extend(parser)
+    parser = make_parser(description, recipes, default, extend)
     args = parser.parse_args(argv)
-    if args.quantize and (args.steps != 0 or args.resume or args.bench):        # not given: the recipe's steps
-        raise InputError("--quantize is for inference: give --steps 0, and neither --resume nor --bench "
-                         "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
-    args.out = args.out or f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
+
+    # Without --steps the recipe's steps count: that is training.
+    if args.quantize and (args.steps != 0 or args.resume or args.bench):
+        raise InputError(
+            "--quantize is for inference: give --steps 0, and neither --resume nor --bench "
+            "(a run's checkpoint is --model OUT/checkpoint-NUMBER)")
+    if not args.out:
+        args.out = f"out/{Path(sys.argv[0]).stem}-{Path(args.model).name}"
     if args.resume and not args.bench:
-        unset = object()
-        namespace = argparse.Namespace(**dict.fromkeys(vars(args), unset))
-        given = vars(parser.parse_args(argv, namespace)).items()
         check_out(args)
-        reconcile(args, {name: value for name, value in given if value is not unset})
+        reconcile(args, given_flags(parser, argv, args))
     if args.captions and args.lambda_t2i is None:
         args.lambda_t2i = 1.0
+
     check_model(args.model, list(recipes))
-    for name, value in vars(recipes.get(args.model, recipes[default])).items():
-        if getattr(args, name, None) is None:
-            setattr(args, name, value)
-    cuda = torch.cuda.is_available()
-    args.precision = args.precision or ("bf16" if cuda else "fp32")
-    if args.checkpointing is None:
-        args.checkpointing = cuda
-    if args.batch_images is None:
-        args.batch_images = 32 if cuda else 8
-    args.data = args.data or ("shapes" if args.model in TOYS else None)
-    if args.workers is None:
-        cores = (os.cpu_count() or 1) // launched_ranks()
-        args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
-    if (args.steps or args.bench) and not (args.lambda_recon or args.lambda_i2t or args.lambda_t2i):
-        raise InputError(
-            "all three λ are 0: nothing would be trained; --steps 0 for inference alone"
-        )
-    if args.lambda_t2i and not args.captions:
-        raise InputError("--lambda-t2i needs --captions FILE")
-    if 0 < args.steps < args.accum and not args.bench:
-        raise InputError(f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
-    ranks = launched_ranks()
-    if args.steps and args.batch < ranks:
-        raise InputError(f"--batch {args.batch} is less than the {ranks} processes: one would have no image")
-    if args.optimizer == "bf16" and args.precision != "bf16":
-        raise InputError("--optimizer bf16 needs --precision bf16")
-    if args.steps and not args.data and not args.bench:
-        raise InputError("--data is missing: a folder of images (--model tiny draws its own, --steps 0 needs none)")
+    fill_in(args, recipes.get(args.model, recipes[default]))
+    check_args(args)
     return args
 
 
+def make_parser(description, recipes, default, extend):
+    """The parser of a script. The defaults of the default model's recipe are added to the help."""
+    parser = Parser(
+        description=help_text(description),
+        usage="python %(prog)s [--flag value ...]",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False)
+    parser.add_argument("--model", type=expanded, default=default, help=(
+        f"{', '.join(recipes)}; or a hub id, a file, a folder (of a run: its newest checkpoint). "
+        "-reca: what the authors have trained"))
+    add_flags_of_a_run(parser)
+    add_training_flags(parser)
+    add_data_flags(parser)
+    add_hardware_flags(parser)
+    add_ablation_flags(parser)
+    add_inference_flags(parser)
+
+    recipe = vars(recipes[default])
+    for action in parser._actions:
+        value = recipe.get(action.dest, action.default)
+        unknown = value is None or value is False or value == argparse.SUPPRESS
+        if not unknown and "(default" not in action.help:
+            action.help += f" (default {value})"
+    if extend is not None:
+        extend(parser)
+    return parser
+
+
+def help_text(docstring):
+    """What --help shows of a script's docstring: its first paragraph and its command lines."""
+    first_paragraph, _, rest = docstring.strip().partition("\n\n")
+    commands = []
+    for line in rest.splitlines():
+        if line.startswith(" ") and line.strip().startswith(("python ", "torchrun ")):
+            commands.append(line)
+    return "\n".join([first_paragraph, "", *commands]).strip()
+
+
+def given_flags(parser, argv, args):
+    """{flag: value} of the flags that the command line gives, without those that have defaults."""
+    unset = object()
+    namespace = argparse.Namespace(**dict.fromkeys(vars(args), unset))
+    values = vars(parser.parse_args(argv, namespace))
+    return {name: value for name, value in values.items() if value is not unset}
+
+
+def fill_in(args, recipe):
+    """Values for the flags that nobody has given: the recipe's, and those that fit this machine."""
+    for name, value in vars(recipe).items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+
+    on_gpu = torch.cuda.is_available()
+    if args.precision is None:
+        args.precision = "bf16" if on_gpu else "fp32"
+    if args.checkpointing is None:
+        args.checkpointing = on_gpu
+    if args.batch_images is None:
+        args.batch_images = 32 if on_gpu else 8
+
+    # A toy draws its own data, in this process.
+    if not args.data and args.model in TOYS:
+        args.data = "shapes"
+    if args.workers is None:
+        cores = (os.cpu_count() or 1) // launched_ranks()
+        args.workers = 0 if args.data == "shapes" else min(8, max(1, cores - 1))
+
+
+def check_args(args):
+    """InputError where flags contradict each other, or one is missing."""
+    trains = args.steps > 0 and not args.bench
+    ranks = launched_ranks()
+    nothing_weighs = not (args.lambda_recon or args.lambda_i2t or args.lambda_t2i)
+
+    if nothing_weighs and (trains or args.bench):
+        raise InputError(
+            "all three λ are 0: nothing would be trained; --steps 0 for inference alone")
+    if args.lambda_t2i and not args.captions:
+        raise InputError("--lambda-t2i needs --captions FILE")
+    if trains and args.steps < args.accum:
+        raise InputError(
+            f"--steps {args.steps} is less than --accum {args.accum}: the weights would never move")
+    if args.steps and args.batch < ranks:
+        raise InputError(
+            f"--batch {args.batch} is less than the {ranks} processes: one would have no image")
+    if args.optimizer == "bf16" and args.precision != "bf16":
+        raise InputError("--optimizer bf16 needs --precision bf16")
+    if trains and not args.data:
+        raise InputError(
+            "--data is missing: a folder of images (--model tiny draws its own, --steps 0 needs "
+            "none)")
+
+
+# The scripts' own small models, trained on the toy world. Only these exact names mean them: a
+# folder called tiny-b is a folder, and so is ./tiny.
+TOYS = ("tiny", "tiny-vq")
+
+
 def build_rows(args):
-    """The rows of each loss whose λ is not 0, but for L_i2t without data (describe_first). InputError for bad files."""
-    rows, toy = {}, args.data == "shapes"
+    """The data of the losses whose λ is not 0 -> {"recon": rows, ...} (section 5).
+
+    Where L_i2t has no data, "recon" is there for complete_rows, which has its images described.
+    InputError for files that are missing or malformed.
+    """
+    toy = args.data == "shapes"
+    rows = {}
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
         rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data, args.out)
-    if args.lambda_i2t and args.i2t_data:
-        rows["i2t"] = (Shapes(seed=args.seed, captions=1.0, dialogue=True) if args.i2t_data == "shapes"
-                       else conversation_rows(args.i2t_data, args.i2t_images))
+
+    if args.lambda_i2t and args.i2t_data == "shapes":
+        rows["i2t"] = Shapes(seed=args.seed, captions=1.0, dialogue=True)
+    elif args.lambda_i2t and args.i2t_data:
+        rows["i2t"] = conversation_rows(args.i2t_data, args.i2t_images)
+
     if args.lambda_t2i:
-        p = {"full": 1.0, "sparse": 0.1}.get(args.captions) if toy else None
-        rows["t2i"] = Shapes(seed=args.seed, captions=p) if p else caption_rows(args.captions)
+        if toy and args.captions in TOY_CAPTIONS:
+            rows["t2i"] = Shapes(seed=args.seed, captions=TOY_CAPTIONS[args.captions])
+        else:
+            rows["t2i"] = caption_rows(args.captions)
     return rows
 
 
-# The scripts' own small models, pretrained on the spot. Only these exact names mean them: a folder
-# called tiny-b is a folder, and so is ./tiny.
-TOYS = ("tiny", "tiny-vq")
+# ---- run.json, and going on with a run -----------------------------------------------------------
 
 
 def past_runs(out):
@@ -2495,30 +2926,57 @@ def past_runs(out):
 
 
 def last_training(out):
-    """What run.json says of the last run in `out` that trained (inference may have followed), or
-    {}."""
+    """What run.json says of the last run in `out` that trained, or {}. (Runs that only used the
+    model may have followed.)"""
     trained = [run for run in past_runs(out) if run.get("arguments", {}).get("steps")]
     return trained[-1] if trained else {}
 
 
-# What a run that goes on keeps as it began, and why another value would be another run.
+def record_run(args, device, again=False):
+    """Writes out/run.json: arguments, versions and device of this run, and as its history those of
+    the runs before it. again: replaces this run's own record, once --optimizer auto and
+    --micro-batch auto are decided."""
+    if world()[0] != 0:
+        return
+    import diffusers
+    import transformers
+
+    history = past_runs(args.out)
+    if again:
+        history.pop()
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
+                "diffusers": diffusers.__version__, "numpy": np.__version__,
+                "python": sys.version.split()[0]}
+    write(Path(args.out) / "run.json", {
+        "script": Path(sys.argv[0]).stem,
+        "arguments": vars(args),
+        "versions": versions,
+        "device": str(device),
+        "history": history,
+    })
+
+
+# What a run that is resumed keeps as it began, and why another value would be another run.
 FIXED = {
     "model": "the checkpoint is its model",
     "seed": "the order of the images and all draws follow from it",
     "optimizer": "the checkpoint holds its state",
-    "self_captions": "the model has described its images before RecA changed it"}
+    "self_captions": "the model has described its images before RecA changed it",
+}
+# What belongs to a single start of a run, and is never taken over.
+OF_A_START = ("out", "resume", "bench", "workers")
 
 
 def reconcile(args, given):
-    """--resume: what the command line does not give comes from run.json, as the run in --out was
-    started or last gone on with. given: {flag: value} of what it does give. What differs counts
-    from here on, and is said in a line, or cannot be changed: InputError."""
+    """--resume: sets in `args` what the command line does not give to what the run in --out had.
+
+    given: {flag: value} of what it does give. Where that differs from what the run had, it counts
+    from here on and a line says so; InputError where it cannot be changed.
+    """
     run = last_training(args.out)
     if not run:
-        say(
-            f"--resume: {args.out}/run.json does not say how the run was started; the command line"
-            " alone counts"
-        )
+        say(f"--resume: {args.out}/run.json does not say how the run was started; the command line "
+            "alone counts")
         return
 
     script = Path(sys.argv[0]).stem
@@ -2528,183 +2986,207 @@ def reconcile(args, given):
 
     changed = []
     for name, before in run["arguments"].items():
-        if name in ("out", "resume", "bench", "workers") or not hasattr(args, name):
+        if name in OF_A_START or not hasattr(args, name):
             continue
         if name not in given:
-            # --captions that are new in this run switch L_t2i on, as at a start.
+            # --captions that the run did not have switch L_t2i on, as they do at a start.
             if name != "lambda_t2i" or "captions" not in given:
                 setattr(args, name, before)
             continue
-        flag, now = f"--{name.replace('_', '-')}", given[name]
-        if now == before:
+        if given[name] == before:
             continue
+
+        flag = f"--{name.replace('_', '-')} {given[name]}"
         if name in FIXED and before not in (None, "auto"):
             raise InputError(
-                f"{flag} {now}: the run in {args.out} has {before}, and {FIXED[name]}; leave it"
-                " out, or choose another --out"
-            )
-        changed.append(f"{flag} {now} instead of {before}")
+                f"{flag}: the run in {args.out} has {before}, and {FIXED[name]}; leave it out, or "
+                "choose another --out")
+        changed.append(f"{flag} instead of {before}")
     if changed:
         say(f"from here on: {', '.join(changed)}")
 
 
-def record_run(args, device, again=False):
-    """out/run.json: arguments, versions and device of this run, those before it as its history. again: with what auto
-    took, once it is known."""
-    if world()[0] != 0:
-        return
-    import diffusers
-    import transformers
-
-    history = past_runs(args.out)
-    if again:
-        history.pop()
-    modules = (torch, transformers, diffusers, np)
-    versions = {module.__name__: module.__version__ for module in modules}
-    versions["python"] = sys.version.split()[0]
-    write(Path(args.out) / "run.json", {
-        "script": Path(sys.argv[0]).stem, "arguments": vars(args), "versions": versions,
-        "device": str(device), "history": history})
-
-
 def check_out(args):
-    """InputError where --out cannot take what is asked for, before anything is made."""
-    out, checkpoints = Path(args.out), own_checkpoints(args.out)
-    for flag, folder in (("--out", out), ("--cache", args.cache and Path(args.cache))):
-        for path in [folder, *folder.parents] if folder else ():
+    """InputError where --out or --cache cannot take what is asked for, before anything is made."""
+    folders = {"--out": Path(args.out)}
+    if args.cache:
+        folders["--cache"] = Path(args.cache)
+    for flag, folder in folders.items():
+        for path in (folder, *folder.parents):
             if path.exists() and not path.is_dir():
                 raise InputError(f"{flag} {folder}: {path} is a file; give a folder")
+
+    out = Path(args.out)
+    checkpoints = own_checkpoints(out)
     if args.resume and not checkpoints:
         raise InputError(f"nothing to resume: no checkpoint in {out}")
     if not args.steps:
         return
 
-    # A toy's run may be made again: but that run only, not another one that lies in the same place.
+    # A toy's run may be made again, but only that: not a run of another model in the same folder.
     before = last_training(out).get("arguments", {})
     again = args.model in TOYS and before.get("model") == args.model
     if checkpoints and not args.resume and not again:
-        raise InputError(f"{out} holds a run already: add --resume to go on with it, or choose "
-                         "another --out")
+        raise InputError(
+            f"{out} holds a run already: add --resume to go on with it, or choose another --out")
+
+    # Checkpoints that this run will write would replace these.
     named = named_checkpoints(out)
-    newer = named if not args.resume else named[named.index(checkpoints[-1]):]
-    for path in newer:
+    if args.resume:
+        named = named[named.index(checkpoints[-1]):]
+    for path in named:
         if path not in checkpoints:
-            raise InputError(f"{path} is in the way: it has a checkpoint's name, but no trainer.pt "
-                             "of this run; move it, or choose another --out")
+            raise InputError(
+                f"{path} is in the way: it has a checkpoint's name, but no trainer.pt of this run; "
+                "move it, or choose another --out")
 
 
 # --------------------------------------------------------------------------------------------------
-# What follows is not needed to understand RecA: how it fits into memory, files, timing, a toy world.
+# What follows is not needed to understand RecA: memory, inference on files, timing, a toy world.
 # --------------------------------------------------------------------------------------------------
 
 
 # ==== 8. Memory and speed =========================================================================
 
 
-CPU_MICRO_BATCH = 32        # --micro-batch auto without a GPU: main memory holds that many of any tiny model
-SPARE_BYTES = 4e9           # what auto leaves free: fragmentation, kernels' workspaces, previews
+CPU_MICRO_BATCH = 32    # of --micro-batch auto without a GPU: fits for any tiny model
+SPARE_BYTES = 4e9       # what auto leaves free: fragmentation, workspaces of kernels, previews
 
 
 def set_up_training(model, streams, args, prepare, trainer_class, show=None):
-    """The trainer, with an optimizer and micro-batches that fit. What auto took is said in a line and
-    stands in `args` from then on, for run.json and a resume."""
-    cuda = model.device.type == "cuda"
+    """The trainer, with an optimizer and micro-batches that fit into memory.
+
+    What --optimizer auto and --micro-batch auto take stands in `args` from then on, for run.json
+    and a resume, and is printed. InputError where not even one image fits.
+    """
+    on_gpu = model.device.type == "cuda"
     sharded = trainer_class.sharded and world()[1] > 1
     automatic = args.optimizer == "auto"
     if automatic:
-        args.optimizer = "fp32" if not cuda or float32_fits(model, sharded) else "bf16"
+        args.optimizer = "fp32" if not on_gpu or float32_fits(model, sharded) else "bf16"
 
-    def set_up(low_precision):
-        optimizer = make_optimizer(model, args, low_precision)
-        return trainer_class(model, streams, args, show, optimizer, **prepared)
-
+    # In this order: prepare may shard the weights, and what is sharded cannot change its type.
     if args.optimizer == "bf16":
         lower_precision(model)
-    prepared = prepare(model, args)
+    options = prepare(model, args)
     speed_up(model, args)
-    trainer = set_up(args.optimizer == "bf16")
-    reason = "no GPU: a constant"
+    optimizer = make_optimizer(model, args, low_precision=args.optimizer == "bf16")
+    trainer = trainer_class(model, streams, args, show, optimizer, **options)
 
-    if args.micro_batch is None and cuda:
+    reason = "no GPU: a constant"
+    if args.micro_batch is not None:
+        reason = "given"
+    elif on_gpu:
         model.train()
         trainer.micro_batch, reason = fit_micro_batches(trainer)
-        if automatic and args.optimizer == "fp32" and not sharded and not all(trainer.micro_batch.values()):
+
+        # float32 weights fit, but no image beside them.
+        fits = all(trainer.micro_batch.values())
+        if not fits and automatic and args.optimizer == "fp32" and not sharded:
             args.optimizer = "bf16"
             lower_precision(model)
-            trainer = set_up(low_precision=True)
+            optimizer = make_optimizer(model, args, low_precision=True)
+            trainer = trainer_class(model, streams, args, show, optimizer, **options)
             trainer.micro_batch, reason = fit_micro_batches(trainer)
-        if not all(trainer.micro_batch.values()):
+            fits = all(trainer.micro_batch.values())
+        if not fits:
             raise InputError(f"one image at a time does not fit into this GPU's memory: {reason}")
-    elif args.micro_batch is not None:
-        reason = "given"
     args.micro_batch = trainer.micro_batch
 
-    if world()[0] == 0:
-        kinds = {"fp32": "float32 weights and AdamW (16 bytes a weight)",
-                 "bf16": "bf16 weights and moments, stochastic rounding (8 bytes a weight)"}
-        count = sum(p.numel() for p in trainer.parameters)
-        print(f"{count / 1e6:,.1f}M trained weights on {world()[1]} x {model.device.type}: {kinds[args.optimizer]}"
-              + (f", FSDP2 over {world()[1]} ranks" if sharded else "")
-              + (", checkpointing" if args.checkpointing else ""))
-        print(f"micro-batches of {trainer.micro_batch} of {args.batch} images a step ({reason})")
+    weights = "float32 weights and AdamW (16 bytes a weight)"
+    if args.optimizer == "bf16":
+        weights = "bf16 weights and moments, stochastic rounding (8 bytes a weight)"
+    if sharded:
+        weights += f", FSDP2 over {world()[1]} ranks"
+    if args.checkpointing:
+        weights += ", checkpointing"
+    count = sum(parameter.numel() for parameter in trainer.parameters)
+    say(f"{count / 1e6:,.1f}M trained weights on {world()[1]} x {model.device.type}: {weights}")
+    say(f"micro-batches of {trainer.micro_batch} of {args.batch} images a step ({reason})")
     return trainer
 
 
-def fit_micro_batches(trainer):
-    """--micro-batch auto on a GPU -> {name: images}, the most that fit, and a line that says why.
+# ---- the size of a micro-batch -------------------------------------------------------------------
 
-    Two small micro-batches are measured on the largest inputs that the model can meet, with the
-    gradients there, as in all but the first micro-batch of an update. Memory grows linearly with
-    their size, so what fits into what is left follows; the optimizer's moments, which come with
-    the first update, are counted in. 0 where not even one image fits.
+
+def fit_micro_batches(trainer):
+    """--micro-batch auto on a GPU -> {name of a loss: how many images fit}, and why, in words.
+
+    Two small micro-batches are measured on the largest inputs that the model can meet. Memory grows
+    linearly with their size, so what fits into the memory that is left follows. The size is 0 where
+    not even one image fits.
     """
+    # All but the first micro-batch of an update find gradients there, which take memory, too. So do
+    # the optimizer's moments, which come with the first update and are counted in.
     for parameter in trainer.parameters:
         parameter.grad = torch.zeros_like(parameter)
-    present = sum(t.nbytes for state in trainer.optimizer.state.values() for t in state.values() if torch.is_tensor(t))
-    moments = max(0, 2 * sum(parameter.grad.nbytes for parameter in trainer.parameters) - present)
-    room = free_bytes() - moments - SPARE_BYTES
+    room = free_bytes() - bytes_of_missing_moments(trainer) - SPARE_BYTES
 
-    most = trainer.largest_share()
     sizes = {}
-    told = []
+    reasons = []
     for name in trainer.streams:
-        peaks = []
-        for count in (1, 2):
-            try:
-                peaks.append(worst_case_bytes(trainer, name, count))
-            except torch.OutOfMemoryError:
-                peaks.append(math.inf)
-        one, two = peaks
+        one = worst_case_bytes(trainer, name, 1)
+        two = worst_case_bytes(trainer, name, 2)
+        sizes[name] = images_that_fit(one, two, room, most=trainer.largest_share())
+        reasons.append(f"{sizes[name]} images for {name} (1 takes {one / 1e9:.2f} GB, 2 take "
+                       f"{two / 1e9:.2f})")
 
-        fits = 0
-        if one <= room:
-            fits = 1
-        if two <= room:
-            fits = min(most, 1 + int((room - one) // max(1, two - one)))
-        # As even as possible: 24 images of which 20 fit are two times 12.
-        sizes[name] = -(-most // -(-most // fits)) if fits else 0
-        told.append(f"{sizes[name]} images for {name} (1 takes {one / 1e9:.2f} GB, 2 take {two / 1e9:.2f})")
     trainer.optimizer.zero_grad(set_to_none=True)
-    reason = (f"{'; '.join(told)}; {room / 1e9:.1f} GB are left beside weights, gradients, moments and "
-              f"{SPARE_BYTES / 1e9:.0f} GB to spare")
-    return agreed(sizes, trainer.model.device), reason
+    reasons.append(f"{room / 1e9:.1f} GB are left beside weights, gradients, moments and "
+                   f"{SPARE_BYTES / 1e9:.0f} GB to spare")
+    return agreed(sizes, trainer.model.device), "; ".join(reasons)
+
+
+def images_that_fit(one, two, room, most):
+    """The size of a micro-batch for `room` bytes, if one image takes `one` bytes and two take
+    `two`: at most `most`, and 0 where one image does not fit."""
+    if one > room:
+        return 0
+    fits = 1
+    if two <= room:
+        an_image = max(1, two - one)
+        fits = min(most, 1 + int((room - one) // an_image))
+
+    # As even as possible: 24 images of which 20 fit are two times 12.
+    passes = math.ceil(most / fits)
+    return math.ceil(most / passes)
 
 
 def worst_case_bytes(trainer, name, count):
-    """The peak, above what is resident, of one worst-case micro-batch of `count` images: encoding,
-    loss and backward."""
+    """The peak of memory, above what is held before, of one micro-batch of the `count` largest
+    inputs: encoding, loss and backward pass. Infinite where it does not fit."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
-    resident = torch.cuda.memory_allocated()
+    held = torch.cuda.memory_allocated()
+    try:
+        train_on_worst_case(trainer, name, count)
+    except torch.OutOfMemoryError:
+        return math.inf
+    return torch.cuda.max_memory_allocated() - held
 
+
+def train_on_worst_case(trainer, name, count):
+    """What Trainer.take_step does with one micro-batch, here of the `count` largest inputs."""
     model = trainer.model
+    losses = {"recon": model.recon_loss, "i2t": model.i2t_loss, "t2i": model.t2i_loss}
     samples, texts, worst_draws = model.worst_case(name, count)
     with trainer.precision(), torch.no_grad():
         features = model.encode(to_device(samples, model.device), name)
     draws = model.draw(name, features, Rng(0, positions=range(count))) | worst_draws
-    batch = MicroBatch(features, texts, draws, targets=1)
-    trainer.loss(name, batch).backward()
-    return torch.cuda.max_memory_allocated() - resident
+    with trainer.precision():
+        loss = losses[name](features, texts, draws=draws)
+    loss.backward()
+
+
+def bytes_of_missing_moments(trainer):
+    """The memory that AdamW's two moments will take, but for those that are there already."""
+    present = 0
+    for state in trainer.optimizer.state.values():
+        for value in state.values():
+            if torch.is_tensor(value):
+                present += value.nbytes
+    gradients = sum(parameter.grad.nbytes for parameter in trainer.parameters)
+    return max(0, 2 * gradients - present)
 
 
 def free_bytes():
@@ -2722,15 +3204,31 @@ def agreed(sizes, device):
     return dict(zip(sizes, least.tolist()))
 
 
+# ---- the optimizer -------------------------------------------------------------------------------
+
+
 def float32_fits(model, sharded):
-    """Whether float32 AdamW can fit at all: 16 bytes a trained weight (itself, its gradient, two
-    moments), 2 a frozen one. sharded: trained weights and blocks are divided over all processes."""
+    """Whether float32 AdamW can fit at all. It takes 16 bytes for a trained weight (itself, its
+    gradient, two moments) and 2 for a frozen one. sharded: trained weights and blocks are divided
+    over all processes."""
+    trained = 0
+    frozen = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            trained += parameter.numel()
+        else:
+            frozen += parameter.numel()
+
+    frozen_in_blocks = 0
+    for block in model.blocks():
+        for parameter in block.parameters():
+            if not parameter.requires_grad:
+                frozen_in_blocks += parameter.numel()
+
     shards = world()[1] if sharded else 1
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    inside = sum(p.numel() for block in model.blocks() for p in block.parameters() if not p.requires_grad)
-    outside = sum(p.numel() for p in model.parameters() if not p.requires_grad) - inside
-    need = (16 * trained + 2 * inside) / shards + 2 * outside + SPARE_BYTES
-    return need <= torch.cuda.get_device_properties(model.device).total_memory
+    need = (16 * trained + 2 * frozen_in_blocks) / shards + 2 * (frozen - frozen_in_blocks)
+    total = torch.cuda.get_device_properties(model.device).total_memory
+    return need + SPARE_BYTES <= total
 
 
 def make_optimizer(model, args, low_precision):
@@ -2751,26 +3249,28 @@ def lower_precision(model):
 
 
 class StochasticAdamW(torch.optim.Optimizer):
-    """AdamW for bf16 weights without float32 masters: computes in float32, stores weights and
-    moments in bf16, rounded stochastically: 8 bytes a weight with its gradient, where float32
-    needs 16.
+    """AdamW for bf16 weights without float32 masters. It computes in float32 and stores weights and
+    moments in bf16, rounded stochastically: 8 bytes for a weight with its gradient and moments,
+    where float32 needs 16.
 
-    bf16 keeps 8 bits: rounding to nearest loses an update below 1/256 of a weight, at every step,
-    and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with the
-    chance given by what is cut off, is right in the mean. Draws follow from (seed, update, rank),
-    so that a resumed run draws the same.
+    bf16 keeps 8 bits. Rounding to the nearest loses an update below 1/256 of a weight, at every
+    step, and 4e-5 against weights of 0.02 is such an update. Rounding up or down at random, with
+    the chance given by what is cut off, is right in the mean. The random numbers follow from (seed,
+    update, rank), so that a resumed run draws the same.
 
-    What it costs is noise. After n updates by u of weights whose last bit is worth b, they have moved
-    by n u, give or take sqrt(n u b). For BAGEL (u up to 4e-5, 1000 updates) and weights of 0.02
-    (b = 1.2e-4) that is a twentieth of the way; for Show-o (5e-7, 5000 updates), which moves a weight
-    by a two-hundredth of its last bit, a fifth of the way of a weight that always moves in one
-    direction, and more than the way of one that moves to and fro: take float32 there if it fits.
+    What it costs is noise. After n updates by u of weights whose last bit is worth b, they have
+    moved by n u, give or take sqrt(n u b). For BAGEL (u up to 4e-5, 1000 updates) and weights of
+    0.02 (b = 1.2e-4) that is a twentieth of the way. For Show-o (5e-7, 5000 updates), which moves a
+    weight by a two-hundredth of its last bit, it is a fifth of the way of a weight that always
+    moves in one direction, and more than the way of one that moves to and fro: take float32 there
+    if it fits.
     """
 
     AT_ONCE = 2 ** 24       # numbers that are in float32 at a time: their copies stay below 1 GB
 
     def __init__(self, groups, lr, betas, eps, weight_decay=0.0, seed=0):
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0}
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "updates": 0}
         super().__init__(groups, defaults)
         self.seed = seed
 
@@ -2788,15 +3288,19 @@ class StochasticAdamW(torch.optim.Optimizer):
                     state["exp_avg"] = torch.zeros_like(p)
                     state["exp_avg_sq"] = torch.zeros_like(p)
 
-                # Sharded weights are DTensors; everything here is elementwise, so each rank works
+                # Sharded weights are DTensors. Everything here is elementwise, so each rank works
                 # on its own part, and on one piece of a large tensor after another.
-                tensors = (p, p.grad, state["exp_avg"], state["exp_avg_sq"])
-                tensors = [t.to_local() if hasattr(t, "to_local") else t for t in tensors]
+                pieces = []
+                for tensor in (p, p.grad, state["exp_avg"], state["exp_avg_sq"]):
+                    if hasattr(tensor, "to_local"):
+                        tensor = tensor.to_local()
+                    pieces.append(tensor.view(-1).split(self.AT_ONCE))
+
                 if generator is None:
                     key = stable_seed(self.seed, "rounding", group["updates"], world()[0])
-                    generator = torch.Generator(tensors[0].device).manual_seed(key)
-                for pieces in zip(*(t.view(-1).split(self.AT_ONCE) for t in tensors)):
-                    self._update(group, generator, *pieces)
+                    generator = torch.Generator(pieces[0][0].device).manual_seed(key)
+                for weight, grad, m, v in zip(*pieces):
+                    self._update(group, generator, weight, grad, m, v)
 
     def _update(self, group, generator, weight, grad, m, v):
         """One piece of a tensor, all [n]: AdamW's equations in float32."""
@@ -2806,8 +3310,9 @@ class StochasticAdamW(torch.optim.Optimizer):
         grad = grad.float()
         first = m.float().lerp_(grad, 1 - beta1)
         second = v.float().mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        step = first / (1 - beta1 ** n) / ((second / (1 - beta2 ** n)).sqrt_().add_(group["eps"]))
-        new = weight.float().mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=group["lr"])
+        step = first / (1 - beta1 ** n) / (second / (1 - beta2 ** n)).sqrt_().add_(group["eps"])
+        decay = 1 - group["lr"] * group["weight_decay"]
+        new = weight.float().mul_(decay).sub_(step, alpha=group["lr"])
 
         self._store(weight, new, generator)
         self._store(m, first, generator)
@@ -2819,16 +3324,19 @@ class StochasticAdamW(torch.optim.Optimizer):
         half of a float32: adding a uniform 16-bit number to the lower half carries into the upper
         one exactly as often as it should."""
         if target.dtype == torch.bfloat16:
-            noise = torch.randint(1 << 16, value.shape, dtype=torch.int32, device=value.device,
-                                  generator=generator)
+            noise = torch.randint(
+                1 << 16, value.shape, dtype=torch.int32, device=value.device, generator=generator)
             bits = value.contiguous().view(torch.int32) + noise
             value = bits.bitwise_and_(-65536).view(torch.float32)
         target.copy_(value)
 
 
+# ---- less memory for activations -----------------------------------------------------------------
+
+
 class HeadCrossEntropy(torch.autograd.Function):
-    """See cross_entropy_sum. The gradients are known as soon as the logits are there: they are computed
-    with them, so that no logits are kept for the backward, or made in it a second time."""
+    """See cross_entropy_sum. The gradients are computed as soon as the logits are there, in the
+    forward pass, so that no logits are kept for the backward pass or made in it a second time."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, labels, at_once):
@@ -2839,9 +3347,9 @@ class HeadCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), device=hidden.device)
 
         for begin in range(0, len(labels), at_once):
-            rows = hidden[begin:begin + at_once]                                    # [n, D]
-            targets = labels[begin:begin + at_once]                                 # [n]
-            logits = F.linear(rows, weight, bias)                                   # [n, V]
+            part = hidden[begin:begin + at_once]  # [n, D]
+            targets = labels[begin:begin + at_once]  # [n]
+            logits = F.linear(part, weight, bias)  # [n, V]
             precision = logits.dtype
             logits = logits.float()
             total += F.cross_entropy(logits, targets, reduction="sum")
@@ -2849,14 +3357,14 @@ class HeadCrossEntropy(torch.autograd.Function):
                 continue
 
             # d loss / d logits = probabilities - 1 at the target, in the precision of the product.
-            slope = logits.softmax(-1)
+            slope = logits.softmax(-1)  # [n, V]
             del logits
             slope.scatter_add_(1, targets[:, None], slope.new_full((len(targets), 1), -1.0))
             slope = slope.to(precision)
             if wanted[0]:
                 grad_hidden[begin:begin + at_once] = slope @ weight
             if wanted[1]:
-                grad_weight.addmm_(slope.T.to(weight.dtype), rows.to(weight.dtype))
+                grad_weight.addmm_(slope.T.to(weight.dtype), part.to(weight.dtype))
             if wanted[2]:
                 grad_bias += slope.sum(0)
 
@@ -2871,7 +3379,8 @@ class HeadCrossEntropy(torch.autograd.Function):
 
 
 def cross_entropy_sum(head, hidden, labels, at_once=1024):
-    """Sum of the cross-entropies of labels [n] under the linear layer head(hidden [n, D]) -> scalar, float32.
+    """The sum of the cross-entropies of labels [n] under the linear layer head(hidden [n, D]) ->
+    scalar, float32.
 
     The logits, a column for each of up to 150,000 words, would be the largest tensors of a step:
     they are made for `at_once` labels at a time.
@@ -2880,7 +3389,8 @@ def cross_entropy_sum(head, hidden, labels, at_once=1024):
 
 
 def speed_up(model, args):
-    """--checkpointing: in training keep only each block's input, and compute the block again in the backward."""
+    """--checkpointing: in training only the input of each block is kept, and the block is computed
+    again in the backward pass."""
     from torch.utils.checkpoint import checkpoint
 
     def wrap(forward):
@@ -2896,15 +3406,18 @@ def speed_up(model, args):
 
 
 def compile_blocks(model):
-    """--compile, block by block. Compiled is what the block computes, and what wraps it later (see
-    speed_up) stays outside: a graph cannot hold a checkpoint that another wrapper calls."""
-    # The same code serves all layers, and torch compiles it anew for each kind of input (with and
-    # without a graph, for one length and for any): its limit of 8 versions is too few.
+    """--compile, block by block. What the block computes is compiled, and what wraps it later (see
+    speed_up) is not: a graph cannot hold a checkpoint that another wrapper calls."""
+    # All layers have the same code, and torch compiles it anew for each kind of input: with and
+    # without a graph, for one length and for any. Its limit of 8 versions is too few.
     limit = 8 * len(model.blocks())
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.config.accumulated_recompile_limit = limit
     for block in model.blocks():
         block.forward = torch.compile(block.forward)
+
+
+# ---- less memory for weights: --quantize ---------------------------------------------------------
 
 
 def int8_rows(weight):
@@ -2918,11 +3431,11 @@ def int8_rows(weight):
 
 
 class Int8Linear(nn.Module):
-    """An nn.Linear for inference in half of bf16's memory: int8, and a scale for each output channel.
+    """An nn.Linear for inference in half of bf16's memory: int8, and a scale for each row.
 
     The weights become floating-point numbers again in every call, and are forgotten after it.
-    Integers up to 127 are exact in bf16, and so are the scales: no error is added to int8_rows' own.
-    `weight` is int8, so who wants to know in which precision the layer computes asks its bias.
+    Integers up to 127 are exact in bf16, and so are the scales: no error is added to int8_rows'
+    own. `weight` is int8, so who wants to know in which precision the layer computes asks its bias.
     """
 
     def __init__(self, linear):
@@ -2943,8 +3456,8 @@ class Int8Linear(nn.Module):
 
 def quantize(model, kind):
     """-> the model itself. kind "int8": every nn.Linear in it becomes an Int8Linear, but for those
-    whose names begin with one of model.unquantized; None: nothing happens. It goes layer by layer, so
-    that there are never two models in memory."""
+    whose names begin with one of model.unquantized; None: nothing happens. It goes layer by layer,
+    so that there are never two models in memory."""
     if kind is None:
         return model
 
@@ -2959,49 +3472,23 @@ def quantize(model, kind):
 # ==== 9. Inference on files =======================================================================
 
 
-def prompt_jobs(source, out, images):
-    """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], for the benchmark's scorer:
-
-    FILE.txt    a prompt a line                                 -> out/00000.png, with several images out/00000_0.png ..
-    FILE.jsonl  GenEval's evaluation_metadata.jsonl             -> out/00000/metadata.jsonl and samples/00000.png ..
-    FILE.json   WISE (Prompt, prompt_id)                        -> out/<prompt_id>.png
-                T2I-CompBench (Question, Category, Question_id) -> out/<Category>/<Question_id>.png
-    FOLDER      DPG-Bench, a prompt a <name>.txt                -> out/<name>.png four times: a 2x2 grid
-    """
-    source, out, kind = Path(source), Path(out), Path(source).suffix.lower()
-
-    def geneval(i, row):
-        return text_in(row, "prompt"), [out / f"{i:05d}" / "samples" / f"{k:05d}.png" for k in range(images)], row
-
-    def wise_or_compbench(_, row):
-        name = f"{row.get('Category', '')}/{row['Question_id']}" if "Question_id" in row else row["prompt_id"]
-        return text_in(row, "Prompt", "Question"), [inside(out, f"{name}.png".lstrip("/"))], None
-
-    if not source.exists():
-        raise InputError(f"no such prompt file or folder: {source}")
-    if source.is_dir():
-        files = [file for file in sorted(source.glob("*.txt")) if not file.name.startswith("._")]
-        texts = {file.stem: read_text(file).strip() for file in files}
-        jobs = [(text, [out / f"{name}.png"] * 4, None) for name, text in texts.items()]
-    elif kind == ".jsonl":
-        jobs = read_rows(source, "a prompt of GenEval (prompt)", geneval)
-    elif kind == ".json":
-        jobs = read_rows(source, "a prompt (Prompt and prompt_id, or Question and Question_id)", wise_or_compbench)
-    else:
-        # Not splitlines, which also cuts at U+2028 and its like.
-        lines = [line.strip() for line in read_text(source).split("\n") if line.strip()]
-        jobs = [(line, [out / (f"{i:05d}.png" if images == 1 else f"{i:05d}_{k}.png") for k in range(images)], None)
-                for i, line in enumerate(lines)]
-    if not jobs or not all(prompt for prompt, _, _ in jobs):
-        raise InputError(f"{source}: no prompt, or an empty one")
-    check_outputs([(f"prompt {i + 1}", path) for i, (_, paths, _) in enumerate(jobs)
-                   for path in dict.fromkeys(paths)], source)
-    return jobs
+def asked_inference(args):
+    """What --generate, --reconstruct and --describe ask for -> {function(model, args, jobs): jobs}.
+    InputError for files that are missing or malformed, or in the way."""
+    asked = {}
+    if args.generate:
+        asked[generate_files] = prompt_jobs(args.generate, args.out, args.images)
+    if args.reconstruct:
+        asked[reconstruct_files] = reconstruct_jobs(args.reconstruct, args.out)
+    if args.describe:
+        check_answers(args.out)
+        asked[describe_files] = questions(args)
+    return asked
 
 
 def sampler_options(args):
-    """The sampler's settings that the command line gives; the others keep the script's (the
-    paper's) defaults. args.sampler: those that only one architecture has."""
+    """The sampler's settings that the command line gives. The others are not passed: their defaults
+    stand in the model's config. args.sampler: those that only one architecture has."""
     options = {
         "guidance_scale": args.guidance_scale,
         "num_steps": args.sampling_steps,
@@ -3010,24 +3497,51 @@ def sampler_options(args):
     return {name: value for name, value in options.items() if value is not None}
 
 
-# Every output knows what it was made from: prompt or source, weights, sampler, seed. A rerun keeps
-# what was made from the same, makes the rest again, and does not touch what it has not made.
+def in_batches(title, rows, size, same=lambda row: None):
+    """Lists of at most `size` rows, with a progress bar. The rows of a list agree in same(row)."""
+    groups = {}
+    for row in rows:
+        groups.setdefault(same(row), []).append(row)
+
+    batches = []
+    for group in groups.values():
+        for begin in range(0, len(group), size):
+            batches.append(group[begin:begin + size])
+    return tqdm(batches, desc=title, unit="batch", dynamic_ncols=True)
+
+
+def readable(rows):
+    """Yields (name, image, ...) for rows (name, source, ...). A row whose image cannot be read is
+    left out, and a line names it."""
+    for name, source, *more in rows:
+        try:
+            yield name, load_image(source), *more
+        except UNREADABLE as error:
+            tqdm.write(f"skipped: {name} ({brief(error)})")
+
+
+# ---- what an output is made from -----------------------------------------------------------------
+# Every picture and every answer says what it was made from: prompt, image, weights, sampler, seed.
+# A rerun keeps what was made from the same, makes the rest again, and leaves other files alone.
+
+
 def origin(model, args, task, **what):
     """What an output of `task` is made from, as JSON holds it. what: prompt, source, seed ..."""
     digest = hashlib.sha256()
     for name, weight in [*model.named_parameters(), *model.named_buffers()]:
+        # 64 numbers of each tensor: training moves all of them.
         numbers = weight.detach().flatten()
-        some = numbers[::max(1, len(numbers) // 64)][:64]          # training moves them all
-        digest.update(f"{name} {weight.dtype}".encode() + some.float().cpu().numpy().tobytes())
+        numbers = numbers[::max(1, len(numbers) // 64)][:64].float().cpu().numpy()
+        digest.update(f"{name} {weight.dtype}".encode() + numbers.tobytes())
 
-    settings = {
-        name: getattr(args, name, None)
-        for name in ("precision", "quantize", "und_size", "blur", "condition")
-    }
     made_from = {
         "task": task,
         "weights": digest.hexdigest()[:16],
-        **settings,
+        "precision": args.precision,
+        "quantize": args.quantize,
+        "und_size": args.und_size,
+        "blur": args.blur,
+        "condition": getattr(args, "condition", None),      # BAGEL's
         **sampler_options(args),
         **what,
     }
@@ -3035,7 +3549,8 @@ def origin(model, args, task, **what):
 
 
 def origin_of(path):
-    """What a picture says that it was made from; None where it says nothing: it is the user's."""
+    """What a picture says that it was made from, see `write`; None where it says nothing, since the
+    user has made it."""
     try:
         with Image.open(path) as picture:
             return json.loads(picture.info["reca"])
@@ -3059,44 +3574,26 @@ def check_outputs(outputs, source):
         if path in known:
             raise InputError(
                 f"{source}: {known[path]} and {name} would both be written to {path}: give them "
-                "different names"
-            )
+                "different names")
         known[path] = name
         if path.exists() and origin_of(path) is None:
             raise InputError(
                 f"{path} is in the way, and does not say that it was made here: move it, or choose "
-                "another --out"
-            )
-
-
-def output_paths(names, out):
-    """Names of images -> {name: where in `out` the picture made from it belongs}.
-
-    That is <name without its suffix>.png; with its suffix where this alone tells two names apart
-    (cat.jpg and cat.png), or where a run has a file of its own there. InputError where a name leads
-    out of the folder.
-    """
-    short = {name: str(Path(name).with_suffix(".png")) for name in names}
-    often = collections.Counter(short.values())
-    paths = {}
-    for name in names:
-        taken = often[short[name]] > 1 or short[name] in ("reconstructions.png", "loss.png")
-        path = inside(out, f"{name}.png" if taken else short[name])
-        if len(os.fsencode(path.name)) > 255:
-            start = os.fsencode(path.name)[:200].decode(errors="ignore")
-            path = path.with_name(f"{start}-{stable_seed(name):x}.png")
-        paths[name] = path
-    return paths
+                "another --out")
 
 
 class Outputs:
-    """Pictures that are asked for, sorted into those that are there and those to be made.
+    """Pictures that are asked for: some are there, the others are to be made.
 
-    jobs: (path, what it is to be made from, ...); `todo` are those to be made, `write` makes one,
-    `report` says how many were kept, made, made again."""
+    jobs: tuples (path, what it is to be made from, ...), see origin. `todo` are the jobs of which
+    the picture is missing or was made from something else; `write` makes one; `report` says how
+    many were kept, made, and made again.
+    """
 
     def __init__(self, jobs):
-        self.jobs, self.todo, self.there = jobs, [], set()
+        self.jobs = jobs
+        self.todo = []
+        self.there = set()
         self.counts = collections.Counter()
         for job in jobs:
             path, made_from = job[:2]
@@ -3116,41 +3613,107 @@ class Outputs:
         return self.counts["made"] + self.counts["made again"]
 
     def report(self):
-        """": 3 kept, 1 made, 2 made again", and of how many earlier pictures nobody has asked
-        now."""
-        paths = {job[0] for job in self.jobs}
-        folders = {path.parent for path in paths}
-        beside = {path for folder in folders for path in folder.glob("*.png")}
-        others = [origin_of(path) for path in beside - paths]
-        old = sum(made_from is not None and "overview" not in made_from for made_from in others)
-
+        """": 3 kept, 1 made, 2 made again", and how many pictures of other requests lie there."""
         text = ", ".join(f"{self.counts[what]} {what}" for what in ("kept", "made", "made again"))
-        if old:
-            text += f"; {old} pictures of other requests are there as well"
+
+        paths = {job[0] for job in self.jobs}
+        beside = set()
+        for folder in {path.parent for path in paths}:
+            beside.update(folder.glob("*.png"))
+        earlier = 0
+        for path in beside - paths:
+            made_from = origin_of(path)
+            earlier += made_from is not None and "overview" not in made_from
+        if earlier:
+            text += f"; {earlier} pictures of other requests are there as well"
         return f": {text}"
 
 
-def in_batches(title, rows, size, same=lambda row: None):
-    """Lists of at most `size` rows, behind a progress bar; the rows of one list agree in same(row)."""
-    groups = {}
-    for row in rows:
-        groups.setdefault(same(row), []).append(row)
-    chunks = [group[k:k + size] for group in groups.values() for k in range(0, len(group), size)]
-    return tqdm(chunks, desc=title, unit="batch", dynamic_ncols=True)
+# ---- --generate ----------------------------------------------------------------------------------
 
 
-def readable(rows):
-    """Yields (name, image, ...) for rows (name, source, ...); a line names each whose image cannot be read."""
-    for name, source, *more in rows:
-        try:
-            yield name, load_image(source), *more
-        except UNREADABLE as error:
-            tqdm.write(f"skipped: {name} ({brief(error)})")
+def prompt_jobs(source, out, images):
+    """A prompt source -> [(prompt, [paths of its images], GenEval's metadata or None)], in the
+    folders that the benchmark's scorer reads:
+
+    FILE.txt    a prompt a line                                 -> out/00000.png, or, with several
+                                                                   images, out/00000_0.png ...
+    FILE.jsonl  GenEval's evaluation_metadata.jsonl             -> out/00000/metadata.jsonl and
+                                                                   out/00000/samples/00000.png ...
+    FILE.json   WISE (Prompt, prompt_id)                        -> out/<prompt_id>.png
+                T2I-CompBench (Question, Category, Question_id) -> out/<Category>/<Question_id>.png
+    FOLDER      DPG-Bench, a prompt a <name>.txt                -> out/<name>.png, a grid of 2 x 2:
+                                                                   its path is there four times
+
+    InputError for files that are missing or malformed, or in the way.
+    """
+    source = Path(source)
+    out = Path(out)
+    kind = source.suffix.lower()
+    if not source.exists():
+        raise InputError(f"no such prompt file or folder: {source}")
+    if source.is_dir():
+        jobs = dpg_jobs(source, out)
+    elif kind == ".jsonl":
+        jobs = geneval_jobs(source, out, images)
+    elif kind == ".json":
+        jobs = wise_or_compbench_jobs(source, out)
+    else:
+        jobs = text_jobs(source, out, images)
+
+    if not jobs or not all(prompt for prompt, _, _ in jobs):
+        raise InputError(f"{source}: no prompt, or an empty one")
+    outputs = []
+    for number, (_, paths, _) in enumerate(jobs, start=1):
+        outputs += [(f"prompt {number}", path) for path in dict.fromkeys(paths)]
+    check_outputs(outputs, source)
+    return jobs
+
+
+def dpg_jobs(folder, out):
+    jobs = []
+    for file in sorted(folder.glob("*.txt")):
+        if not file.name.startswith("._"):      # a note of macOS's on the file
+            jobs.append((read_text(file).strip(), [out / f"{file.stem}.png"] * 4, None))
+    return jobs
+
+
+def geneval_jobs(file, out, images):
+    def job(i, row):
+        samples = out / f"{i:05d}" / "samples"
+        return text_in(row, "prompt"), [samples / f"{k:05d}.png" for k in range(images)], row
+
+    return read_rows(file, "a prompt of GenEval (prompt)", job)
+
+
+def wise_or_compbench_jobs(file, out):
+    def job(_, row):
+        if "Question_id" in row:
+            name = f"{row.get('Category', '')}/{row['Question_id']}".lstrip("/")
+        else:
+            name = str(row["prompt_id"]).lstrip("/")
+        return text_in(row, "Prompt", "Question"), [inside(out, f"{name}.png")], None
+
+    what = "a prompt (Prompt and prompt_id, or Question and Question_id)"
+    return read_rows(file, what, job)
+
+
+def text_jobs(file, out, images):
+    # Not splitlines, which also cuts at U+2028 and its like.
+    prompts = [line.strip() for line in read_text(file).split("\n") if line.strip()]
+    jobs = []
+    for i, prompt in enumerate(prompts):
+        names = [f"{i:05d}.png"]
+        if images > 1:
+            names = [f"{i:05d}_{k}.png" for k in range(images)]
+        jobs.append((prompt, [out / name for name in names], None))
+    return jobs
 
 
 def generate_files(model, args, jobs):
-    """--generate: image k of a prompt has seed --seed + k, whatever its batch."""
-    common_origin, wanted = origin(model, args, "generate"), []
+    """--generate. Image k of a prompt has the seed --seed + k, whatever its batch."""
+    common_origin = origin(model, args, "generate")
+    wanted = []
     for prompt, paths, metadata in jobs:
         if metadata:
             write(paths[0].parent.parent / "metadata.jsonl", [metadata])
@@ -3158,91 +3721,137 @@ def generate_files(model, args, jobs):
             seeds = [args.seed + k for k, other in enumerate(paths) if other == path]
             wanted.append((path, {**common_origin, "prompt": prompt, "seeds": seeds}))
 
-    outputs, waiting = Outputs(wanted), {}
-    rows = [
-        (path, made_from, seed) for path, made_from in outputs.todo for seed in made_from["seeds"]
-    ]
-    for chunk in in_batches("generate", rows, args.batch_images):
-        prompts = [made_from["prompt"] for _, made_from, _ in chunk]
-        seeds = [seed for _, _, seed in chunk]
-        for (path, made_from, _), image in zip(
-            chunk, model.generate(prompts, seed=seeds, **sampler_options(args))
-        ):
-            # DPG-Bench wants four in one file, as a square: it is written when all of them are
-            # there.
-            made = waiting.setdefault(path, [])
-            made.append(image)
-            if len(made) == len(made_from["seeds"]):
-                picture = (
-                    made[0]
-                    if len(made) == 1
-                    else grid([made[:2], made[2:]], cell=image.width, gap=0)
-                )
-                outputs.write(path, picture, made_from)
-                del waiting[path]
-    print(
-        f"{outputs.made} images generated for {len(jobs)} prompts in {args.out}{outputs.report()}"
-    )
+    outputs = Outputs(wanted)
+    rows = []
+    for path, made_from in outputs.todo:
+        rows += [(path, made_from, seed) for seed in made_from["seeds"]]
+
+    made = {}       # {path: the images of its picture that are there already}
+    for batch in in_batches("generate", rows, args.batch_images):
+        prompts = [made_from["prompt"] for _, made_from, _ in batch]
+        seeds = [seed for _, _, seed in batch]
+        painted = model.generate(prompts, seed=seeds, **sampler_options(args))
+
+        for (path, made_from, _), image in zip(batch, painted):
+            images = made.setdefault(path, [])
+            images.append(image)
+            if len(images) < len(made_from["seeds"]):
+                continue
+            picture = images[0]
+            if len(images) > 1:     # DPG-Bench wants four in one file, as a square
+                picture = grid([images[:2], images[2:]], cell=image.width, gap=0)
+            outputs.write(path, picture, made_from)
+            del made[path]
+    print(f"{outputs.made} images generated for {len(jobs)} prompts in {args.out}"
+          f"{outputs.report()}")
+
+
+# ---- --reconstruct -------------------------------------------------------------------------------
+
+
+OVERVIEW = "reconstructions.png"
+
+
+def output_paths(names, out):
+    """Names of images -> {name: where in `out` the picture made from it belongs}.
+
+    That is <name without its suffix>.png, or <name>.png where this alone tells two names apart
+    (cat.jpg and cat.png) or where a run has a file of its own. InputError where a name leads out of
+    the folder.
+    """
+    short = {name: str(Path(name).with_suffix(".png")) for name in names}
+    counts = collections.Counter(short.values())
+    paths = {}
+    for name in names:
+        taken = counts[short[name]] > 1 or short[name] in (OVERVIEW, "loss.png")
+        path = inside(out, f"{name}.png" if taken else short[name])
+        if len(os.fsencode(path.name)) > 255:       # which is the longest name of most file systems
+            start = os.fsencode(path.name)[:200].decode(errors="ignore")
+            path = path.with_name(f"{start}-{stable_seed(name):x}.png")
+        paths[name] = path
+    return paths
 
 
 def reconstruct_jobs(source, out):
-    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError for what
-    cannot be."""
+    """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError where there
+    is no image, or a file is in the way."""
     rows = image_rows(source, out)
     paths = output_paths([name for name, *_ in rows], out)
-    overview = Path(out) / "reconstructions.png"
-    check_outputs([*((name, paths[name]) for name, *_ in rows), ("the overview", overview)], source)
+    outputs = [(name, paths[name]) for name, *_ in rows]
+    outputs.append(("the overview", Path(out) / OVERVIEW))
+    check_outputs(outputs, source)
     return [(name, image, paths[name]) for name, image, _ in rows]
 
 
 def reconstruct_files(model, args, jobs):
-    """--reconstruct: out/<name>.png for each image, painted from nothing but the model's understanding of it."""
+    """--reconstruct: out/<name>.png for each image, painted from nothing but the model's
+    understanding of it, and an overview of the first."""
     common_origin = origin(model, args, "reconstruct", seed=args.seed)
-    outputs = Outputs([(path, {**common_origin, "source": fingerprint(source)}, name, source)
-                       for name, source, path in jobs])
-    todo = [(name, source, path, made_from) for path, made_from, name, source in outputs.todo]
-    for chunk in in_batches("reconstruct", todo, args.batch_images):
-        read = list(readable(chunk))
-        if read:
-            images, seeds = [row[1] for row in read], [args.seed] * len(read)
-            painted = model.reconstruct(images, seed=seeds, **sampler_options(args))
-            for (_, _, path, made_from), again in zip(read, painted):
-                outputs.write(path, again, made_from)
+    wanted = []
+    for name, source, path in jobs:
+        made_from = {**common_origin, "source": fingerprint(source)}
+        wanted.append((path, made_from, name, source))
+
+    outputs = Outputs(wanted)
+    rows = [(name, source, path, made_from) for path, made_from, name, source in outputs.todo]
+    for batch in in_batches("reconstruct", rows, args.batch_images):
+        batch = list(readable(batch))
+        if not batch:
+            continue
+        images = [row[1] for row in batch]
+        seeds = [args.seed] * len(images)
+        painted = model.reconstruct(images, seed=seeds, **sampler_options(args))
+        for (_, _, path, made_from), picture in zip(batch, painted):
+            outputs.write(path, picture, made_from)
 
     if outputs.made:
-        first = list(
-            readable((name, source, path) for name, source, path in jobs[:16] if path.exists())
-        )
-        pairs = [(image.resize((256, 256)), load_image(path)) for _, image, path in first]
-        sheet = grid(pairs, titles=("input", "reconstruction")) if pairs else None
-        if sheet:
-            write(Path(args.out) / "reconstructions.png", sheet, {"overview": True})
+        shown = [job for job in jobs[:16] if job[2].exists()]
+        pairs = []
+        for _, image, path in readable(shown):
+            pairs.append((image.resize((256, 256)), load_image(path)))
+        if pairs:
+            sheet = grid(pairs, titles=("input", "reconstruction"))
+            write(Path(args.out) / OVERVIEW, sheet, {"overview": True})
     print(f"{outputs.made} images reconstructed in {args.out}{outputs.report()}")
 
 
+# ---- --describe ----------------------------------------------------------------------------------
+
+
 def questions(args):
-    """--describe -> rows (question_id, source, question, image's name): --question for each image of a folder, or a
-    question file (.json, .jsonl: question_id, image, text; the images beside it or in --i2t-images)."""
+    """--describe -> rows (question_id, source, question, name of the image).
+
+    Of a folder: --question for each image. Of a question file (.json, .jsonl: question_id, image,
+    text): its rows; the images lie beside it or in --i2t-images. InputError for files that are
+    missing or malformed.
+    """
     source = Path(args.describe)
     if source.is_dir():
         rows = image_rows(source, args.out)
         return [(name, image, args.question, Path(name).name) for name, image, _ in rows]
     if not source.exists():
         raise InputError(f"no such folder or question file: {source}")
+
     folder = Path(args.i2t_images or source.parent)
 
     def read(i, row):
-        key, image = row.get("question_id", row.get("id", i)), row["image"]
+        key = row.get("question_id", row.get("id", i))
+        image = row["image"]
         return key, folder / image, text_in(row, "text", "question"), Path(image).name
+
     return read_rows(source, "a question (image, text)", read)
 
 
 def answers(model, args, rows, title):
-    """Yields (row, the model's answer) for rows (name, source, question, ...), in batches of one question each."""
-    for chunk in in_batches(title, rows, args.batch_images, same=lambda row: row[2]):
-        if chunk := list(readable(chunk)):
-            images, question = [row[1] for row in chunk], chunk[0][2]
-            yield from zip(chunk, model.describe(images, question=question, max_new_tokens=args.max_new_tokens))
+    """Yields (row, the model's answer) for rows (name, source, question, ...)."""
+    for batch in in_batches(title, rows, args.batch_images, same=lambda row: row[2]):
+        batch = list(readable(batch))
+        if not batch:
+            continue
+        images = [row[1] for row in batch]
+        question = batch[0][2]
+        texts = model.describe(images, question=question, max_new_tokens=args.max_new_tokens)
+        yield from zip(batch, texts)
 
 
 def check_answers(out):
@@ -3251,127 +3860,151 @@ def check_answers(out):
     keys = {"question_id", "image", "question", "answer", "made_from"}
     if path.exists() and not all(keys <= row.keys() for row in read_whole_lines(path)):
         raise InputError(
-            f"{path} is in the way, and does not say what it was made from: move it, or choose"
-            " another --out"
-        )
+            f"{path} is in the way, and does not say what it was made from: move it, or choose "
+            "another --out")
 
 
 def describe_files(model, args, rows):
-    """--describe: out/answers.jsonl, {"question_id", "image", "question", "answer"} a line, and
-    from what it was made; a rerun goes on. Benchmarks have several questions of one id: question
-    and image belong to what identifies a row."""
+    """--describe: out/answers.jsonl, a line {"question_id", "image", "question", "answer",
+    "made_from"} for each question. Answers that were made from the same are kept."""
+    # Benchmarks have several questions of one id, so question and image belong to a row's key.
     common_origin = origin(model, args, "describe", max_new_tokens=args.max_new_tokens)
     wanted = {}
-    for key, source, question, image in rows:
+    for question_id, source, question, image in rows:
         made_from = json.dumps({**common_origin, "source": fingerprint(source)}, sort_keys=True)
-        digest = hashlib.sha256(made_from.encode()).hexdigest()
-        wanted[json.dumps([key, image, question])] = digest[:16]
+        digest = hashlib.sha256(made_from.encode()).hexdigest()[:16]
+        wanted[answer_key(question_id, image, question)] = digest
 
-    def name(row):
-        return json.dumps([row["question_id"], row["image"], row["question"]])
+    def key_of(row):
+        return answer_key(row["question_id"], row["image"], row["question"])
 
-    path, count = Path(args.out) / "answers.jsonl", 0
-    old = {name(row) for row in read_whole_lines(path)}
-    done = {
-        name(row)
-        for row in mend_lines(path, lambda row: wanted.get(name(row)) in (None, row["made_from"]))
-    }
-    again = len((old - done) & wanted.keys())
-    todo = [row for row in rows if json.dumps([row[0], row[3], row[2]]) not in done]
+    def is_kept(row):
+        # Of this request what was made from the same, and all of other requests.
+        return wanted.get(key_of(row)) in (None, row["made_from"])
+
+    path = Path(args.out) / "answers.jsonl"
+    before = {key_of(row) for row in read_whole_lines(path)}
+    done = {key_of(row) for row in mend_lines(path, is_kept)}
+    todo = [row for row in rows if answer_key(row[0], row[3], row[2]) not in done]
+
+    count = 0
     with open(path, "a", buffering=1, encoding="utf-8") as file:
-        for (key, _, question, image), answer in answers(model, args, todo, "describe"):
-            row = {"question_id": key, "image": image, "question": question, "answer": answer}
-            file.write(json.dumps({**row, "made_from": wanted[name(row)]}) + "\n")
+        for (question_id, _, question, image), answer in answers(model, args, todo, "describe"):
+            row = {"question_id": question_id, "image": image, "question": question,
+                   "answer": answer}
+            file.write(json.dumps({**row, "made_from": wanted[key_of(row)]}) + "\n")
             count += 1
-    kept, others = len(done & wanted.keys()), len(done - wanted.keys())
+
+    kept = len(done & wanted.keys())
+    again = min(count, len((before - done) & wanted.keys()))
+    others = len(done - wanted.keys())
     aside = f"; {others} of other requests are there as well" if others else ""
-    print(
-        f"{count} answers in {path}: {kept} kept, {count - min(again, count)} made,"
-        f" {min(again, count)} made again{aside}"
-    )
+    print(f"{count} answers in {path}: {kept} kept, {count - again} made, {again} made again"
+          f"{aside}")
+
+
+def answer_key(question_id, image, question):
+    """What identifies an answer, as one string."""
+    return json.dumps([question_id, image, question])
+
+
+# ---- descriptions as data of L_i2t ---------------------------------------------------------------
 
 
 def describe_first(model, args, rows, path):
-    """L_i2t without I2T data: before any update the model describes --self-captions training images, its targets. Our
-    addition, not the paper's (which has LLaVA-1.5's 665K conversations): it holds the model to what it said before
-    RecA, a distillation from itself, so understanding cannot drift away while generation learns. Kept in --out."""
-    if not path.exists() and world()[0] == 0:               # a resumed run must not ask the model that RecA has changed
-        order = np.random.default_rng(stable_seed("describe", len(rows))).permutation(len(rows))[:args.self_captions]
-        print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training images first, and is "
-              f"held to that ({path}). This is our addition; real data or --lambda-i2t 0 are the alternatives.")
-        asked = [(*rows[i][:2], args.question) for i in order.tolist()]
-        said = [
-            {"name": name, "question": question, "answer": answer}
-            for (name, _, question), answer in answers(model, args, asked, "targets of L_i2t")
-            if answer.strip()
-        ]
-        if not said:
-            raise InputError("the model describes none of the images: give --i2t-data, or --lambda-i2t 0")
-        write(path, said)
+    """The rows of L_i2t where there is no data for it (--i2t-data): before the training the model
+    describes --self-captions of its own images, and is held to these descriptions.
+
+    Our addition, not the paper's, which has the 665K conversations of LLaVA-1.5. It is a
+    distillation of the model into itself: understanding cannot drift away while generation learns.
+    The descriptions are kept in `path`: a run that is resumed must not ask the model that RecA has
+    changed.
+    """
+    if not path.exists() and world()[0] == 0:
+        rng = np.random.default_rng(stable_seed("describe", len(rows)))
+        order = rng.permutation(len(rows))[:args.self_captions].tolist()
+        print(f"L_i2t has no data (--i2t-data): the model describes {len(order)} of its training "
+              f"images first, and is held to that ({path}). This is our addition; real data or "
+              "--lambda-i2t 0 are the alternatives.")
+
+        asked = []
+        for i in order:
+            name, source, _ = rows[i]
+            asked.append((name, source, args.question))
+        descriptions = []
+        for (name, _, question), answer in answers(model, args, asked, "targets of L_i2t"):
+            if answer.strip():
+                descriptions.append({"name": name, "question": question, "answer": answer})
+        if not descriptions:
+            raise InputError(
+                "the model describes none of the images: give --i2t-data, or --lambda-i2t 0")
+        write(path, descriptions)
     if dist.is_initialized():
         dist.barrier()
     return described(rows, path)
 
 
 def described(rows, path):
-    """The rows of L_i2t from what describe_first has kept. By the images' names: files may have
-    come or gone since. Descriptions of images that are not there are left out; InputError where
-    none is left."""
-    wanted = {}
-    for said in read_json(path, lines=True):
+    """The rows of L_i2t from the descriptions in `path`, which describe_first has written.
+
+    Images are found by their names, since files may have come or gone. Descriptions of images that
+    are not there are left out, and a line says so; InputError where none is left.
+    """
+    conversations = {}
+    for row in read_json(path, lines=True):
         try:
-            wanted[said["name"]] = [(said["question"], said["answer"])]
+            conversations[row["name"]] = [(row["question"], row["answer"])]
         except (KeyError, TypeError) as error:
             raise InputError(
                 f"{path} does not hold this model's descriptions (name, question, answer)"
             ) from error
 
+    found = []
     if isinstance(rows, Shapes):
-        numbers = {
-            name: int(name.removeprefix("shapes ")) for name in wanted if name.startswith("shapes ")
-        }
-        found = [(name, rows[number][1]) for name, number in numbers.items()]
+        # Not by a search: each of its images would be drawn for it.
+        for name in conversations:
+            if name.startswith("shapes "):
+                number = int(name.removeprefix("shapes "))
+                found.append((name, rows[number][1]))
     else:
-        found = [(name, source) for name, source, _ in rows if name in wanted]
+        for name, source, _ in rows:
+            if name in conversations:
+                found.append((name, source))
+
     if not found:
         raise InputError(
             f"{path} describes none of the images of --data: give back the folder of this run, or "
-            "--i2t-data"
-        )
-    if len(found) < len(wanted):
-        say(
-            f"{path}: {len(wanted) - len(found)} of {len(wanted)} descriptions are of images that"
-            " are not there now: left out"
-        )
-    return [(name, source, wanted[name]) for name, source in found]
+            "--i2t-data")
+    missing = len(conversations) - len(found)
+    if missing > 0:
+        say(f"{path}: {missing} of {len(conversations)} descriptions are of images that are not "
+            "there now: left out")
+    return [(name, source, conversations[name]) for name, source in found]
 
 
 # ==== 10. How fast is this card? ==================================================================
 
 
-# Dense bf16 peak of common GPUs, in FLOP/s, for the MFU (their makers' data sheets).
-PEAK = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "A6000": 155e12, "4090": 165e12, "3090": 71e12}
+# The dense bf16 peak of common GPUs in FLOP/s, from their makers' data sheets.
+PEAK = {
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A6000": 155e12,
+    "4090": 165e12,
+    "3090": 71e12,
+}
 
 
-def convolution_backward_flops(grad_shape, x_shape, weight_shape, bias, stride, padding, dilation, transposed,
-                               output_padding, groups, wanted, out_shape=None, **_):
-    """torch's own formula forgets the groups in the weights' gradient: SANA's depthwise convolutions
-    would count a thousandfold. The weights are [out, in / groups, ...]: each meets every output place once."""
-    places = x_shape if transposed else grad_shape
-    once = 2 * math.prod(weight_shape) * places[0] * math.prod(places[2:])
-    return once * (bool(wanted[0]) + bool(wanted[1]))
+def bench(model_class, args, device, prepare, trainer_class):
+    """--bench: steps at full size, with random weights on random images. Prints and returns
+    {figure: value}. The arguments are those of `run`, and the device.
 
-
-def bench(model_class, args, device, prepare, trainer):
-    """--bench: full-size steps with random weights on random images; prints and returns {figure: value}.
-
-    Time and peak memory are those of whole updates after the first one: moments and gradients are
-    there, as in training. MFU = the FLOPs that the step needs (counted by torch on a step with one
-    image, without recomputation, times the batch) per second, over the GPU's dense bf16 peak.
+    Time and peak of memory are those of whole updates after the first one: moments and gradients
+    are there, as in training. MFU (model FLOPs utilisation) is what the arithmetic of a step needs
+    per second, without recomputation, over the GPU's dense bf16 peak.
     """
-    import resource
-    from torch.utils.flop_counter import FlopCounterMode
-    cuda = device.type == "cuda"
     model = model_class.random(args.model, device)
     if args.und_size or args.blur:
         model.set_und(size=args.und_size, blur=args.blur)
@@ -3379,132 +4012,236 @@ def bench(model_class, args, device, prepare, trainer):
         compile_blocks(model)
     model.train()
 
-    # A picture as large as training can meet, and an answer of the length that LLaVA's have.
+    streams = random_streams(model, args)
+    trainer = set_up_training(model, streams, args, prepare, trainer_class)
+    batch = args.batch
+    accum = args.accum
+    flops = flops_of_an_image(trainer) * batch
+    seconds, peak_memory = measure_steps(trainer, batch, accum)
+
+    card = "CPU"
+    if device.type == "cuda":
+        card = torch.cuda.get_device_name()
+    mfu = None
+    for name, peak in PEAK.items():
+        if name in card:
+            mfu = round(flops / seconds / peak / world()[1], 4)
+            break
+
+    figures = {
+        "model": args.model,
+        "device": card,
+        "batch": batch,
+        "accum": accum,
+        "micro_batch": args.micro_batch,
+        "optimizer": args.optimizer,
+        "losses": list(streams),
+        "compile": args.compile,
+        "checkpointing": args.checkpointing,
+        "step_s": round(seconds, 4),
+        "images_per_s": round(batch / seconds, 3),
+        "tflops_per_step": round(flops / 1e12, 3),
+        "mfu": mfu,
+        "peak_memory_gb": round(peak_memory / 1e9, 3),
+        "trainable_parameters": sum(p.numel() for p in trainer.parameters),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+    say(json.dumps(figures))
+    return figures
+
+
+def random_streams(model, args):
+    """{name: Stream} for each loss whose λ is not 0: a picture as large as training can meet, and
+    an answer of the length that LLaVA's have."""
     rng = np.random.default_rng(0)
     size = model.config.image_size
     picture = Image.fromarray(rng.integers(0, 255, (size, size, 3), dtype=np.uint8))
     words = " ".join(rng.choice([*SHAPES, *COLORS, *PLACES], 80).tolist())
+
     texts = {"recon": SEED_TEMPLATE, "i2t": [(SEED_TEMPLATE, words)], "t2i": words}
     weights = {"recon": args.lambda_recon, "i2t": args.lambda_i2t, "t2i": args.lambda_t2i}
-    streams = {name: Stream(name, [("random", picture, texts[name])], model.preprocess, args.seed)
-               for name in LOSSES if weights[name]}
+    streams = {}
+    for name in LOSSES:
+        if weights[name]:
+            rows = [("random", picture, texts[name])]
+            streams[name] = Stream(name, rows, model.preprocess, args.seed)
+    return streams
 
-    def step(batch, accum):
-        args.batch = batch
-        args.accum = accum
-        items = {name: iter([[stream[k] for k in range(*own_share(batch))]]) for name, stream in streams.items()}
-        trainer.take_step(items)
 
-    trainer = set_up_training(model, streams, args, prepare, trainer)
-    batch = args.batch
-    accum = args.accum
-    checkpointing = args.checkpointing
+def bench_step(trainer, batch, accum):
+    """One step of `batch` images of each loss, `accum` steps to an update."""
+    trainer.args.batch = batch
+    trainer.args.accum = accum
+    loaders = {}
+    for name, stream in trainer.streams.items():
+        items = [stream[position] for position in range(*own_share(batch))]
+        loaders[name] = iter([items])
+    trainer.take_step(loaders)
 
-    # What the arithmetic needs: one image without recomputation, and no move of the weights.
-    args.checkpointing = False
+
+def flops_of_an_image(trainer):
+    """What the arithmetic needs: the FLOPs that torch counts in a step with one image of each loss,
+    without recomputation and without an update."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    checkpointing = trainer.args.checkpointing
+    trainer.args.checkpointing = False
     formulas = {torch.ops.aten.convolution_backward: convolution_backward_flops}
     with FlopCounterMode(display=False, custom_mapping=formulas) as counter:
-        step(batch=world()[1], accum=10 ** 9)
-    flops = counter.get_total_flops() * batch
-    args.checkpointing = checkpointing
-
-    # The first update makes the moments; then come whole updates, at least four steps.
+        bench_step(trainer, batch=world()[1], accum=10 ** 9)
+    trainer.args.checkpointing = checkpointing
     trainer.pending = 0
-    step(batch, accum=1)
-    count = accum * -(-4 // accum)
-    if cuda:
+    return counter.get_total_flops()
+
+
+def convolution_backward_flops(
+        grad_shape, x_shape, weight_shape, bias, stride, padding, dilation, transposed,
+        output_padding, groups, wanted, out_shape=None, **_):
+    """torch's own formula forgets the groups in the weights' gradient: SANA's depthwise
+    convolutions would count a thousandfold. The weights are [out, in / groups, ...]: each meets
+    every output place once."""
+    places = x_shape if transposed else grad_shape
+    once = 2 * math.prod(weight_shape) * places[0] * math.prod(places[2:])
+    return once * (bool(wanted[0]) + bool(wanted[1]))
+
+
+def measure_steps(trainer, batch, accum):
+    """(seconds of a step, bytes at the peak of memory), over whole updates, four steps at least."""
+    on_gpu = trainer.model.device.type == "cuda"
+
+    # The first update makes the optimizer's moments.
+    bench_step(trainer, batch, accum=1)
+    if on_gpu:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
-    began = time.perf_counter()
-    for _ in tqdm(range(count), desc="bench", unit="step", dynamic_ncols=True):
-        step(batch, accum)
-    if cuda:
-        torch.cuda.synchronize()
-    duration = (time.perf_counter() - began) / count
 
-    used = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    card = torch.cuda.get_device_name() if cuda else "CPU"
-    peak = next((value for name, value in PEAK.items() if name in card), None)
-    figures = {
-        "model": args.model, "device": card, "batch": batch, "accum": accum, "micro_batch": args.micro_batch,
-        "optimizer": args.optimizer, "losses": list(streams), "compile": args.compile,
-        "checkpointing": args.checkpointing, "step_s": round(duration, 4),
-        "images_per_s": round(batch / duration, 3), "tflops_per_step": round(flops / 1e12, 3),
-        "mfu": round(flops / duration / peak / world()[1], 4) if peak else None,
-        "peak_memory_gb": round(used / 1e9, 3),
-        "trainable_parameters": sum(p.numel() for p in trainer.parameters),
-        "parameters": sum(p.numel() for p in model.parameters())}
-    if world()[0] == 0:
-        print(json.dumps(figures))
-    return figures
+    steps = accum * math.ceil(4 / accum)
+    began = time.perf_counter()
+    for _ in tqdm(range(steps), desc="bench", unit="step", dynamic_ncols=True):
+        bench_step(trainer, batch, accum)
+    if on_gpu:
+        torch.cuda.synchronize()
+    seconds = (time.perf_counter() - began) / steps
+
+    if on_gpu:
+        return seconds, torch.cuda.max_memory_allocated()
+    import resource
+    return seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 # ==== 11. The toy world ===========================================================================
-# 2 x 2 cells; 1 to 3 of them hold a shape (4 kinds, no kind twice) in one of 8 colors. Everything in a picture can be
-# said in words, and every picture can be read back exactly, by comparing each cell with the 32 things it could hold:
-# what a benchmark's detector estimates at full size is known here without error.
+# A picture has 2 x 2 cells. 1 to 3 of them hold a shape, no shape twice, in one of 8 colors.
+# Everything in a picture can be said in words. Every picture can be read back exactly, by comparing
+# each cell with the 32 things that it could hold: what a benchmark's detector estimates at full
+# size is known here without error.
 
 
 SHAPES = ("circle", "square", "triangle", "cross")
-COLORS = {"red": (220, 40, 40), "green": (40, 160, 60), "blue": (40, 70, 220), "yellow": (240, 210, 40),
-          "purple": (140, 50, 170), "cyan": (60, 200, 220), "orange": (245, 140, 30), "black": (20, 20, 20)}
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 160, 60),
+    "blue": (40, 70, 220),
+    "yellow": (240, 210, 40),
+    "purple": (140, 50, 170),
+    "cyan": (60, 200, 220),
+    "orange": (245, 140, 30),
+    "black": (20, 20, 20),
+}
 PLACES = ("top-left", "top-right", "bottom-left", "bottom-right")
+
+# --captions: how often a caption names color and place. The sparse ones are those that, as the
+# paper says, generation has learned from.
+TOY_CAPTIONS = {"full": 1.0, "sparse": 0.1}
+
+
+# ---- scenes, pictures, captions ------------------------------------------------------------------
 
 
 @functools.lru_cache(None)
 def _cell(size):
-    """All things a cell can hold, drawn: float32 [1 + 32, size, size, 3] in [0, 255]; index 0 is the empty cell."""
+    """All things that a cell can hold, drawn -> float32 [1 + 32, size, size, 3] in [0, 255]. Number
+    0 is the empty cell, number 1 + 8 * shape + color the others."""
     y, x = np.mgrid[0:size, 0:size] / (size - 1) * 2 - 1
-    masks = (x * x + y * y < 0.56, np.maximum(abs(x), abs(y)) < 0.68, (y < 0.7) & (y > 2 * abs(x) - 0.75),
-             (np.minimum(abs(x), abs(y)) < 0.25) & (np.maximum(abs(x), abs(y)) < 0.75))
-    things = [np.where(mask[..., None], color, 255.0) for mask in masks for color in COLORS.values()]
-    return np.stack([np.full((size, size, 3), 255.0), *things]).astype(np.float32)
+    masks = (
+        x * x + y * y < 0.56,
+        np.maximum(abs(x), abs(y)) < 0.68,
+        (y < 0.7) & (y > 2 * abs(x) - 0.75),
+        (np.minimum(abs(x), abs(y)) < 0.25) & (np.maximum(abs(x), abs(y)) < 0.75),
+    )
+    things = [np.full((size, size, 3), 255.0)]
+    for mask in masks:
+        for color in COLORS.values():
+            things.append(np.where(mask[..., None], color, 255.0))
+    return np.stack(things).astype(np.float32)
 
 
 def random_scene(rng, objects=None):
-    """A list of (place, shape, color), indices, in the order of the places. objects: how many (default 1 to 3)."""
+    """A list of (place, shape, color), indices, in the order of the places. objects: how many
+    (default 1 to 3)."""
     objects = objects or int(rng.integers(1, 4))
     places = sorted(rng.choice(4, objects, replace=False).tolist())
-    return list(zip(places, rng.choice(4, objects, replace=False).tolist(), rng.integers(8, size=objects).tolist()))
+    shapes = rng.choice(4, objects, replace=False).tolist()
+    colors = rng.integers(8, size=objects).tolist()
+    return list(zip(places, shapes, colors))
 
 
 def draw_scene(scene, size=64):
     """-> PIL RGB size x size (size is even)."""
     half = size // 2
-    canvas = np.full((2, half, 2, half, 3), 255, np.uint8)                        # [row, y in it, column, x in it, RGB]
+    # [row of cells, y in the cell, column of cells, x in the cell, RGB]
+    canvas = np.full((2, half, 2, half, 3), 255, np.uint8)
     for place, shape, color in scene:
-        canvas[place // 2, :, place % 2] = _cell(half)[1 + shape * 8 + color]
+        canvas[place // 2, :, place % 2] = _cell(half)[1 + 8 * shape + color]
     return Image.fromarray(canvas.reshape(size, size, 3))
 
 
 def read_scene(image):
-    """PIL -> the scene that it shows; (place, None, None) for a cell near nothing (root mean square distance > 0.2)."""
-    half, scene = image.width // 2, []
-    pixels = np.asarray(image.convert("RGB").resize((2 * half, 2 * half)), np.float32).reshape(2, half, 2, half, 3)
+    """PIL -> the scene that it shows. (place, None, None) stands for a cell that resembles nothing:
+    its root mean square distance from everything is above 0.2."""
+    half = image.width // 2
+    pixels = np.asarray(image.convert("RGB").resize((2 * half, 2 * half)), np.float32)
+    pixels = pixels.reshape(2, half, 2, half, 3)
+
+    scene = []
     for place in range(4):
-        distance = np.sqrt(((_cell(half) - pixels[place // 2, :, place % 2]) ** 2).mean((1, 2, 3))) / 255
+        difference = _cell(half) - pixels[place // 2, :, place % 2]
+        distance = np.sqrt((difference ** 2).mean((1, 2, 3))) / 255
         best = int(distance.argmin())
         if distance[best] > 0.2:
             scene.append((place, None, None))
-        elif best:
-            scene.append((place, *divmod(best - 1, 8)))
+        elif best > 0:
+            shape, color = divmod(best - 1, 8)
+            scene.append((place, shape, color))
     return scene
 
 
 def caption(scene, p=1.0, rng=None):
-    """The scene in words: "red circle top-left and ...". p < 1: color and place are named with probability p each (rng
-    needed), the sparse captions that the paper says generation is brought up on."""
-    def say(word):
-        return [word] if p >= 1 or rng.random() < p else []
-    return " and ".join(" ".join([*say(list(COLORS)[color]), SHAPES[shape], *say(PLACES[place])])
-                        for place, shape, color in scene)
+    """The scene in words: "red circle top-left and ...". p < 1: color and place are named with
+    probability p each (rng needed); such captions are sparse, as the paper says of real ones."""
+    def is_named():
+        return p >= 1 or rng.random() < p
+
+    objects = []
+    for place, shape, color in scene:
+        words = [SHAPES[shape]]
+        if is_named():
+            words.insert(0, list(COLORS)[color])
+        if is_named():
+            words.append(PLACES[place])
+        objects.append(" ".join(words))
+    return " and ".join(objects)
 
 
 class Shapes:
-    """Rows of the toy world, drawn when asked for: `count` scenes from `seed`. captions: None, or a p for caption()."""
+    """Rows of the toy world, drawn when asked for: `count` scenes that follow from `seed`.
+    captions: None, or the p of caption(); dialogue: the caption is the answer of a conversation."""
 
     def __init__(self, size=64, count=20000, seed=0, captions=None, dialogue=False):
-        self.size, self.count, self.seed, self.captions, self.dialogue = size, count, seed, captions, dialogue
+        self.size = size
+        self.count = count
+        self.seed = seed
+        self.captions = captions
+        self.dialogue = dialogue
 
     def __len__(self):
         return self.count
@@ -3512,22 +4249,46 @@ class Shapes:
     def __getitem__(self, i):
         rng = np.random.default_rng((self.seed, i))
         scene = random_scene(rng)
-        text = None if self.captions is None else caption(scene, self.captions, rng)
-        return f"shapes {i}", draw_scene(scene, self.size), [(SEED_TEMPLATE, text)] if self.dialogue else text
+        text = None
+        if self.captions is not None:
+            text = caption(scene, self.captions, rng)
+        if self.dialogue:
+            text = [(SEED_TEMPLATE, text)]
+        return f"shapes {i}", draw_scene(scene, self.size), text
+
+
+# ---- scores --------------------------------------------------------------------------------------
+
+
+# GenEval's tasks: how many objects a prompt has, and what of them must be in the picture. The
+# fields of a scene's object are 0 place, 1 shape, 2 color.
+TOY_TASKS = {
+    "single_object": (1, [1]),
+    "two_object": (2, [1]),
+    "colors": (1, [1, 2]),
+    "position": (2, [0, 1]),
+    "color_attribution": (2, [1, 2]),
+}
 
 
 def score_generations(scenes, images):
-    """GenEval's questions, asked of the pictures that full captions of `scenes` made, a fraction of pictures each: is
-    the one object, or are both of two, there (its shape), in its place, with its own color?"""
-    pairs, scores = [(scene, read_scene(image)) for scene, image in zip(scenes, images)], {}
+    """GenEval's questions, asked of pictures that were made from full captions of `scenes` ->
+    {task: fraction of the pictures that are right}, and their mean as "overall"."""
+    pairs = [(scene, read_scene(image)) for scene, image in zip(scenes, images)]
 
-    def told(scene, fields):
-        return {tuple(thing[field] for field in fields) for thing in scene}
+    def details(scene, fields):
+        objects = set()
+        for thing in scene:
+            objects.add(tuple(thing[field] for field in fields))
+        return objects
 
-    for name, objects, fields in (("single_object", 1, [1]), ("two_object", 2, [1]), ("colors", 1, [1, 2]),
-                                  ("position", 2, [0, 1]), ("color_attribution", 2, [1, 2])):
-        hits = [told(scene, fields) <= told(seen, fields) for scene, seen in pairs if len(scene) == objects]
-        scores[name] = sum(hits) / max(1, len(hits))
+    scores = {}
+    for task, (objects, fields) in TOY_TASKS.items():
+        hits = []
+        for scene, seen in pairs:
+            if len(scene) == objects:
+                hits.append(details(scene, fields) <= details(seen, fields))
+        scores[task] = sum(hits) / max(1, len(hits))
     return {**scores, "overall": sum(scores.values()) / len(scores)}
 
 
@@ -3538,9 +4299,15 @@ def objects_in_words(description):
 
 
 def score_toy(model, size, count, seed, options):
-    """The scores of score_generations on held-out scenes, and two more, fractions of images:
-    "reconstruction", whose every shape, color and place comes back from the model's own
-    understanding embeddings; "understanding", which the model describes rightly and wholly."""
+    """The scores of score_generations on `count` held-out scenes, and two more, fractions of
+    images:
+
+    reconstruction   every shape, color and place comes back, from the model's own understanding
+                     embeddings of the image
+    understanding    the model describes the image rightly and wholly
+
+    size: side of the pictures; options: of the sampler.
+    """
     rng = np.random.default_rng((seed, 999_999))    # no training scene has this generator
     scenes = [random_scene(rng) for _ in range(count)]
     images = [draw_scene(scene, size) for scene in scenes]
@@ -3548,17 +4315,78 @@ def score_toy(model, size, count, seed, options):
 
     painted = model.reconstruct(images, seed=seeds, **options)
     same = [read_scene(picture) == scene for scene, picture in zip(scenes, painted)]
+
     descriptions = model.describe(images, question=SEED_TEMPLATE, max_new_tokens=24)
-    right = [objects_in_words(description) == objects_in_words(caption(scene))
-             for scene, description in zip(scenes, descriptions)]
+    right = []
+    for scene, description in zip(scenes, descriptions):
+        right.append(objects_in_words(description) == objects_in_words(caption(scene)))
 
     prompts = [random_scene(rng, 1 + k % 2) for k in range(count)]
-    generated = model.generate([caption(scene) for scene in prompts], seed=seeds, **options)
+    captions = [caption(scene) for scene in prompts]
+    generated = model.generate(captions, seed=seeds, **options)
     return {
         "reconstruction": sum(same) / count,
         "understanding": sum(right) / count,
         **score_generations(prompts, generated),
     }
+
+
+# ---- what a run has changed ----------------------------------------------------------------------
+
+
+class ToyEffect:
+    """What a run on the toy world changes: out/scores.json and out/effect.png, made from pictures
+    of the model before and after it."""
+
+    def __init__(self, model, args):
+        self.model = model
+        self.args = args
+        self.out = Path(args.out)
+        self.captions = [caption(scene) for scene in told_scenes()]
+        self.files = []         # what the captions gave before RecA, for a resumed run
+        for k in range(len(self.captions)):
+            self.files.append(self.out / "previews" / f"told_before_{k}.png")
+
+    def paint(self):
+        """The captions, painted by the model as it is now."""
+        seeds = list(range(len(self.captions)))
+        with inference(self.model, self.args):
+            return self.model.generate(self.captions, seed=seeds, **sampler_options(self.args))
+
+    def score(self, when):
+        """Scores the model as it is now, and adds that to out/scores.json under `when`. Returns
+        what the file holds, {"before": {name: score}, "after": ...}."""
+        path = self.out / "scores.json"
+        scores = read_object(path) if path.exists() else {}
+        count = 128
+        say(f"scores {when}: {count} held-out scenes are painted from their images, {count} from "
+            "words")
+        with inference(self.model, self.args):
+            size = self.model.config.image_size
+            scores[when] = score_toy(self.model, size, count, 7, sampler_options(self.args))
+        write(path, scores)
+        return scores
+
+    def measure_before(self):
+        for path, picture in zip(self.files, self.paint()):
+            write(path, picture)
+        self.score("before")
+
+    def measure_after(self, previews):
+        """Prints the scores before and after, and writes effect.png. previews: a Previews."""
+        scores = self.score("after")
+        before = scores.get("before", {})
+        print(f"\n{'on held-out scenes':<22}{'before':>8}{'after':>8}")
+        for name, after in scores["after"].items():
+            print(f"{name:<22}{before.get(name, math.nan):>8.2f}{after:>8.2f}")
+        if before and self.args.lambda_recon and not self.args.lambda_t2i:
+            print(effect_words(before, scores["after"]))
+
+        if previews.before and all(path.is_file() for path in self.files):
+            pictures = [load_image(path) for path in self.files]
+            asked = list(zip(self.captions, pictures, self.paint()))
+            shown = list(zip(previews.images, previews.before, previews.paint()))
+            write(self.out / "effect.png", effect_picture(asked, shown))
 
 
 def told_scenes(count=6):
@@ -3568,55 +4396,75 @@ def told_scenes(count=6):
     return [random_scene(rng, 1 if k < count // 2 else 2) for k in range(count)]
 
 
-def effect_picture(told, shown, cell=96, gap=6):
-    """What a run on the toy world changed, at a glance -> PIL. told: rows of (caption, what it gave
-    before, after), on the left; shown: rows of (image, its reconstruction before, after)."""
-    font = ImageFont.load_default(size=15)
-    header = 24
-    pitch = cell + gap
-    # The captions take the width of two cells, and a wider gap divides the halves.
-    columns = [gap, 2 * cell, 2 * cell + pitch]
-    columns += [2 * cell + 2 * pitch + 4 * gap + k * pitch for k in range(3)]
-    height = header + max(len(told), len(shown)) * pitch
-    sheet = Image.new("RGB", (columns[-1] + pitch, height), "white")
-    pen = ImageDraw.Draw(sheet)
-    titles = ("asked for", "before", "after", "shown", "before", "after")
-    for left, title in zip(columns, titles):
-        pen.text((left, 3), title, fill="black", font=font)
-
-    for row, (said, *pictures) in enumerate(told):
-        place = (gap, header + row * pitch + cell // 3)
-        pen.text(place, said.replace(" and ", " and\n"), fill="black", font=font)
-        pictures += shown[row] if row < len(shown) else []
-        for left, picture in zip(columns[1:], pictures):
-            enlarged = picture.resize((cell - 2, cell - 2), Image.BICUBIC)
-            sheet.paste(ImageOps.expand(enlarged, 1, "lightgray"), (left, header + row * pitch))
-    return sheet
-
-
 def effect_words(before, after):
     """A sentence on what RecA did to text to image in a toy run, from its scores."""
     points = round(100 * (after["overall"] - before["overall"]))
     if points >= 5:
         return f"text to image {points:+d} points, and no caption was read"
-    return (f"text to image {points:+d} points: it is not better, because a generator this small\n"
-            "forgets how to follow words while only images speak to it. It is in reca_openuni.py,\n"
-            "whose language model is frozen and reads words and images alike.")
+    return (
+        f"text to image {points:+d} points: it is not better at this size. A model this small\n"
+        "forgets how to follow words while it is trained to paint from embeddings alone. The\n"
+        "default run of reca_openuni.py --model tiny shows the gain: its language model is\n"
+        "frozen, and reads words and embeddings alike.")
+
+
+def effect_picture(asked, shown, cell=96, gap=6):
+    """What a run on the toy world changed, at a glance -> PIL. asked: (caption, what it gave
+    before, after) of each line, on the left; shown: (image, its reconstruction before, after), on
+    the right."""
+    font = ImageFont.load_default(size=15)
+    header = 24
+    pitch = cell + gap
+    # The captions take the width of two cells, and a wider gap divides the halves.
+    columns = [gap, 2 * cell, 2 * cell + pitch]
+    for k in range(3):
+        columns.append(2 * cell + 2 * pitch + 4 * gap + k * pitch)
+    height = header + max(len(asked), len(shown)) * pitch
+    sheet = Image.new("RGB", (columns[-1] + pitch, height), "white")
+
+    pen = ImageDraw.Draw(sheet)
+    titles = ("asked for", "before", "after", "shown", "before", "after")
+    for left, title in zip(columns, titles):
+        pen.text((left, 3), title, fill="black", font=font)
+
+    for line, (text, *pictures) in enumerate(asked):
+        top = header + line * pitch
+        text = text.replace(" and ", " and\n")
+        pen.text((gap, top + cell // 3), text, fill="black", font=font)
+        if line < len(shown):
+            pictures += shown[line]
+        for left, picture in zip(columns[1:], pictures):
+            enlarged = picture.resize((cell - 2, cell - 2), Image.BICUBIC)
+            sheet.paste(ImageOps.expand(enlarged, 1, "lightgray"), (left, top))
+    return sheet
+
+
+# ---- words ---------------------------------------------------------------------------------------
 
 
 def tiny_tokenizer(special_tokens=()):
-    """A word-level tokenizer for the tiny models: the words of the toy world, the templates and the prompts; others are
-    [UNK], newlines are tokens. special_tokens: the architecture's markers, their ids follow the words'."""
+    """A word-level tokenizer for the tiny models. It has the words of the toy world, the templates
+    and the prompts; others are [UNK], and newlines are tokens. special_tokens: the architecture's
+    markers, whose ids follow those of the words."""
     from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
+
+    # The order of the words gives their ids, which the shipped tiny models depend on.
     pattern = r"\n|[\w-]+|[^\s\w]"
-    text = " ".join([*templates(), *SHAPES, *COLORS, *PLACES, "and user assistant system generate an image : , . ? ! \n"
-                     " a chat between curious artificial intelligence gives helpful detailed polite answers to",
-                     "questions s '"])
+    prompts = (
+        "and user assistant system generate an image : , . ? ! \n"
+        " a chat between curious artificial intelligence gives helpful detailed polite answers to"
+        " questions s '")
+    text = " ".join([*templates(), *SHAPES, *COLORS, *PLACES, prompts])
     words = list(dict.fromkeys(re.findall(pattern, text.lower())))
     vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", *words])}
+
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in special_tokens])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")
+    markers = []
+    for token in special_tokens:
+        markers.append(AddedToken(token, special=True, normalized=False))
+    tokenizer.add_special_tokens(markers)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]")

@@ -82,8 +82,8 @@ def test_the_embedded_default_end_to_end(tmp_path, capsys):
     run(*TINY, "--steps", 3, "--sample-every", 2, "--out", out)
     scores = json.loads((out / "scores.json").read_text())
     assert set(scores) == {"before", "after"}
-    assert set(scores["after"]) == {"reconstruction", "single_object", "two_object", "colors", "position",
-                                    "color_attribution", "overall"}
+    assert set(scores["after"]) == {"reconstruction", "understanding", "single_object", "two_object", "colors",
+                                    "position", "color_attribution", "overall"}
     rows = log(out)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert all({"loss", "recon", "i2t", "lr", "grad_norm", "images_per_s"} <= row.keys() for row in rows)
