@@ -655,8 +655,8 @@ class OpenUni(nn.Module):
         """pixels [B, 3, S, S] in [-1, 1] -> InternViT's input, `und_size` pixels a side.
 
         As in the original, the image is normalised with ImageNet's mean and deviation first and
-        resized then, without antialiasing. From 512 to 448 px this loses a little, but InternViT's
-        embeddings were read so in all of OpenUni's training.
+        resized then, without antialiasing. From 512 to 448 px this loses a little, but all of
+        OpenUni's training was done so.
         """
         if self.und_blur:
             pixels = common.blur(pixels, self.und_blur)
@@ -671,8 +671,9 @@ class OpenUni(nn.Module):
 
     def _latents(self, pixels):
         """pixels [B, 3, S, S] in [-1, 1] -> [B, C, h, w], float32. Nothing is drawn: DC-AE has no
-        posterior. In its own precision: it sums its linear attention in float32. Four images at a
-        time fill a GPU; all at once would need the most memory of the whole step."""
+        posterior. It runs in its own precision and not in autocast's, because it sums its linear
+        attention in float32. Four images at a time fill a GPU; all at once would need more memory
+        than any other part of a step."""
         with torch.autocast(self.device.type, enabled=False):
             latents = [self.vae.encode(x.to(self.vae.dtype)).latent for x in pixels.split(4)]
             return torch.cat(latents).float() * self.vae.config.scaling_factor
@@ -936,8 +937,8 @@ class OpenUni(nn.Module):
         return state
 
     def set_tokenizer(self, tokenizer):
-        """It knows the id that keeps a place for an image's embedding. InputError if it does not
-        know InternVL's markers."""
+        """From now on prompts are made with `tokenizer`, and its id of <IMG_CONTEXT> keeps places
+        for an image's embeddings. InputError if it does not know InternVL's markers."""
         unknown = []
         for marker in MARKERS:
             if tokenizer.convert_tokens_to_ids(marker) in (None, tokenizer.unk_token_id):
@@ -1175,9 +1176,9 @@ class OpenUni(nn.Module):
         if und is not None:
             # The ids are on the CPU, so the host counts and does not wait for the device.
             count = int(is_image.sum())
-            B, N = und.shape[:2]
-            if count != B * N:
-                raise ValueError(f"{count} image tokens in the prompts, {B} x {N} embeddings")
+            images, N = und.shape[:2]
+            if count != images * N:
+                raise ValueError(f"{count} image tokens in the prompts, {images} x {N} embeddings")
 
         ids, is_image = common.to_device([ids, is_image], self.device)
         embeddings = self.lmm.get_input_embeddings()(ids)  # [B, L, D]
@@ -1196,15 +1197,15 @@ class OpenUni(nn.Module):
         """
         draws = draws or self.draw("recon", features, rng)
 
-        # concat(t, h): the template, and the image's understanding embeddings in front of it.
+        # concat(t, h): the template t, and in front of it the image's understanding embeddings h.
         ids, mask = self._pad([self.recon_prompt(template) for template in templates])
         und = self.understand(features)  # [B, N, D]
         prompt = self._embed(ids, und)  # [B, L, D]
 
-        # What the queries make of it is all that SANA gets to know of the image.
+        # What the queries read from this prompt is all that SANA is told about the image.
         condition = self._condition(prompt, mask)  # [B, Q, T]
 
-        # x, the same image as latents, on its way to noise; and the velocity of that way.
+        # x: the same image as latents, mixed with noise; and the velocity that SANA shall predict.
         noisy, sigma, target = self._add_noise(features, draws)
 
         # ℓ: mean squared error of the velocity, all noise levels alike.
