@@ -1193,7 +1193,8 @@ class OpenUni(nn.Module):
         """RecA (paper, equation 2): generate each image from its own understanding embeddings.
 
         features: B dicts of encode, templates: B instructions -> scalar, the mean over images,
-        channels and places. draws: see draw.
+        channels and places. draws: see draw. As in the original, neither the image nor the template
+        is ever left out.
         """
         draws = draws or self.draw("recon", features, rng)
 
