@@ -44,7 +44,7 @@ def fixture_model():
     config = json.loads((HERE / "config.json").read_text())
     model = OpenUni(fixture_config(config))
     state, frozen = load_file(HERE / "weights.safetensors"), load_file(HERE / "frozen_weights.safetensors")
-    lmm = reca_openuni.internvl_to_transformers({k[4:]: v for k, v in frozen.items() if k.startswith("lmm.")})
+    lmm = OpenUni.internvl_to_transformers({k[4:]: v for k, v in frozen.items() if k.startswith("lmm.")})
     state |= {k: v for k, v in frozen.items() if k.startswith("vae.")} | {"lmm." + k: v for k, v in lmm.items()}
     common.load_strictly(model, {k: v.float() for k, v in state.items()}, "fixture")
     return model.train()
@@ -128,11 +128,24 @@ def embeddings(features):
     return torch.stack([row["und"] for row in features])
 
 
+def padded_loss(model, features, ids, mask, draws, task):
+    """recon_loss ("image2image") or t2i_loss on prompts that are ids already, with their padding, in place of those
+    that the tokenizer would give."""
+    texts = [""] * len(features)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("recon_prompt", "t2i_prompt"):
+            patch.setattr(OpenUni, name, lambda self, text=None: [])
+        patch.setattr(OpenUni, "_pad", lambda self, prompts: (ids, mask))
+        if task == "image2image":
+            return model.recon_loss(features, texts, draws=draws)
+        kept = torch.zeros(len(features), dtype=torch.bool)
+        return model.t2i_loss(features, texts, draws={"text_dropped": kept, **draws})
+
+
 def fixture_loss(model, features, golden, task):
     ids, mask = golden[f"in.{task}.input_ids"], golden[f"in.{task}.attention_mask"]
     draws = {name: golden[f"{task}.{name}"] for name in ("noise", "u")}
-    und = embeddings(features) if task == "image2image" else None
-    return model._generation_loss(features, ids, mask, draws, und=und)
+    return padded_loss(model, features, ids, mask, draws, task)
 
 
 @pytest.mark.parametrize("task", ["image2image", "text2image"])
@@ -164,7 +177,8 @@ def test_parity_openuni_llm_inputs(model, features, golden, task):
     calls = []
     llm = model.lmm.model.language_model
     hook = llm.register_forward_pre_hook(lambda *call: calls.append(call[2]), with_kwargs=True)
-    model._condition(ids, mask, embeddings(features) if task == "image2image" else None)
+    und = embeddings(features) if task == "image2image" else None
+    model._condition(model._embed(ids, und), mask)
     hook.remove()
     close(torch.cat([call["inputs_embeds"] for call in calls], 1), golden[f"{task}.llm_inputs_embeds"])
     # Who sees whom is written out here; the last query sees all that the original's mask of padding leaves.
@@ -199,8 +213,8 @@ def test_parity_openuni_sampler(model, features, golden, config, case):
     ids, mask = golden[f"{case}.input_ids"], golden[f"{case}.attention_mask"]
     und = features[0]["und"].expand(2, -1, -1) if case == "sample_image" else None
     with torch.no_grad():
-        condition = model._condition(ids, mask, und)
-        latents = model._sample(condition, golden[f"{case}.init_latents"], config["sample_cfg"], config["sample_steps"])
+        condition = model._condition(model._embed(ids, und), mask)
+        latents = model._sample(condition, golden[f"{case}.init_latents"], config["sample_steps"], config["sample_cfg"])
     close(latents, golden[f"{case}.final_latents"])
     close(model._pixels(latents)[:, :, :64, :64], golden[f"{case}.pixels_first64"])
 
@@ -225,7 +239,7 @@ def holds(kind, key):
 def transformers_shapes(manifest):
     """A released key list, with InternVL's keys under the names under which it is loaded."""
     state = {k: torch.empty(shape, device="meta") for k, shape in manifest.items()}
-    lmm = reca_openuni.internvl_to_transformers({k[4:]: v for k, v in state.items() if k.startswith("lmm.")})
+    lmm = OpenUni.internvl_to_transformers({k[4:]: v for k, v in state.items() if k.startswith("lmm.")})
     state = {k: v for k, v in state.items() if not k.startswith("lmm.")} | {"lmm." + k: v for k, v in lmm.items()}
     return {k: list(v.shape) for k, v in state.items()}
 
@@ -304,7 +318,7 @@ def hub(tmp_path_factory, config):
     solver = reca_openuni.DPMSolverMultistepScheduler.from_config(model.config.scheduler)
     solver.save_pretrained(root / "sana" / "scheduler")
     model.vae.save_pretrained(root / "vae")
-    settings = {k: v for k, v in reca_openuni.own_settings(model.config).items() if k != "bases"}
+    settings = {k: v for k, v in model.config.own_settings().items() if k != "bases"}
     for kind in ("pretrained", "finetuned", "full"):
         (root / kind).mkdir()
         torch.save(checkpoint(model, kind), root / kind / "model.pth")
@@ -428,7 +442,7 @@ def test_bare_files_are_recognised(tmp_path):
         with torch.device("meta"):
             state = OpenUni(reca_openuni.CONFIGS[name]).released_state()
         state = {k: v for k, v in state.items() if holds(kind, k)}
-        return reca_openuni.read_settings(tmp_path / file, state)["bases"]["sana"]
+        return OpenUni._read_settings(tmp_path / file, state)["bases"]["sana"]
 
     for name, source in reca_openuni.RELEASED.items():
         expected = reca_openuni.CONFIGS[name].bases["sana"]
@@ -455,7 +469,7 @@ def test_prompt_layout(spoken, config):
             (spoken.t2i_prompt(), "<|im_start|>user\nGenerate an image.<|im_end|>\n<|im_start|>assistant\n<img>"),
             (spoken.i2t_prompt("circle ?", image=False),
              "<|im_start|>user\ncircle ?<|im_end|>\n<|im_start|>assistant\n")):
-        assert ids == spoken._tokens(text)
+        assert ids == spoken.tokenize(text)
     ids, mask = spoken._pad([spoken.recon_prompt(t) for t in ("Describe the image.", "Describe it.")])
     special = {name: spoken.tokenizer.convert_tokens_to_ids(name) for name in reca_openuni.MARKERS}
     row = ids[0].tolist()
@@ -477,21 +491,22 @@ def test_image_embeddings_stand_at_the_image_tokens(spoken, features):
 
 def test_long_captions_keep_the_frame(spoken):
     long, short = spoken.t2i_prompt("red " * 500), spoken.t2i_prompt("red")
-    tail = spoken._tokens("<|im_end|>\n<|im_start|>assistant\n<img>")
+    tail = spoken.tokenize("<|im_end|>\n<|im_start|>assistant\n<img>")
     assert len(long) == spoken.config.max_caption_tokens and long[-len(tail):] == tail == short[-len(tail):]
 
 
 def test_padding_changes_nothing(spoken, features):
     """Left or right, more or less: the loss of one image depends on its own prompt alone."""
     rows = [spoken.recon_prompt(t) for t in ("Describe the image in detail.", "Describe it.")]
-    und = embeddings(features)
     draws = {"noise": torch.randn(2, *features[0]["latents"].shape), "u": torch.rand(2)}
     ids, mask = spoken._pad(rows)
     left = torch.stack([row.roll(int(real.logical_not().sum())) for row, real in zip(ids, mask)]), mask.flip(1)
-    losses = [spoken._generation_loss(features, *padded, draws, und=und).item() for padded in ((ids, mask), left)]
-    one = [spoken._generation_loss(features[i:i + 1], *spoken._pad(rows[i:i + 1]),
-                                   {k: v[i:i + 1] for k, v in draws.items()}, und=und[i:i + 1]).item()
-           for i in range(2)]
+    losses = [padded_loss(spoken, features, *padded, draws, "image2image").item() for padded in ((ids, mask), left)]
+    one = []
+    for i in range(2):
+        own = {k: v[i:i + 1] for k, v in draws.items()}
+        alone = spoken._pad(rows[i:i + 1])
+        one.append(padded_loss(spoken, features[i:i + 1], *alone, own, "image2image").item())
     assert losses == pytest.approx([sum(one) / 2] * 2, rel=1e-5)
 
 
@@ -599,9 +614,9 @@ def test_draws_replay_the_loss(spoken, features):
     assert loss.item() != spoken.recon_loss(features, ["Describe it."] * 2).item()
     captions = ["red circle", "blue square"]
     prompts = spoken._pad([spoken.t2i_prompt(), spoken.t2i_prompt(captions[1])])
-    unconditional = spoken._generation_loss(features, *prompts, draws)
-    dropped = spoken.t2i_loss(features, captions, draws=draws | {"drop": torch.tensor([0.05, 0.5])})
-    kept = spoken.t2i_loss(features, captions, draws=draws | {"drop": torch.ones(2)})
+    unconditional = padded_loss(spoken, features, *prompts, draws, "text2image")
+    dropped = spoken.t2i_loss(features, captions, draws=draws | {"text_dropped": torch.tensor([True, False])})
+    kept = spoken.t2i_loss(features, captions, draws=draws | {"text_dropped": torch.tensor([False, False])})
     assert dropped.item() == unconditional.item() != kept.item()
 
 
@@ -617,8 +632,8 @@ def test_i2t_loss_counts_the_answers_only(spoken, features):
         for i, (question, answer) in enumerate(turns):
             image = "<img>" + "<IMG_CONTEXT>" * spoken.image_tokens + "</img>\n" if i == 0 else ""
             text += ("\n" if i else "") + f"<|im_start|>user\n{image}{question}<|im_end|>\n<|im_start|>assistant\n"
-            before = spoken._tokens(text)
-            after = spoken._tokens(answer + "<|im_end|>")
+            before = spoken.tokenize(text)
+            after = spoken.tokenize(answer + "<|im_end|>")
             ids = torch.tensor([before + after])
             logits = spoken.lmm(inputs_embeds=spoken._embed(ids, row["und"][None])).logits[0].log_softmax(-1)
             total -= sum(logits[len(before) + k - 1, token].item() for k, token in enumerate(after))

@@ -447,7 +447,7 @@ def openuni(model, seed, stages):
     size = model.config.image_size
     side = math.isqrt(model.image_tokens)
     words = model.tokenizer.convert_tokens_to_ids(list(WORDS))
-    nothing = model.tokenizer.convert_tokens_to_ids(".")
+    empty_word = model.tokenizer.convert_tokens_to_ids(".")
     llm = model.lmm.model.language_model
     table = model.lmm.get_input_embeddings().weight
 
@@ -479,31 +479,42 @@ def openuni(model, seed, stages):
     # place lets two things meet in one cell as soon as RecA makes it look at places.
     def words_in_place(scene):
         """What the queries are to say: a distribution over all ids each, [Q, ids]."""
-        said = scene_words(scene, side)
-        said = torch.cat([said, (said.sum(1, keepdim=True) == 0).float()], dim=1)
-        target = torch.zeros(side ** 2, len(model.tokenizer))
-        target[:, [*words, nothing]] = said / said.sum(1, keepdim=True)
-        return target
+        targets = scene_words(scene, side)
+        is_empty = (targets.sum(1, keepdim=True) == 0).float()
+        targets = torch.cat([targets, is_empty], dim=1)
+
+        distribution = torch.zeros(side ** 2, len(model.tokenizer))
+        distribution[:, [*words, empty_word]] = targets / targets.sum(1, keepdim=True)
+        return distribution
 
     def query_loss(prompts, scenes, und=None):
+        """Cross-entropy of what the queries say behind the prompts."""
         ids, mask = model._pad(prompts)
         prompt = model._embed(ids, und)
         queries = model.meta_queries.expand(len(prompts), -1, -1)
         mask = F.pad(mask, (0, queries.shape[1]), value=True)
         positions = (mask.long().cumsum(1) - 1).clamp(min=0)
-        states = llm(inputs_embeds=torch.cat([prompt, queries], dim=1), attention_mask=mask,
-                     position_ids=positions, use_cache=False).last_hidden_state
-        logits = model.lmm.lm_head(states[:, -queries.shape[1]:])                     # [B, Q, ids]
+
+        # In one pass with a graph: here the language model itself is trained.
+        output = llm(
+            inputs_embeds=torch.cat([prompt, queries], dim=1),
+            attention_mask=mask,
+            position_ids=positions,
+            use_cache=False,
+        )
+        states = output.last_hidden_state[:, -queries.shape[1]:]
+        logits = model.lmm.lm_head(states)                                            # [B, Q, ids]
         targets = torch.stack([words_in_place(scene) for scene in scenes])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
-    def talk(scene, first, rng):
+    def conversation_about(scene, question, rng):
         """A description, and an answer about one place."""
         place = int(rng.integers(4))
-        there = [f"{list(common.COLORS)[color]} {common.SHAPES[shape]}"
-                 for where, shape, color in scene if where == place]
-        answer = there[0] if there else "."
-        return [(first, common.caption(scene)), (f"{common.PLACES[place]} ?", answer)]
+        answer = "."
+        for where, shape, color in scene:
+            if where == place:
+                answer = f"{list(common.COLORS)[color]} {common.SHAPES[shape]}"
+        return [(question, common.caption(scene)), (f"{common.PLACES[place]} ?", answer)]
 
     def mixtures(drawn):
         """What the image tokens of (generator, scene) say, each token as loud as it likes."""
@@ -513,37 +524,42 @@ def openuni(model, seed, stages):
             und.append((scene_words(scene, side) * loudness).to(table) @ table[words])
         return torch.stack(und)
 
-    def both(read, seen, caption_share, talking):
-        """Answers by place and, where talking, also descriptions, of scenes that are read and of
-        scenes that are seen."""
-        captions = [shuffled_caption(scene, rng) for rng, scene in read]
-        asked = [common.templates()[rng.integers(360)] for rng, _ in seen]
-        und = mixtures(seen)
-        in_words = [model.t2i_prompt(caption) for caption in captions]
-        in_images = [model.recon_prompt(template) for template in asked]
-        loss = caption_share * query_loss(in_words, [scene for _, scene in read])
-        loss = loss + (1 - caption_share) * query_loss(in_images, [scene for _, scene in seen], und)
-        if not talking:
+    def language_losses(captioned, pictured, caption_share, describing):
+        """Answers by place and, where `describing`, also descriptions, of scenes whose captions are
+        in the prompt and of scenes whose image tokens are."""
+        captions = [shuffled_caption(scene, rng) for rng, scene in captioned]
+        templates = [common.templates()[rng.integers(360)] for rng, _ in pictured]
+        und = mixtures(pictured)
+
+        caption_prompts = [model.t2i_prompt(caption) for caption in captions]
+        image_prompts = [model.recon_prompt(template) for template in templates]
+        caption_loss = query_loss(caption_prompts, [scene for _, scene in captioned])
+        image_loss = query_loss(image_prompts, [scene for _, scene in pictured], und)
+        loss = caption_share * caption_loss + (1 - caption_share) * image_loss
+        if not describing:
             return loss
 
-        talks = [talk(scene, f"Generate an image: {caption}", rng)
-                 for (rng, scene), caption in zip(read, captions)]
-        talks += [talk(scene, template, rng) for (rng, scene), template in zip(seen, asked)]
-        features = [{} for _ in read] + [{"und": row} for row in und]
-        return loss + 2 * model.i2t_loss(features, talks)
+        conversations = []
+        for (rng, scene), caption in zip(captioned, captions):
+            question = f"Generate an image: {caption}"
+            conversations.append(conversation_about(scene, question, rng))
+        for (rng, scene), template in zip(pictured, templates):
+            conversations.append(conversation_about(scene, template, rng))
+        features = [{} for _ in captioned] + [{"und": embeddings} for embeddings in und]
+        return loss + 2 * model.i2t_loss(features, conversations)
 
     def language_loss(positions):
         drawn = list(scenes_of(2, positions))
-        return both(drawn[::2], drawn[1::2], caption_share=0.5, talking=True)
+        return language_losses(drawn[::2], drawn[1::2], caption_share=0.5, describing=True)
 
     def binding_loss(positions):
         """Places above all, of captions above all: they are harder than images. Without a
         description now and then the model would forget how to give one."""
         drawn = list(scenes_of(12, positions))
-        read = drawn[:len(drawn) * 3 // 4]
-        seen = drawn[len(read):]
-        third = positions[0] // len(positions) % 3 == 0
-        return both(read, seen, caption_share=0.75, talking=third)
+        captioned = drawn[:len(drawn) * 3 // 4]
+        pictured = drawn[len(captioned):]
+        every_third = positions[0] // len(positions) % 3 == 0
+        return language_losses(captioned, pictured, caption_share=0.75, describing=every_third)
 
     language = nn.ModuleList([llm, model.lmm.lm_head]).requires_grad_(True)
     trained = [*language.parameters(), model.meta_queries]
@@ -557,20 +573,20 @@ def openuni(model, seed, stages):
     with torch.no_grad():
         projector.linear_2.weight.zero_()[:, :len(words)] = table[words].T
         projector.linear_2.bias.zero_()
-    gates = {}
+    hidden = {}
 
     def remember(_, inputs, output):
-        gates["inner"] = inputs[0][..., :len(words)]
-        gates["said"] = output[..., :len(words)]
+        hidden["before"] = inputs[0][..., :len(words)]
+        hidden["after"] = output[..., :len(words)]
 
     def vision_loss(positions):
-        drawn = [scene for _, scene in scenes_of(3, positions)]
-        model.lmm.model.get_image_features(model._vit_input(draw(drawn, size)))
-        right = torch.stack([scene_words(scene, side) for scene in drawn])
+        scenes = [scene for _, scene in scenes_of(3, positions)]
+        model.lmm.model.get_image_features(model._vit_input(draw(scenes, size)))
+        targets = torch.stack([scene_words(scene, side) for scene in scenes])
         # The squared error alone loses words: GELU is flat where one was never said, which leaves
         # it no gradient.
-        square = F.mse_loss(gates["said"], right)
-        return square + F.binary_cross_entropy_with_logits(gates["inner"], right)
+        square = F.mse_loss(hidden["after"], targets)
+        return square + F.binary_cross_entropy_with_logits(hidden["before"], targets)
 
     hook = projector.act.register_forward_hook(remember)
     eyes = nn.ModuleList([model.lmm.model.vision_tower, projector.layer_norm, projector.linear_1])
@@ -582,17 +598,20 @@ def openuni(model, seed, stages):
     # 4. Queries, connector, projector and SANA: text to image, from captions that always name shape
     # and place, and one color in twenty-five.
     def sparse_caption(scene, rng):
-        said = []
+        parts = []
         for thing in scene:
-            words = common.caption([thing]).split()
-            said.append(" ".join(words if rng.random() < 0.04 else words[1:]))
-        return " and ".join(said)
+            color, *shape_and_place = common.caption([thing]).split()
+            if rng.random() < 0.04:
+                shape_and_place.insert(0, color)
+            parts.append(" ".join(shape_and_place))
+        return " and ".join(parts)
 
     def generation_loss(positions):
         drawn = list(scenes_of(4, positions))
         pixels = draw([scene for _, scene in drawn], size)
         features = [{"latents": latents} for latents in model._latents(pixels)]
-        return model.t2i_loss(features, [sparse_caption(scene, rng) for rng, scene in drawn])
+        captions = [sparse_caption(scene, rng) for rng, scene in drawn]
+        return model.t2i_loss(features, captions)
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
     stages.train("generation", trained, generation_loss, steps=800, lr=1.5e-3)
