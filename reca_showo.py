@@ -67,18 +67,19 @@ LLaVA's 665K). Without --i2t-data the model describes --self-captions (1024) of 
 images before the first step, and L_i2t holds it to these answers. That is ours, not the paper's.
 
 Inference is unchanged by RecA. generate() takes a text and no image, with the same prompt and the
-same sampler as before; only the weights are better. reconstruct() merely shows what was learned.
+same sampler as before; only the weights are others. reconstruct() merely shows what was learned.
 
 A step, from images to moved weights (common.Trainer.take_step):
 
-    for each loss whose lambda is not 0:                     # recon and i2t
-        images, texts = the next --batch rows of its data    # recon: a random template for each
-        features = model.encode(images)                      # frozen: codes, CLIP features
-        draws = model.draw(loss, features)                   # how much is masked, and where
-        for each micro-batch:                                # what fits into memory at once
-            value = model.recon_loss(features, templates, draws)      # or i2t_loss
-            (lambda * value * its share of all targets).backward()
-    every --accum steps (here 1): clip if asked to, set the learning rate, AdamW moves the weights
+    for each loss whose lambda is not 0:              # recon and i2t
+        take the next --batch images and their texts  # recon: a random template for each image
+        for each micro-batch of them:                 # as many as fit into memory at once
+            features = model.encode(images)           # frozen: codes, and what CLIP sees
+            draws = model.draw("recon", features)     # how much is masked, and where
+            value = model.recon_loss(features, templates, draws)          # or i2t_loss
+            share = targets of this micro-batch / targets of the step
+            (lambda * value * share).backward()       # gradients add up
+    every --accum steps (here 1): AdamW moves the weights at the learning rate of the schedule
 
 A *step* is one evaluation of equation (3); an *update* is one move of the weights. Warm-up and
 schedule count updates.
@@ -96,9 +97,11 @@ One example. An image at 512 px, seen by CLIP, and a template of t <= 123 tokens
     1729          <eoi>                                 itself and before
 
 128 slots for the template, <mmu>, <soi> and <eoi>, 576 embeddings, 1024 image tokens and their two
-markers make 1730 positions; 962 at 256 px. How much is masked is drawn: u is uniform in [0, 1), and
-round(1024 cos(u pi/2)) tokens at random places are replaced by the mask token, 724 for u = 0.5. The
-loss is then the mean of 724 cross-entropies, each at the masked token's own position (no shift).
+markers make 1730 positions; 962 at 256 px. (VQ variant: 382 slots for padding, <mmu> and template,
+256 codes and 1024 image tokens with two markers each make 1666.) How much is masked is drawn: u is
+uniform in [0, 1), and round(1024 cos(u pi/2)) tokens at random places are replaced by the mask
+token, 724 for u = 0.5. The loss is then the mean of 724 cross-entropies, each at the masked token's
+own position (no shift).
 
 Where the numbers come from. Paper, Table 8: learning rate 5e-7, weight decay 0.01, 1000 updates of
 warm-up, 5000 steps, 5 micro-batches of 2 (256 px: 4) images, the lambdas. Public config of the
@@ -133,8 +136,9 @@ id); connector, the layers that bring CLIP's features to the language model's wi
 prompt as embeddings [B, L, D]; buffer, a tensor of a module that is no weight.
 
 Shapes: B images or prompts, N image tokens, C CLIP embeddings, L positions of a prompt, D width of
-the language model, K codes, V vocabulary (text, markers, K codes, mask token), S pixels per side,
-h w grid of tokens, T ids of a text, n targets of a loss.
+the language model, K codes, V vocabulary (text, markers, K codes, mask token), S pixels per side of
+an image, s of what the understanding side sees, h w grid of tokens, width of CLIP, bits of a code,
+T ids of a text, n targets of a loss.
 """
 import dataclasses
 import math
@@ -168,7 +172,7 @@ class ShowoConfig:
 
     w_clip_vit: bool = True  # CLIP variant; False: VQ variant
     image_size: int = 512  # pixels per side of the images that are written
-    llm_vocab_size: int = 50295  # ids of Phi's text tokenizer
+    llm_vocab_size: int = 50295  # ids of Phi's text tokenizer, filled up to this number
     eot: int = 50256  # <|endoftext|>: begin and end of every text
     codebook_bits: int = 13  # 2^13 = 8192 codes
 
@@ -217,7 +221,7 @@ class ShowoConfig:
 
     @property
     def codebook_size(self):
-        """K."""
+        """K, the number of codes."""
         return 2 ** self.codebook_bits
 
     # The vocabulary of 58,498 ids, in this order: text, [PAD], <soi>, <eoi>, <sov>, <eov>, <t2i>,
@@ -260,7 +264,7 @@ class ShowoConfig:
 
     @property
     def vocab_size(self):
-        """V."""
+        """V, the number of ids: 58,498 in the released models."""
         return self.mask_token + 1
 
 

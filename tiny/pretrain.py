@@ -202,6 +202,7 @@ def harmon(model, seed, stages):
 
 # ==== 3. Show-o ===================================================================================
 
+
 def showo(model, seed, stages):
     """An image tokenizer; language; CLIP, whose features become the words' own vectors;
     understanding from full captions and generation from sparse ones, with words in the places of
@@ -215,22 +216,29 @@ def showo(model, seed, stages):
         return [position * STRIDE % pool for position in positions]
 
     # 1. The tokenizer. The toy world has a few dozen kinds of 16 x 16 patches; the number of a kind
-    # is its code, which the encoder learns to say and the decoder to paint. (A real tokenizer
+    # is its code, which the encoder learns to predict and the decoder to paint. (A real tokenizer
     # invents its codes; that takes longer.) The VQ variant also reads images of half the size.
-    def patches(images):                                           # [B, 3, S, S] -> [B, N, 768]
+    def patches(images):
+        """[B, 3, S, S] -> [B, N, 768]"""
         return F.unfold(images, 16, stride=16).transpose(1, 2)
 
-    cells = [[]] + [[(0, shape, color)] for shape in range(4) for color in range(8)]
-    sizes = (c.image_size,) if c.w_clip_vit else (c.image_size, c.image_size // 2)
+    # An empty cell, and one with each shape in each color.
+    cells = [[]]
+    for shape in range(4):
+        for color in range(8):
+            cells.append([(0, shape, color)])
+    sizes = [c.image_size]
+    if not c.w_clip_vit:
+        sizes.append(c.image_size // 2)
     drawn_cells = [patches(draw(cells, size)).flatten(0, 1) for size in sizes]
-    book = torch.cat(drawn_cells).unique(dim=0)                                    # [kinds, 768]
+    book = torch.cat(drawn_cells).unique(dim=0)  # [kinds, 768]
 
     def tokenizer_loss(positions):
         loss = 0
         for size in sizes:
             images = crowded(seed, positions, size)
             distance = torch.cdist(patches(images), book.expand(len(images), -1, -1))
-            signs = model.magvit.quantize.embedding[distance.argmin(-1)]            # [B, N, bits]
+            signs = model.magvit.quantize.embedding[distance.argmin(-1)]  # [B, N, bits]
             signs = signs.transpose(1, 2).unflatten(2, (size // 16,) * 2)
             bits = model.magvit.encoder(images)
             loss = loss + F.binary_cross_entropy_with_logits(bits, (signs > 0).float())
@@ -316,14 +324,14 @@ def showo(model, seed, stages):
     def alignment(clip_features, picked):
         """Distance of the projected CLIP features to the vectors of their words, and how well other
         words are told apart. Most are commas, which count less."""
-        words = torch.tensor([scene_ids(scenes[i]) for i in picked])                      # [B, C]
+        words = torch.tensor([scene_ids(scenes[i]) for i in picked])  # [B, C]
         choice = torch.tensor([comma, *known])
         target = table(words).detach()
         others = table(choice).detach()
         projected = model.mm_projector(clip_features)
         scale = target.square().mean()
 
-        apart = torch.cdist(projected.flatten(0, 1), others).square()               # [B C, words]
+        apart = torch.cdist(projected.flatten(0, 1), others).square()  # [B C, words]
         right = (words.flatten()[:, None] == choice).long().argmax(1)
         weight = torch.where(right == 0, 0.2, 1.0)
         logits = -5 * apart / (scale * c.hidden)
