@@ -595,8 +595,8 @@ class Showo(nn.Module):
     magvit          the image tokenizer; frozen
     """
 
-    # What --quantize leaves as it is: the output layer, and the tokenizer, whose codes are signs
-    # that rounding would turn.
+    # What --quantize leaves as it is: the output layer, and the image tokenizer, whose codes are
+    # signs, some of which rounding would flip.
     unquantized = ("showo.lm_head", "magvit.")
 
     def __init__(self, config, tokenizer=None):
@@ -740,7 +740,7 @@ class Showo(nn.Module):
         images = [common.normalize(sample[name].to(self.device)) for sample in samples]
         pixels = torch.stack(images)  # [B, 3, S, S]
 
-        # Without autocast: rounding would turn signs, which are the codes.
+        # Without autocast: rounding would flip some of the signs that make a code.
         features = {}
         with torch.autocast(self.device.type, enabled=False):
             if task != "i2t":
@@ -878,7 +878,7 @@ class Showo(nn.Module):
         model.parts("showo", "mm_projector", "clip").to(dtype)
 
         # Another buffer that no checkpoint holds: the frequencies of the rotary embedding. It is
-        # made after the cast to `dtype`, because rounded frequencies would turn tokens wrongly.
+        # made after the cast to `dtype`, because rounded frequencies would be other positions.
         rotary = type(model.showo.model.rotary_emb)
         model.showo.model.rotary_emb = rotary(model.showo.config).to(device)
         return model.eval()
@@ -992,9 +992,10 @@ class Showo(nn.Module):
     #   i2t, CLIP    <mmu> system prompt <soi> C places <eoi> conversation   padding
     #   i2t, VQ      <mmu> <soi> N codes <eoi> conversation                  padding
     #
-    # The places wait for understanding embeddings (see embed). The codes of RecA, VQ are those of
-    # the smaller image; where they are left of the template, the padding is in front, as in the
-    # original: the positions of the image tokens depend on it, and the model knows them so.
+    # The places wait for understanding embeddings (see embed). The C codes of the VQ variant are
+    # those of the smaller image. RecA has its padding between template and image in the CLIP
+    # variant and in front in the VQ variant, as in the original: the positions of the image tokens
+    # follow from it.
     #
     # tokens, labels: [B, N] as _mask_tokens makes them. Without them, for sampling, every image
     # token is masked and nothing is labelled.
@@ -1050,7 +1051,8 @@ class Showo(nn.Module):
 
     def t2i_prompt(self, captions, tokens=None, labels=None, slots=None):
         """Text to image: B captions and an image behind each -> PromptBatch. "" is the prompt
-        without a caption. slots: ids that a text may have, with its two <eot>; a longer one is cut.
+        without a caption. slots: ids that a text may have, with its two <eot>; a longer one is cut
+        and closed with <eot>.
 
         Text is causal; <soi>, the image tokens and <eoi> see all of the text and each other. In
         training these two markers are labelled with themselves, as in the original: two easy
@@ -1085,11 +1087,11 @@ class Showo(nn.Module):
         """
         config = self.config
         system = self._system_ids()
-        rows = []
+        sequences = []
         for image, text in zip(self._und_ids(features), ids.tolist()):
-            rows.append([config.mmu, *system, config.soi, *image, config.eoi, *text])
+            sequences.append([config.mmu, *system, config.soi, *image, config.eoi, *text])
 
-        prompts = PromptBatch.causal(rows, config.pad)
+        prompts = PromptBatch.causal(sequences, config.pad)
         if labels is not None:
             prompts.labels[:, -ids.shape[1]:] = labels
         if config.w_clip_vit:
@@ -1164,10 +1166,10 @@ class Showo(nn.Module):
         else:
             images = tokens.tolist()
 
-        rows = []
+        sequences = []
         for front, image in zip(fronts, images):
-            rows.append([*front, config.soi, *image, config.eoi])
-        prompts = PromptBatch.causal(rows, config.pad)
+            sequences.append([*front, config.soi, *image, config.eoi])
+        prompts = PromptBatch.causal(sequences, config.pad)
         if labels is not None:
             prompts.labels[:, -config.num_tokens - 1:-1] = labels
         return prompts
@@ -1383,7 +1385,8 @@ class Showo(nn.Module):
         for answer in self._continue(prompts, und, max_new_tokens).tolist():
             if self.config.eot in answer:
                 answer = answer[:answer.index(self.config.eot)]
-            answers.append([i for i in answer if i < self.config.llm_vocab_size])
+            words = [i for i in answer if i < self.config.llm_vocab_size]  # no markers, no codes
+            answers.append(words)
         texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
         return [text.strip() for text in texts]
 
@@ -1416,7 +1419,9 @@ class Showo(nn.Module):
     def _paint_images(self, prompts, features=None, **settings):
         """Prompts with all image tokens masked -> PIL images. features: of the images that are
         reconstructed."""
-        und = None if features is None else self.understand(features)
+        und = None
+        if features is not None:
+            und = self.understand(features)
         codes = self._sample(prompts, und, **settings)  # [B, N]
         with torch.autocast(self.device.type, enabled=False):
             pixels = self.magvit.decode(codes).clamp(-1, 1)  # [B, 3, S, S]
