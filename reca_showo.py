@@ -1450,7 +1450,8 @@ class Showo(nn.Module):
         num_steps = config.num_steps if num_steps is None else num_steps
         temperature = config.temperature if temperature is None else temperature
         guidance_scale = config.guidance_scale if guidance_scale is None else guidance_scale
-        # The original counts guidance from 0: (1 + g) * with prompt - g * without it.
+        # Guided logits are (1 + g) times those with the prompt minus g times those without it. The
+        # original's scale is this g, which counts from 0.
         guidance = guidance_scale - 1
         batch = len(prompts.ids)
         rng = Rng.sampling(seed, batch)
@@ -1500,7 +1501,7 @@ class Showo(nn.Module):
             certainty = self._certainty(probabilities, drawn, masked, noise, temperature)
             codes = self._mask_least_certain(drawn, certainty, masked, ratio)
 
-        # The draws of the last step, with the one token in it that would be masked again.
+        # The draws of the last step, which also has a code for the one token masked again.
         return drawn  # [B, N]
 
     def _code_logits(self, hidden):
