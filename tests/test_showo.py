@@ -776,6 +776,7 @@ def test_showo_end_to_end(name, tmp_path):
     scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
     assert scores.keys() == {"before", "after"} and scores["after"].keys() == {
         "reconstruction",
+        "understanding",
         "single_object",
         "two_object",
         "colors",
