@@ -14,7 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import common
 import reca_showo
-from reca_showo import IGNORED, Showo, ShowoConfig
+from reca_showo import IGNORED, UND, Showo, ShowoConfig
 
 FIXTURE = Path(os.environ.get("RECA_FIXTURES", Path(__file__).parent / "fixtures")) / "showo"
 MANIFESTS = Path(__file__).parent / "fixtures" / "manifests"
@@ -73,12 +73,12 @@ def load_model(config, w_clip_vit):
     vq = common.autoencoder_from_original(model.magvit, load_file(FIXTURE / "vq_weights.safetensors"))
     common.load_strictly(model.magvit, vq, "MAGVIT-v2")
     if w_clip_vit:
-        common.load_strictly(model.clip, reca_showo.clip_keys(load_file(FIXTURE / "clip_weights.safetensors")), "CLIP")
+        common.load_strictly(model.clip, Showo._clip_keys(load_file(FIXTURE / "clip_weights.safetensors")), "CLIP")
     else:
         model.und_size = config["image_size"] // config["down_scale"]
     # The fixture holds ids, no tokenizer: in this file the losses are given lists of ids where a text is expected.
     system = load_file(FIXTURE / "golden.safetensors")["in.mmu_system_ids"].tolist()
-    model._text_ids = model._recon_text = model._conversations = lambda ids: ids
+    model.tokenize = model._template_ids = model._pad_conversations = lambda ids: ids
     model._system_ids = lambda: system if w_clip_vit else []
     return model.eval()
 
@@ -142,14 +142,18 @@ def i2t_features(model, golden):
     return model.encode([{"pixels": pixels(golden["in.recon_pixels_u8"])[0]}] * len(golden["mmu_vq.labels"]), "i2t")
 
 
-def first_of_clip(rows):
-    """Column of the first CLIP row."""
-    return rows.ids[0].tolist().index(IGNORED)
+def first_of_clip(prompts):
+    """Column of the first place for an understanding embedding."""
+    return prompts.ids[0].tolist().index(UND)
 
 
 def draws(golden, prefix):
-    names = ("timesteps", "scores", "text_drop")
-    return {n: golden[f"{prefix}.draw_{n}"] for n in names if f"{prefix}.draw_{n}" in golden}
+    """The fixture holds the uniform number that decides whether a caption is dropped; we hold the decision."""
+    names = ("timesteps", "scores")
+    made = {n: golden[f"{prefix}.draw_{n}"] for n in names if f"{prefix}.draw_{n}" in golden}
+    if f"{prefix}.draw_text_drop" in golden:
+        made["text_dropped"] = golden[f"{prefix}.draw_text_drop"] < reca_showo.TEXT_DROP
+    return made
 
 
 # ---- tokenizer and CLIP ---------------------------------------------------------------------------------------------
@@ -170,11 +174,11 @@ def test_parity_showo_tokenizer(clip_model, golden):
 
 
 def test_parity_showo_clip_features(clip_model, golden):
-    shown = clip_model.shown(pixels(golden["in.recon_pixels_u8"]))
-    close(shown[:1], golden["recon.clip_pixels_first"])
-    und = torch.stack([f["und"] for f in recon_features(clip_model, golden)])
-    close(und, golden["recon.clip_features"])
-    close(clip_model.mm_projector(und), golden["recon.projected"])
+    view = clip_model.und_view(pixels(golden["in.recon_pixels_u8"]))
+    close(view[:1], golden["recon.clip_pixels_first"])
+    features = recon_features(clip_model, golden)
+    close(torch.stack([f["und"] for f in features]), golden["recon.clip_features"])
+    close(clip_model.understand(features), golden["recon.projected"])
     close(torch.stack([f["und"] for f in i2t_features(clip_model, golden)]), golden["mmu.clip_features"])
 
 
@@ -186,23 +190,30 @@ def recon_inputs(model, config, golden, prefix):
     return recon_features(model, golden), prompts, draws(golden, prefix)
 
 
-def recon_rows(model, features, texts, draws):
-    und = torch.stack([f["und"] for f in features])
-    return model._recon_rows(texts, und, *model._mask_tokens(features, draws)), und
+def recon_batch(model, features, templates, draws):
+    """What recon_loss makes of its arguments."""
+    tokens, labels = model._mask_tokens(features, draws)
+    return model.recon_prompt(templates, features, tokens, labels)
+
+
+def logits_of(model, prompts, und=None):
+    hidden = model.hidden_states(model.embed(prompts, und), prompts.dense_mask(), prompts.positions)
+    return model.showo.lm_head(hidden)
 
 
 def test_parity_showo_recon_prompt(clip_model, config, golden):
     """Ids, mask (bit for bit), inputs and logits of the CLIP variant."""
-    rows, und = recon_rows(clip_model, *recon_inputs(clip_model, config, golden, "recon"))
+    features, templates, given = recon_inputs(clip_model, config, golden, "recon")
+    prompts = recon_batch(clip_model, features, templates, given)
     n = clip_model.config.num_tokens
-    assert torch.equal(rows.ids, golden["recon.token_ids"])
-    assert torch.equal(rows.labels[:, -n - 1 : -1], golden["recon.labels"][:, -n - 1 : -1])
-    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORED, golden["recon.mask"])
-    assert torch.equal(rows.attention(), golden["recon.attention"])
+    assert torch.equal(prompts.ids, golden["recon.token_ids"])
+    assert torch.equal(prompts.labels[:, -n - 1 : -1], golden["recon.labels"][:, -n - 1 : -1])
+    assert torch.equal(prompts.labels[:, -n - 1 : -1] != IGNORED, golden["recon.mask"])
+    assert torch.equal(prompts.dense_mask(), golden["recon.attention"])
     with torch.no_grad():
-        embeds = clip_model.embed(rows, und)
-        close(embeds, golden["recon.input_embeds"])
-        logits = clip_model.showo.lm_head(clip_model.hidden(embeds, rows.attention(), rows.positions))
+        und = clip_model.understand(features)
+        close(clip_model.embed(prompts, und), golden["recon.input_embeds"])
+        logits = logits_of(clip_model, prompts, und)
     c = clip_model.config
     close(logits[:, -n - 1 : -1, c.first_code : c.mask_token], golden["recon.logits_image_slice"])
     close(logits[:, -3:], golden["recon.logits_last_rows"])
@@ -226,16 +237,16 @@ def test_showo_recon_loss_trains_embeddings_on_request(clip_model, config, golde
 
 
 def test_parity_showo_recon_vq_loss(vq_model, config, golden, norms):
-    features, prompts, given = recon_inputs(vq_model, config, golden, "recon_vq")
-    close(vq_model.shown(pixels(golden["in.recon_pixels_u8"]))[:1], golden["recon_vq.small_pixels_first"])
+    features, templates, given = recon_inputs(vq_model, config, golden, "recon_vq")
+    close(vq_model.und_view(pixels(golden["in.recon_pixels_u8"]))[:1], golden["recon_vq.small_pixels_first"])
     assert torch.equal(torch.stack([f["und"] for f in features]), golden["recon_vq.given_codes"])
-    rows, _ = recon_rows(vq_model, features, prompts, given)
+    prompts = recon_batch(vq_model, features, templates, given)
     n = vq_model.config.num_tokens
-    assert torch.equal(rows.ids, golden["recon_vq.token_ids"])
-    assert torch.equal(rows.labels, golden["recon_vq.labels"])
-    assert torch.equal(rows.labels[:, -n - 1 : -1] != IGNORED, golden["recon_vq.mask"])
-    assert torch.equal(rows.attention(), golden["recon_vq.attention"])
-    (loss,) = loss_and_grad(vq_model, lambda: vq_model.recon_loss(features, prompts, given))
+    assert torch.equal(prompts.ids, golden["recon_vq.token_ids"])
+    assert torch.equal(prompts.labels, golden["recon_vq.labels"])
+    assert torch.equal(prompts.labels[:, -n - 1 : -1] != IGNORED, golden["recon_vq.mask"])
+    assert torch.equal(prompts.dense_mask(), golden["recon_vq.attention"])
+    (loss,) = loss_and_grad(vq_model, lambda: vq_model.recon_loss(features, templates, given))
     same_loss(loss, golden["recon_vq.loss"])
     same_norms(vq_model, norms["recon_vq"])
 
@@ -244,12 +255,12 @@ def test_parity_showo_t2i_loss(clip_model, config, golden, norms):
     features = clip_model.encode([{"pixels": p} for p in pixels(golden["in.t2i_pixels_u8"])], "t2i")
     given = draws(golden, "t2i")
     tokens, labels = clip_model._mask_tokens(features, given)
-    texts = [[] if u < 0.1 else t for t, u in zip(config["t2i_prompts"], given["text_drop"])]
-    rows = clip_model._t2i_rows(texts, tokens, labels)
-    assert torch.equal(rows.ids, golden["t2i.token_ids"])
+    texts = [[] if u < 0.1 else t for t, u in zip(config["t2i_prompts"], golden["t2i.draw_text_drop"])]
+    prompts = clip_model.t2i_prompt(texts, tokens, labels)
+    assert torch.equal(prompts.ids, golden["t2i.token_ids"])
     slots = clip_model.config.max_text + 1
-    assert torch.equal(rows.labels[:, slots:], golden["t2i.labels"][:, slots:])
-    assert torch.equal(rows.attention(), golden["t2i.attention"])
+    assert torch.equal(prompts.labels[:, slots:], golden["t2i.labels"][:, slots:])
+    assert torch.equal(prompts.dense_mask(), golden["t2i.attention"])
     (loss,) = loss_and_grad(clip_model, lambda: clip_model.t2i_loss(features, config["t2i_prompts"], given))
     same_loss(loss, golden["t2i.loss"])
     same_norms(clip_model, norms["t2i"])
@@ -261,18 +272,17 @@ def i2t_inputs(model, golden):
 
 def test_parity_showo_i2t_loss(clip_model, golden, norms):
     features, (ids, labels) = i2t_inputs(clip_model, golden)
-    und = torch.stack([f["und"] for f in features])
-    rows = clip_model._i2t_rows(ids, labels, und, clip_model._system_ids())
-    at, c = first_of_clip(rows), clip_model.config
+    prompts = clip_model.i2t_prompt(ids, labels, features)
+    at, c = first_of_clip(prompts), clip_model.config
     assert torch.equal(
-        torch.cat([rows.ids[:, :at], rows.ids[:, at + c.num_clip :]], 1), golden["mmu.token_ids_without_image"]
+        torch.cat([prompts.ids[:, :at], prompts.ids[:, at + c.num_clip :]], 1), golden["mmu.token_ids_without_image"]
     )
-    assert torch.equal(rows.labels, golden["mmu.labels"])
-    assert torch.equal(rows.attention(), golden["mmu.attention"])
+    assert torch.equal(prompts.labels, golden["mmu.labels"])
+    assert torch.equal(prompts.dense_mask(), golden["mmu.attention"])
     with torch.no_grad():
-        embeds = clip_model.embed(rows, und)
-        close(embeds, golden["mmu.input_embeds"])
-        logits = clip_model.showo.lm_head(clip_model.hidden(embeds, rows.attention(), rows.positions))
+        und = clip_model.understand(features)
+        close(clip_model.embed(prompts, und), golden["mmu.input_embeds"])
+        logits = logits_of(clip_model, prompts, und)
     close(logits[:, -ids.shape[1] :, : c.first_code], golden["mmu.logits_text_rows"])
     (loss,) = loss_and_grad(clip_model, lambda: clip_model.i2t_loss(features, (ids, labels)))
     same_loss(loss, golden["mmu.loss"])
@@ -281,10 +291,10 @@ def test_parity_showo_i2t_loss(clip_model, golden, norms):
 
 def test_parity_showo_i2t_vq_loss(vq_model, golden):
     features, (ids, labels) = i2t_inputs(vq_model, golden)
-    rows = vq_model._i2t_rows(ids, labels, torch.stack([f["und"] for f in features]))
-    assert torch.equal(rows.ids, golden["mmu_vq.token_ids"])
-    assert torch.equal(rows.labels, golden["mmu_vq.labels"])
-    assert torch.equal(rows.attention(), golden["mmu_vq.attention"])
+    prompts = vq_model.i2t_prompt(ids, labels, features)
+    assert torch.equal(prompts.ids, golden["mmu_vq.token_ids"])
+    assert torch.equal(prompts.labels, golden["mmu_vq.labels"])
+    assert torch.equal(prompts.dense_mask(), golden["mmu_vq.attention"])
     same_loss(vq_model.i2t_loss(features, (ids, labels)), golden["mmu_vq.loss"])
 
 
@@ -308,11 +318,11 @@ def test_parity_showo_total_loss(clip_model, config, golden, norms):
 def test_parity_showo_sampler(clip_model, config, golden):
     c, steps = clip_model.config, config["sample_steps"]
     prompts = config["gen_prompts"]
-    cond = clip_model._t2i_rows(prompts, slots=c.max_prompt)
-    uncond = clip_model._t2i_rows([[]] * len(prompts), slots=c.max_prompt)
+    cond = clip_model.t2i_prompt(prompts, slots=c.max_prompt)
+    uncond = clip_model.t2i_prompt([[]] * len(prompts), slots=c.max_prompt)
     assert torch.equal(cond.ids, golden["sample.cond_ids"])
     assert torch.equal(uncond.ids, golden["sample.uncond_ids"])
-    assert torch.equal(cond.stack(uncond).attention(), golden["sample.attention"])
+    assert torch.equal(cond.stack(uncond).dense_mask(), golden["sample.attention"])
     given = {
         k: torch.stack([golden[f"sample.step{i}.{k}"] for i in range(steps)]) for k in ("drawn_ids", "gumbel_uniform")
     }
@@ -324,24 +334,25 @@ def test_parity_showo_sampler(clip_model, config, golden):
         if f"sample.step{step}.probs" in golden:
             close(probs, golden[f"sample.step{step}.probs"])
 
-    codes = clip_model._sample(cond, num_steps=steps, guidance_scale=config["guidance"], draws=given, watch=watch)
+    scale = config["guidance"] + 1  # the original counts from 0
+    codes = clip_model._sample(cond, num_steps=steps, guidance_scale=scale, draws=given, watch=watch)
     assert seen == list(range(steps))
     assert torch.equal(codes, golden["sample.codes"])
 
 
 def test_parity_showo_caption(clip_model, config, golden):
-    und = torch.stack([f["und"] for f in i2t_features(clip_model, golden)])[:1]
-    ids = torch.tensor([config["caption"]])
-    rows = clip_model._i2t_rows(ids, torch.full_like(ids, IGNORED), und, golden["in.mmu_system_ids"].tolist())
-    at = first_of_clip(rows)
+    features = i2t_features(clip_model, golden)[:1]
+    prompts = clip_model.i2t_prompt(torch.tensor([config["caption"]]), None, features)
+    at = first_of_clip(prompts)
     assert torch.equal(
-        torch.cat([rows.ids[:, :at], rows.ids[:, at + clip_model.config.num_clip :]], 1),
+        torch.cat([prompts.ids[:, :at], prompts.ids[:, at + clip_model.config.num_clip :]], 1),
         golden["caption.token_ids_without_image"],
     )
     with torch.no_grad():
-        hidden = clip_model.hidden(clip_model.embed(rows, und), rows.attention(), rows.positions)
-    close(clip_model.showo.lm_head(hidden[:, -1])[0], golden["caption.first_logits"])
-    assert torch.equal(clip_model._continue(rows, und, config["caption_new"], stop=False)[0], golden["caption.new_ids"])
+        und = clip_model.understand(features)
+        logits = logits_of(clip_model, prompts, und)
+    close(logits[0, -1], golden["caption.first_logits"])
+    assert torch.equal(clip_model._continue(prompts, und, config["caption_new"], stop=False)[0], golden["caption.new_ids"])
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -371,7 +382,7 @@ def test_released_keys_showo(name, manifest):
         names = {f"vision_model.{k}": list(v.shape) for k, v in model.clip.state_dict().items()}
         assert names == listed("clip_vit_l14_336_vision")
         on_hub = dict.fromkeys([*names, "vision_model.embeddings.position_ids", "text_model.x", "logit_scale"])
-        assert reca_showo.clip_keys(on_hub).keys() == model.clip.state_dict().keys()
+        assert Showo._clip_keys(on_hub).keys() == model.clip.state_dict().keys()
 
 
 def contents(folder):
@@ -462,11 +473,29 @@ def test_showo_released_config_needs_nothing_of_ours(tmp_path):
             Showo._read_config(tmp_path)
 
 
+def test_showo_sampler_defaults_come_with_the_checkpoint(tiny, tmp_path, monkeypatch):
+    """Ours are saved with it; a released file has the published ones, a tiny one without any the tiny ones."""
+    monkeypatch.setattr(tiny.config, "guidance_scale", 4.5)
+    monkeypatch.setattr(tiny.config, "num_steps", 3)
+    tiny.save_pretrained(tmp_path)
+    config = Showo._read_config(tmp_path)
+    assert (config.num_steps, config.guidance_scale) == (3, 4.5)
+
+    written = json.loads((tmp_path / "config.json").read_text())
+    for name in ("num_steps", "guidance_scale", "temperature"):
+        del written["sizes"][name]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    config = Showo._read_config(tmp_path)
+    assert (config.num_steps, config.guidance_scale, config.temperature) == (8, 2.0, 1.0)
+    released = reca_showo.CONFIGS[reca_showo.DEFAULT]
+    assert (released.num_steps, released.guidance_scale, released.temperature) == (50, 6.0, 1.0)
+
+
 def test_showo_strict_keys(tiny, tmp_path):
     tiny.save_pretrained(tmp_path)
     state = load_file(tmp_path / "pytorch_model.safetensors")
     state["showo.model.surprise"] = state.pop("showo.lm_head.bias")
-    reca_showo.write_weights(tmp_path, state, json.loads((tmp_path / "config.json").read_text()))
+    Showo._write_weights(tmp_path, state, json.loads((tmp_path / "config.json").read_text()))
     with pytest.raises(common.InputError, match="showo.lm_head.bias"):
         Showo.from_pretrained(str(tmp_path))
 
@@ -484,7 +513,7 @@ def words(model, ids):
         c.t2i: "<t2i>",
         c.mmu: "<mmu>",
         c.eot: "<eot>",
-        IGNORED: "clip",
+        UND: "clip",
         c.mask_token: "mask",
     }
     out = []
@@ -502,10 +531,10 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
     image = common.draw_scene([(0, 1, 2)], 64)
     (feature,) = tiny.encode([tiny.preprocess(image, "recon")], "recon")
     draws = {"timesteps": torch.zeros(1), "scores": torch.arange(n)[None] / n}  # u = 0: everything masked
-    rows, _ = recon_rows(tiny, [feature], [tiny._recon_text("Describe the image in detail.")], draws)
+    prompts = recon_batch(tiny, [feature], ["Describe the image in detail."], draws)
     text = ["<eot>", "user", ":", "\n", "describe", "the", "image", "in", "detail", ".", "assistant", ":", "<eot>"]
     if c.w_clip_vit:
-        assert words(tiny, rows.ids[0]) == [
+        assert words(tiny, prompts.ids[0]) == [
             "<mmu>",
             "<soi>",
             f"{c.num_clip} clip",
@@ -516,10 +545,10 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
             f"{n} mask",
             "<eoi>",
         ]
-        assert rows.ids.shape[1] == c.recon_text + c.num_clip + n + 2
+        assert prompts.ids.shape[1] == c.recon_text + c.num_clip + n + 2
     else:
         given = (tiny.und_size // 16) ** 2
-        assert words(tiny, rows.ids[0]) == [
+        assert words(tiny, prompts.ids[0]) == [
             f"{c.max_text - len(text)} [PAD]",
             "<mmu>",
             "<soi>",
@@ -530,9 +559,9 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
             f"{n} mask",
             "<eoi>",
         ]
-        assert rows.ids.shape[1] == c.max_text + 1 + given + 2 + n + 2
-    rows = tiny._t2i_rows([tiny._text_ids("red circle"), []], slots=5)
-    assert words(tiny, rows.ids[0]) == [
+        assert prompts.ids.shape[1] == c.max_text + 1 + given + 2 + n + 2
+    prompts = tiny.t2i_prompt(["red circle", ""], slots=5)
+    assert words(tiny, prompts.ids[0]) == [
         "[PAD]",
         "<t2i>",
         "<eot>",
@@ -543,15 +572,15 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
         f"{n} mask",
         "<eoi>",
     ]
-    assert words(tiny, rows.ids[1]) == ["3 [PAD]", "<t2i>", "2 <eot>", "<soi>", f"{n} mask", "<eoi>"]
-    rows = tiny._t2i_rows([tiny._text_ids("red circle and blue cross")], slots=4)  # too long: cut and closed
-    assert words(tiny, rows.ids[0])[:6] == ["<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>"]
+    assert words(tiny, prompts.ids[1]) == ["3 [PAD]", "<t2i>", "2 <eot>", "<soi>", f"{n} mask", "<eoi>"]
+    prompts = tiny.t2i_prompt(["red circle and blue cross"], slots=4)  # too long: cut and closed
+    assert words(tiny, prompts.ids[0])[:6] == ["<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>"]
     turns = [("What is it?", "a red circle"), ("Where?", "top-left")]
-    ids, labels = (rows[0].tolist() for rows in tiny._conversations([turns]))
+    ids, labels = tiny.conversation(turns)
     assert words(tiny, torch.tensor(ids)) == [
         "user",
         ":",
-        *tiny.tokenizer.convert_ids_to_tokens(tiny._text_ids("What is it?")),
+        *tiny.tokenizer.convert_ids_to_tokens(tiny.tokenize("What is it?")),
         "assistant",
         ":",
         "a",
@@ -560,7 +589,7 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
         "<eot>",
         "user",
         ":",
-        *tiny.tokenizer.convert_ids_to_tokens(tiny._text_ids("Where?")),
+        *tiny.tokenizer.convert_ids_to_tokens(tiny.tokenize("Where?")),
         "assistant",
         ":",
         "top-left",
@@ -570,14 +599,14 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
     assert answers == ["a", "red", "circle", "<|endoftext|>", "top-left", "<|endoftext|>"]
     (feature,) = tiny.encode([tiny.preprocess(image, "i2t")], "i2t")
     monkeypatch.setattr(tiny.config, "system_len", 28)  # the tiny model has no system prompt, the released ones have
-    rows = tiny._i2t_rows(torch.tensor([ids]), torch.tensor([labels]), feature["und"][None], tiny._system_ids())
+    prompts = tiny.i2t_prompt(torch.tensor([ids]), torch.tensor([labels]), [feature])
     conversation = words(tiny, torch.tensor(ids))
     if c.w_clip_vit:
-        system = tiny.tokenizer.convert_ids_to_tokens(tiny._text_ids(reca_showo.SYSTEM_PROMPT))
+        system = tiny.tokenizer.convert_ids_to_tokens(tiny.tokenize(reca_showo.SYSTEM_PROMPT))
         assert system[:3] == ["a", "chat", "between"] and len(system) > 20
-        assert words(tiny, rows.ids[0]) == ["<mmu>", *system, "<soi>", f"{c.num_clip} clip", "<eoi>", *conversation]
+        assert words(tiny, prompts.ids[0]) == ["<mmu>", *system, "<soi>", f"{c.num_clip} clip", "<eoi>", *conversation]
     else:
-        assert words(tiny, rows.ids[0]) == ["<mmu>", "<soi>", f"{n} code", "<eoi>", *conversation]
+        assert words(tiny, prompts.ids[0]) == ["<mmu>", "<soi>", f"{n} code", "<eoi>", *conversation]
 
 
 def test_showo_template_too_long(tiny):
@@ -616,11 +645,9 @@ def test_showo_flex_attention_equals_dense(tiny, monkeypatch):
     image = common.draw_scene([(0, 1, 2), (2, 3, 4)], 64)
     features = tiny.encode([tiny.preprocess(image, "recon")] * 2, "recon")
     draws = {"timesteps": torch.tensor([0.3, 0.8]), "scores": torch.rand(2, tiny.config.num_tokens)}
-    rows, _ = recon_rows(
-        tiny, features, [tiny._recon_text("Describe the image in detail."), tiny._recon_text("Describe this picture.")], draws
-    )
-    rows = rows.without_padding(tiny.config.pad)
-    block, dense = rows.block_mask(), rows.attention()
+    prompts = recon_batch(tiny, features, ["Describe the image in detail.", "Describe this picture."], draws)
+    prompts = prompts.without_padding(tiny.config.pad)
+    block, dense = prompts.block_mask(), prompts.dense_mask()
     length = dense.shape[1]
     b, q, k = (torch.arange(m).view(s) for m, s in ((2, (-1, 1, 1)), (length, (1, -1, 1)), (length, (1, 1, -1))))
     assert torch.equal(block.mask_mod(b, torch.tensor(0), q, k), dense)
@@ -646,13 +673,13 @@ def test_showo_flex_attention_equals_dense(tiny, monkeypatch):
 def test_showo_sampling_is_per_image(tiny):
     """An image depends on its prompt and its seed, not on the batch; guidance and its absence both run."""
     prompts = ["red circle", "blue cross top-left", "green square"]
-    together = tiny.generate(prompts, num_steps=3, guidance_scale=2.0, seed=5)
-    alone = tiny.generate(prompts[1:2], num_steps=3, guidance_scale=2.0, seed=[6])
+    together = tiny.generate(prompts, num_steps=3, guidance_scale=3.0, seed=5)
+    alone = tiny.generate(prompts[1:2], num_steps=3, guidance_scale=3.0, seed=[6])
     near = np.abs(np.asarray(together[1], int) - np.asarray(alone[0], int)).max()  # convolutions round by batch size
     assert near <= 2 and together[0].size == (64, 64)
     assert np.abs(np.asarray(together[0], int) - np.asarray(together[1], int)).max() > 2
     image = common.draw_scene([(0, 1, 2)], 64)
-    assert len(tiny.reconstruct([image, image], num_steps=2, guidance_scale=0.0)) == 2
+    assert len(tiny.reconstruct([image, image], num_steps=2, guidance_scale=1.0)) == 2
     a, b = (tiny.reconstruct([image], num_steps=3, seed=s)[0].tobytes() for s in (1, 1))
     assert a == b
 
@@ -660,15 +687,14 @@ def test_showo_sampling_is_per_image(tiny):
 def test_showo_describe_equals_uncached(tiny):
     """The KV cache changes nothing: greedy decoding with a full forward for each token gives the same ids."""
     images = [common.draw_scene(s, 64) for s in ([(0, 1, 2)], [(1, 2, 3), (3, 0, 1)])]
-    und = torch.stack([f["und"] for f in tiny.encode([tiny.preprocess(i, "i2t") for i in images], "i2t")])
-    asked = torch.tensor([tiny._text_ids("USER: Describe the image in detail. ASSISTANT:")]).expand(2, -1)
-    rows = tiny._i2t_rows(asked, torch.full_like(asked, IGNORED), und, tiny._system_ids())
-    new = tiny._continue(rows, und, 5, stop=False)
+    features = tiny.encode([tiny.preprocess(i, "i2t") for i in images], "i2t")
+    asked = torch.tensor([tiny.tokenize("USER: Describe the image in detail. ASSISTANT:")]).expand(2, -1)
     with torch.no_grad():
+        und = tiny.understand(features)
+        new = tiny._continue(tiny.i2t_prompt(asked, None, features), und, 5, stop=False)
         ids = asked
         for step in range(5):
-            rows = tiny._i2t_rows(ids, torch.full_like(ids, IGNORED), und, tiny._system_ids())
-            logits = tiny.showo.lm_head(tiny.hidden(tiny.embed(rows, und), rows.attention(), rows.positions)[:, -1])
+            logits = logits_of(tiny, tiny.i2t_prompt(ids, None, features), und)[:, -1]
             assert torch.equal(logits.argmax(-1), new[:, step])
             ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
     texts = tiny.describe(images, max_new_tokens=4)
@@ -698,7 +724,7 @@ def test_showo_und_size_and_blur():
     ):
         model.set_und(**settings)
         (feature,) = model.encode([{"pixels": shown[0]}], "recon")
-        assert model.shown(shown).shape[-1] == side and len(feature["und"]) == (side // 16) ** 2
+        assert model.und_view(shown).shape[-1] == side and len(feature["und"]) == (side // 16) ** 2
     model.set_und(size=64)
     (feature,) = model.encode([{"pixels": shown[0]}], "recon")
     assert torch.equal(feature["und"], feature["codes"])  # full size: the answer stands in the prompt (F.2)
@@ -750,6 +776,7 @@ def test_showo_end_to_end(name, tmp_path):
     scores = json.loads((tmp_path / "whole" / "scores.json").read_text())
     assert scores.keys() == {"before", "after"} and scores["after"].keys() == {
         "reconstruction",
+        "understanding",
         "single_object",
         "two_object",
         "colors",

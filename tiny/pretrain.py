@@ -263,10 +263,11 @@ def harmon(model, seed, stages):
 
 # ==== 3. Show-o ===================================================================================
 
+
 def showo(model, seed, stages):
-    """An image tokenizer; language; CLIP, whose rows are trained to be the words' own embeddings;
+    """An image tokenizer; language; CLIP, whose features become the words' own vectors;
     understanding from full captions and generation from sparse ones, with words in the places of
-    CLIP's rows. The variant without CLIP does without the third."""
+    CLIP's embeddings. The variant without CLIP does without the third."""
     c = model.config
     pool = stages.count(2000, least=64)
     table = model.showo.model.embed_tokens
@@ -276,22 +277,29 @@ def showo(model, seed, stages):
         return [position * STRIDE % pool for position in positions]
 
     # 1. The tokenizer. The toy world has a few dozen kinds of 16 x 16 patches; the number of a kind
-    # is its code, which the encoder learns to say and the decoder to paint. (A real tokenizer
+    # is its code, which the encoder learns to predict and the decoder to paint. (A real tokenizer
     # invents its codes; that takes longer.) The VQ variant also reads images of half the size.
-    def patches(images):                                           # [B, 3, S, S] -> [B, N, 768]
+    def patches(images):
+        """[B, 3, S, S] -> [B, N, 768]"""
         return F.unfold(images, 16, stride=16).transpose(1, 2)
 
-    cells = [[]] + [[(0, shape, color)] for shape in range(4) for color in range(8)]
-    sizes = (c.image_size,) if c.w_clip_vit else (c.image_size, c.image_size // 2)
+    # An empty cell, and one with each shape in each color.
+    cells = [[]]
+    for shape in range(4):
+        for color in range(8):
+            cells.append([(0, shape, color)])
+    sizes = [c.image_size]
+    if not c.w_clip_vit:
+        sizes.append(c.image_size // 2)
     drawn_cells = [patches(draw(cells, size)).flatten(0, 1) for size in sizes]
-    book = torch.cat(drawn_cells).unique(dim=0)                                    # [kinds, 768]
+    book = torch.cat(drawn_cells).unique(dim=0)  # [kinds, 768]
 
     def tokenizer_loss(positions):
         loss = 0
         for size in sizes:
             images = crowded(seed, positions, size)
             distance = torch.cdist(patches(images), book.expand(len(images), -1, -1))
-            signs = model.magvit.quantize.embedding[distance.argmin(-1)]            # [B, N, bits]
+            signs = model.magvit.quantize.embedding[distance.argmin(-1)]  # [B, N, bits]
             signs = signs.transpose(1, 2).unflatten(2, (size // 16,) * 2)
             bits = model.magvit.encoder(images)
             loss = loss + F.binary_cross_entropy_with_logits(bits, (signs > 0).float())
@@ -304,7 +312,7 @@ def showo(model, seed, stages):
 
     scenes = [common.random_scene(generator(seed, 2, i)) for i in range(pool)]
     pictures = [common.draw_scene(scene, c.image_size) for scene in scenes]
-    comma, *known = [model._text_ids(word)[0] for word in (",", *WORDS)]
+    comma, *known = [model.tokenize(word)[0] for word in (",", *WORDS)]
 
     def surrounded(text, rng):
         """A caption with gaps in it and sometimes a template behind it: a word means the same
@@ -318,24 +326,31 @@ def showo(model, seed, stages):
             words.append(f"<|endoftext|> USER: \n {template} ASSISTANT:")
         return " ".join(words)
 
-    def said(scene, p=1.0, rng=None):
-        """A scene as C words: 4k + 0, 1, 2 say color, shape and place in cell k, color and place
-        with probability p."""
-        row = [comma] * c.num_clip
+    def scene_ids(scene, p=1.0, rng=None):
+        """A scene as C words: 4k + 0, 1, 2 are color, shape and place of what is in cell k, color
+        and place with probability p."""
+        ids = [comma] * c.num_clip
         for place, shape, color in scene:
             for k, word in enumerate((4 + color, shape, 12 + place)):
                 if k == 1 or p >= 1 or rng.random() < p:
-                    row[4 * place + k] = known[word]
-        return row
+                    ids[4 * place + k] = known[word]
+        return ids
 
-    def in_place(rows, words):
-        """Rows that wait for CLIP rows, with words in their places."""
-        waiting = rows.ids == reca_showo.IGNORED
-        ids = rows.ids.masked_scatter(waiting, torch.tensor(words))
-        return dataclasses.replace(rows, ids=ids)
+    def fill(prompts, words):
+        """Prompts with words in the places that wait for understanding embeddings."""
+        waiting = prompts.ids == reca_showo.UND
+        ids = prompts.ids.masked_scatter(waiting, torch.tensor(words))
+        return dataclasses.replace(prompts, ids=ids)
+
+    def prompt_loss(prompts, shift=False):
+        """The cross-entropy of a prompt without understanding embeddings, as in t2i_loss."""
+        prompts, targets = model._find_targets(prompts, shift)
+        mask = prompts.dense_mask()
+        hidden = model.hidden_states(model.embed(prompts), mask, prompts.positions)
+        return model._cross_entropy(hidden, targets)
 
     # 2. Language: a description with its objects in any order and with gaps, then the canonical
-    # one. The description stands where a caption stands, or in the places of the CLIP rows.
+    # one. The description stands where a caption stands, or in the places of the embeddings.
     def language_loss(positions):
         drawn = [common.random_scene(generator(seed, 3, position)) for position in positions]
         ids = []
@@ -343,40 +358,41 @@ def showo(model, seed, stages):
         for scene, position in zip(drawn, positions):
             rng = generator(seed, 4, position)
             mixed = surrounded(shuffled_caption(scene, rng), rng)
-            prompt = [c.t2i, *model._bracket(model._text_ids(mixed))]
-            answer = model._text_ids(common.caption(scene)) + [c.eot]
+            prompt = [c.t2i, *model._between_eot(model.tokenize(mixed))]
+            answer = model.tokenize(common.caption(scene)) + [c.eot]
             ids.append(torch.tensor(prompt + answer))
             labels.append(torch.tensor([reca_showo.IGNORED] * len(prompt) + answer))
 
         padded = pad_sequence(ids, batch_first=True, padding_value=c.pad)
-        rows = reca_showo.Rows.causal(padded.tolist(), c.pad)
-        rows.labels = pad_sequence(labels, batch_first=True, padding_value=reca_showo.IGNORED)
-        loss = model._cross_entropy(rows, shift=True)
+        prompts = reca_showo.PromptBatch.causal(padded.tolist(), c.pad)
+        prompts.labels = pad_sequence(labels, batch_first=True, padding_value=reca_showo.IGNORED)
+        loss = prompt_loss(prompts, shift=True)
         if not c.w_clip_vit:
             return loss
 
         half = drawn[::2]
         talks = [[(common.SEED_TEMPLATE, common.caption(scene))] for scene in half]
-        words = [said(scene) for scene in half]
-        rows = in_place(model._i2t_rows(*model._conversations(talks), words), words)
-        return loss + model._cross_entropy(rows, shift=True)
+        talk_ids, talk_labels = model._pad_conversations(talks)
+        prompts = model.i2t_prompt(talk_ids, talk_labels, [{}] * len(half))
+        prompts = fill(prompts, [scene_ids(scene) for scene in half])
+        return loss + prompt_loss(prompts, shift=True)
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
     stages.train("language", trained, language_loss, steps=300, lr=2e-3)
 
-    # 3. CLIP and projector learn to say the words. CLIP sees images with its own statistics, and in
-    # RecA with the tokenizer's (see `shown`).
-    def alignment(rows, picked):
-        """Distance of the projected CLIP rows to their words, and how well other words are told
-        apart. Most rows are commas, which count less."""
-        words = torch.tensor([said(scenes[i]) for i in picked])                           # [B, C]
+    # 3. CLIP and projector learn the words. CLIP sees images with its own statistics, and in RecA
+    # with the tokenizer's (see `und_view`).
+    def alignment(clip_features, picked):
+        """Distance of the projected CLIP features to the vectors of their words, and how well other
+        words are told apart. Most are commas, which count less."""
+        words = torch.tensor([scene_ids(scenes[i]) for i in picked])  # [B, C]
         choice = torch.tensor([comma, *known])
         target = table(words).detach()
         others = table(choice).detach()
-        projected = model.mm_projector(rows)
+        projected = model.mm_projector(clip_features)
         scale = target.square().mean()
 
-        apart = torch.cdist(projected.flatten(0, 1), others).square()               # [B C, words]
+        apart = torch.cdist(projected.flatten(0, 1), others).square()  # [B C, words]
         right = (words.flatten()[:, None] == choice).long().argmax(1)
         weight = torch.where(right == 0, 0.2, 1.0)
         logits = -5 * apart / (scale * c.hidden)
@@ -386,19 +402,19 @@ def showo(model, seed, stages):
     if c.w_clip_vit:
         asked = [model.preprocess(picture, "i2t")["clip_pixels"] for picture in pictures]
         asked = reca_showo.clip_normalize(common.normalize(torch.stack(asked)))
-        views = [model.shown(draw(scenes, c.image_size)), asked]
+        views = [model.und_view(draw(scenes, c.image_size)), asked]
 
         def seeing_loss(positions):
             picked = pick(positions)
-            rows = [model.clip_rows(view[picked[k::2]]) for k, view in enumerate(views)]
-            return alignment(torch.cat(rows), picked[::2] + picked[1::2])
+            seen_by_clip = [model.clip_features(view[picked[k::2]]) for k, view in enumerate(views)]
+            return alignment(torch.cat(seen_by_clip), picked[::2] + picked[1::2])
 
         seeing = [*model.clip.requires_grad_(True).parameters(), *model.mm_projector.parameters()]
         stages.train("CLIP and projector", seeing, seeing_loss, steps=300, lr=2e-3)
         model.clip.requires_grad_(False)
 
     # 4. Understanding from full captions, generation from sparse ones, some of them in the places
-    # of the CLIP rows.
+    # of the understanding embeddings.
     def features(task, samples):
         return frozen_features(model, samples, task)
 
@@ -416,25 +432,24 @@ def showo(model, seed, stages):
         draws = Rng(seed, "toy", positions=positions)
         loss = model.t2i_loss([painted[i] for i in picked], captions, rng=draws)
 
-        some = picked[:max(1, len(picked) // 3)]
+        third = picked[:max(1, len(picked) // 3)]
         one_size = seen[positions[0] // len(positions) % len(seen)]
-        understood = [one_size[i] for i in some]
-        talks = [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in some]
+        understood = [one_size[i] for i in third]
+        talks = [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in third]
         loss = loss + model.i2t_loss(understood, talks)
         loss = loss + 0.5 * language_loss(positions[:8])
         if not c.w_clip_vit:
             return loss
 
-        few = [painted[i] for i in some]
-        in_place_rng = Rng(seed, "toy in place", positions=positions[:len(some)])
-        draws = model.draw("recon", few, in_place_rng)
-        tokens = model._mask_tokens(few, draws)
-        words = [said(scenes[i], 0.15, rng) for i, rng in zip(some, rngs)]
-        asked = [model._recon_text(texts[int(rng.integers(len(texts)))])
-                 for rng in rngs[:len(some)]]
-        rows = in_place(model._recon_rows(asked, words, *tokens), words)
-        projected = torch.stack([row["und"] for row in understood])
-        return loss + model._cross_entropy(rows) + alignment(projected, some)
+        targets = [painted[i] for i in third]
+        in_place_rng = Rng(seed, "toy in place", positions=positions[:len(third)])
+        draws = model.draw("recon", targets, in_place_rng)
+        tokens, labels = model._mask_tokens(targets, draws)
+        words = [scene_ids(scenes[i], 0.15, rng) for i, rng in zip(third, rngs)]
+        asked = [texts[int(rng.integers(len(texts)))] for rng in rngs[:len(third)]]
+        prompts = fill(model.recon_prompt(asked, targets, tokens, labels), words)
+        clip_features = torch.stack([feature["und"] for feature in understood])
+        return loss + prompt_loss(prompts) + alignment(clip_features, third)
 
     stages.train("understanding and generation", trained, joint_loss, steps=700, lr=2e-3)
 
