@@ -70,8 +70,8 @@ accepted: L_i2t would train nothing here. (Harmon and Show-o share weights betwe
 need it. Where a user has none, their models first describe `--self-captions` of the training images
 themselves. That is this project's way, not the paper's.)
 
-Inference is unchanged by RecA: the same prompts, the same sampler, no embeddings of an image unless
-an image is edited. A checkpoint is a drop-in replacement for the released file.
+Inference is unchanged by RecA: the same prompts, the same sampler; text to image needs no
+embeddings, editing takes a photo as before. A checkpoint replaces the released file as it is.
 
 A step, from images to moved weights (`common.Trainer.take_step` and the functions named here):
 
@@ -99,14 +99,16 @@ One worked example: a square photo, latents of 1024 px, "Describe the image in d
     in all                                        4364
 
 An image block has one rotary position for all of its tokens; where a token is in the image is told
-by a sine-cosine table that is added to its embedding. A text has a position a token. Nobody outside
-sees the block of noisy latents. For one image in ten the text block is left out; its latents then
-have position 1. The image block is never left out.
+by a sine-cosine table that is added to its embedding. In a text every token has its own position.
+Nobody outside sees the block of noisy latents. For one image in ten the text block is left out; its
+latents then have position 1. The image block is never left out.
 
 Where the numbers come from. The paper's Table 8: learning rate, weight decay, warm-up, steps,
 batch, frozen parts, lambdas. The original's public code and launch line: betas, eps, clipping, text
 dropping, time distribution, image sizes, sampler. Public configs of Qwen2.5-7B, SigLIP and FLUX.1:
-the sizes of the parts. Ours: everything of `tiny`, `batch_images`, and what fits into memory.
+the sizes of the parts. Ours: everything of `tiny`, `batch_images`, and what fits into memory. Where
+a line deliberately differs from the original, or follows an accident of it, a comment there says
+so; docs/originals.md has the rest.
 
 @@LOSS@@
 
@@ -206,9 +208,10 @@ class BagelConfig:
     vae_scale_factor: float = 0.3611
     vae_shift_factor: float = 0.1159
 
-    # How images are resized: (longest side, shortest side), see `fit`.
+    # How images are resized: (longest side, shortest side), see `fit`. RecA itself gives the ViT
+    # und_size for both.
     vae_limits: tuple = (1024, 512)
-    vit_limits: tuple = (980, 224)  # for questions about an image; RecA has und_size twice
+    vit_limits: tuple = (980, 224)  # for questions about an image
     edit_limits: tuple = (980, 378)  # for editing, as in the original's ImgEdit script
     image_size: int = 1024  # side of an image that is painted from a prompt
 
@@ -218,16 +221,17 @@ class BagelConfig:
     start_of_image: int = 151652
     end_of_image: int = 151653
 
-    # The sampler's defaults. Those without a prefix are the text-to-image notebook's. Where an
-    # image is in the prompt the original has others, those of its ImgEdit script (edit_*), and
-    # for reconstruction its notebook's, which is without renormalisation.
-    num_steps: int = 50  # points of time: 49 moves between them
+    # The sampler's defaults. These are the original's for text to image, from its notebook.
+    num_steps: int = 50  # points of time, so 49 moves: the original counts this way
     guidance_scale: float = 4.0  # of the text; 1: no guidance at all
-    image_guidance_scale: float = 2.0  # of the image; 1: none
     timestep_shift: float = 3.0  # above 1: more of the moves at high noise
-    interval: tuple = (0.4, 1.0)  # guidance acts where t is in it (GenEval's: 0 to 1)
-    renorm: str = "global"  # see Bagel.guide
+    interval: tuple = (0.4, 1.0)  # guidance acts where t is in it (GenEval script: 0 to 1)
+    renorm: str = "global"  # how a guided velocity is shrunk, see Bagel.guide
     renorm_min: float = 0.0
+
+    # Where they differ when an image is in the prompt, to edit or reconstruct it (the original's
+    # ImgEdit script), and when it is reconstructed (its notebook: 1, no renormalisation).
+    image_guidance_scale: float = 2.0  # of the image; 1: none
     edit_interval: tuple = (0.0, 1.0)
     edit_renorm: str = "text_channel"
     reconstruct_renorm_min: float = 1.0
@@ -340,9 +344,10 @@ NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")
 #   * The context does not see the noisy latents. It is computed once, without a graph, and kept as
 #     keys and values, as in sampling. (The markers around the latents do see them. They run beside
 #     the latents in every layer, without a graph.)
-#   * Packing: linear layers and MLPs get the tokens of all images, laid end to end, as one matrix
-#     an expert, so images of different sizes need no padding. Attention, in which images must not
-#     see each other, is one dense call for each group of images with equal shapes.
+#   * Packing: each expert's linear layers get the tokens of all images as one matrix, laid end to
+#     end, so images of different sizes need no padding. Attention, in which images must not see
+#     each other, is one dense call for each group of images with equal shapes. (The original
+#     sorts every layer's tokens by expert and back about ten times.)
 #   * Attention knows only differences of rotary positions. Counted from the noisy block's own
 #     position, its 4098 tokens need no rotation; the few keys of the context are rotated instead.
 
@@ -607,14 +612,14 @@ class Context:
 
     images: list  # their numbers in the batch
     keys_values: list  # of each layer: (keys, values) [B, S, K, d]; None before any block
-    position: int = 0  # the next free rotary position: an image takes one, a text one a token
+    position: int = 0  # the next free rotary position; an image takes one, a text as many as tokens
 
     def pick(self, values):
-        """The group's entries of a list with an entry an image."""
+        """The group's entries of a list that has one per image of the batch."""
         return [values[i] for i in self.images]
 
     def stack(self, tensors):
-        """The group's entries of a list with a tensor an image -> [B, ...]."""
+        """As pick, for tensors: one tensor [B, ...]."""
         return torch.stack(self.pick(tensors))
 
     def recentred(self, config):
@@ -890,8 +895,8 @@ class Bagel(nn.Module):
     def _group_images(self, ids, *tensors):
         """An empty Context for each group of images that can be computed together.
 
-        ids: the text of each image, whose lengths must agree; tensors: lists with a tensor (or
-        None) an image, whose shapes must agree.
+        ids: the text of each image; tensors: lists of each image's tensor, or None. In a group all
+        texts are equally long, and tensors have equal shapes.
         """
         keys = []
         for i, text in enumerate(ids):
@@ -1299,7 +1304,7 @@ class Bagel(nn.Module):
         self._read_block(contexts, markers, tokens)
 
     def _read_texts(self, contexts, ids, final=False):
-        """Text blocks for the und expert. ids: a list an image, empty where it has no text.
+        """Text blocks for the und expert. ids: each image's list, empty where it has no text.
 
         Returns the contexts that have a text, and with `final` the hidden states of its tokens
         after the last norm, per context [B, L, D].
@@ -1321,7 +1326,8 @@ class Bagel(nn.Module):
         """RecA (paper, equation 2): the image that these understanding embeddings describe is to be
         painted.
 
-        features: encode(..., "recon"), a dict an image; templates: a text each; draws: see draw.
+        features: encode(..., "recon"), each image's dict; templates: each image's text; draws: see
+        draw, None draws them from rng.
         -> scalar: squared error of the velocity, the mean over the C channels of all latent tokens
         of the batch. Large images weigh more, as in the original.
         """
@@ -1354,9 +1360,12 @@ class Bagel(nn.Module):
     def _generation_loss(self, contexts, z, draws):
         """Rectified flow: the mean squared error of the velocity. z: list of latents [h, w, C].
 
-        t is the sigmoid of a normal number. (The original's timestep_shift is 1 in training, which
-        changes nothing, and 3 in sampling.)
+        contexts: what the noisy latents see. (A pretraining step of BAGEL has the same loss, behind
+        a caption.)
         """
+        # The latents on a straight line from the image (t = 0) to noise (t = 1), and the direction
+        # of that line. t is the sigmoid of a normal number. (The original's timestep_shift is 1 in
+        # training, which changes nothing. It is 3 in sampling.)
         t = draws["timestep_normal"].sigmoid()  # [B]
         x = []
         targets = []
@@ -1364,10 +1373,12 @@ class Bagel(nn.Module):
             x.append((1 - time) * image + time * noise)
             targets.append(noise - image)
 
+        # The gen expert predicts the direction. This is where gradients come from.
         contexts = [context.recentred(self.config) for context in contexts]
         velocities = self._velocities(contexts, x, t)
 
-        errors = []  # one number for each latent token
+        # One number for each latent token, and the mean of all of them.
+        errors = []
         for velocity, target in zip(velocities, targets):
             errors.append((velocity.float() - target).square().mean(dim=-1).flatten())
         errors = torch.cat(errors)  # [tokens]
@@ -1419,9 +1430,12 @@ class Bagel(nn.Module):
         return common.mean(total, count)
 
     def draw(self, task, features, rng=None):
-        """Every random number of a loss, on the CPU, an entry an image: text_dropped [B], bool;
-        timestep_normal [B]; vae_noise, and condition_noise where --condition vae needs it,
-        [channels, 2h, 2w]; flow_noise [h, w, C]."""
+        """Every random number of a loss, on the CPU, from each image's own generator.
+
+        text_dropped [B], bool, True where the text is left out; timestep_normal [B]; lists with an
+        entry per image: vae_noise, and condition_noise where --condition vae needs it, [channels,
+        2h, 2w]; flow_noise [h, w, C].
+        """
         if task == "i2t":
             return {}
         if rng is None:
@@ -1481,9 +1495,9 @@ class Bagel(nn.Module):
                  size=None, **sampler):
         """Text to image: texts -> PIL images.
 
-        size: one side, or (height, width); None is the config's. seed: an int, or one an image (see
-        Rng.sampling). draws: {"noise": [h, w, C] an image}. num_steps, guidance_scale and sampler:
-        what differs from the config's settings (see _settings). Raises InputError.
+        size: one side, or (height, width); None is the config's. seed: an int, or one per image
+        (see Rng.sampling). draws: {"noise": list of [h, w, C]}. num_steps, guidance_scale and
+        sampler: what differs from the config's settings (see _settings). Raises InputError.
         """
         settings = self._settings(
             "generate",
@@ -1520,7 +1534,7 @@ class Bagel(nn.Module):
              size=None, **sampler):
         """Edits images by instruction: the photo's latents, the photo for the ViT, the text.
 
-        draws: "noise" [h, w, C] and "vae_noise" [channels, 2h, 2w] an image. Otherwise as
+        draws: lists "noise" of [h, w, C] and "vae_noise" of [channels, 2h, 2w]. Otherwise as
         reconstruct.
         """
         settings = self._settings(
@@ -1648,9 +1662,9 @@ class Bagel(nn.Module):
 
         # The original's rounding: clamped, times 255, truncated.
         images = []
-        for pixels in self._decode(latents):
-            pixels = ((pixels / 2 + 0.5).clamp(0, 1) * 255).byte()
-            images.append(Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy()))
+        for decoded in self._decode(latents):
+            rounded = ((decoded / 2 + 0.5).clamp(0, 1) * 255).byte()
+            images.append(Image.fromarray(rounded.permute(1, 2, 0).cpu().numpy()))
         return images
 
     def _sample(self, context_sets, noise, *, num_steps, timestep_shift, guidance_scale,
@@ -1716,10 +1730,11 @@ class Bagel(nn.Module):
 
         velocities: with everything, without the text, and perhaps without images. The velocity is
         moved away from what it would be without the text, then from what it would be without
-        images. Moved so, it is too long. `renorm` shrinks it to the length that it had: "global"
-        by one factor an image (the original: one a batch, so that an image depends on its
-        neighbours), "channel" by one a token, "text_channel" by one a token, between the two
-        guidances. The factor stays in [renorm_min, 1], so renorm_min = 1 switches it off.
+        images. This makes it too long. `renorm` says how it is shrunk to the length that it had:
+        "global" with one factor for the image (the original has one for the batch, so that an image
+        depends on its neighbours there), "channel" with a factor for each token, "text_channel"
+        likewise, but between the two guidances. The factor stays between renorm_min and 1, so
+        renorm_min = 1 switches it off.
         """
         def shrink(guided):
             axes = (0, 1, 2) if renorm == "global" else -1
