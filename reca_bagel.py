@@ -251,6 +251,7 @@ class BagelConfig:
         return self.latent_patch_size ** 2 * self.vae_z_channels
 
 
+# The toy of `--model tiny` (ours), of about a million weights. Its sampler has the same defaults.
 TINY_LLM = {
     "hidden_size": 128,
     "intermediate_size": 256,

@@ -468,6 +468,28 @@ def test_parity_bagel_files(model, golden, tmp_path, monkeypatch):
         Bagel.from_pretrained(str(tmp_path / "a"))
 
 
+def test_bagel_sampler_settings_are_saved(tmp_path, monkeypatch):
+    """The config's settings come back with a checkpoint of ours; a folder without them has the defaults; what is given
+    counts before both."""
+    model = Bagel.random("tiny")
+    model.config.num_steps = 7
+    model.config.guidance_scale = 1.5
+    model.save_pretrained(tmp_path)
+    seen = []
+
+    def sample(self, sets, noise, **options):
+        seen.append((options["num_steps"], options["guidance_scale"], options["image_guidance_scale"]))
+        return noise
+    monkeypatch.setattr(Bagel, "_sample", sample)
+    Bagel.from_pretrained(str(tmp_path)).generate(["red circle"])
+    Bagel.from_pretrained(str(tmp_path)).reconstruct(pictures(1), num_steps=3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["reca"]["num_steps"], config["reca"]["guidance_scale"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Bagel.from_pretrained(str(tmp_path)).generate(["red circle"], guidance_scale=1.0)
+    assert seen == [(7, 1.5, 1.0), (3, 1.5, 2.0), (50, 1.0, 1.0)]
+
+
 # ---- an independent, plain forward -------------------------------------------------------------------
 
 
