@@ -1442,9 +1442,11 @@ class Bagel(nn.Module):
         if rng is None:
             rng = Rng.fresh(len(features))
 
+        text_dropped = rng.uniform() < TEXT_DROP  # [B]
+        timestep_normal = rng.normal()  # [B]
         draws = {
-            "text_dropped": rng.uniform() < TEXT_DROP,  # [B]
-            "timestep_normal": rng.normal(),  # [B]
+            "text_dropped": text_dropped,
+            "timestep_normal": timestep_normal,
             "vae_noise": [],
             "flow_noise": [],
         }
