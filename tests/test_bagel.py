@@ -101,10 +101,11 @@ def case_inputs(model, golden, case):
             h, w = f["mean"].shape[1:]
             f["full_mean"], f["mean"], f["logvar"] = p["mean"], p["mean"][:, :h, :w], p["logvar"][:, :h, :w]
         noises = [n[:, : f["mean"].shape[1], : f["mean"].shape[2]] for n, f in zip(noises, features)]
-    grids = [model._tokens(f["mean"]).shape for f in features]                                              # (h, w, C)
+    grids = [model.patchify(f["mean"]).shape for f in features]                                              # (h, w, C)
     flow = golden[f"{case}.draw_flow_noise"].split([h * w for h, w, _ in grids])
     draws = {"timestep_normal": golden[f"{case}.draw_timestep_normal"], "vae_noise": noises,
-             "flow_noise": [noise.view(grid) for noise, grid in zip(flow, grids)], "text_kept": [True] * len(flow)}
+             "flow_noise": [noise.view(grid) for noise, grid in zip(flow, grids)],
+             "text_dropped": torch.zeros(len(flow), dtype=torch.bool)}
     c = model.config
     ids = [
         [c.bos_token_id, *p, c.eos_token_id] for p in s["t2i_prompts" if case == "t2i" else "prompts"][: len(features)]
@@ -114,6 +115,17 @@ def case_inputs(model, golden, case):
     return features, ids, draws, None if case == "t2i" else "vit"
 
 
+def generation_loss(model, features, ids, draws, condition):
+    """recon_loss from ids with one condition, or t2i_loss where there is none."""
+    if condition is None:
+        return model.t2i_loss(features, ids, draws)
+    model.condition = condition
+    try:
+        return model.recon_loss(features, ids, draws)
+    finally:
+        del model.condition
+
+
 @pytest.mark.parametrize("case", TRAINING)
 def test_parity_bagel_loss(model, golden, case, monkeypatch):
     """Loss, velocities and the gradient norm of every parameter; what the original leaves at exactly 0 has no gradient
@@ -121,7 +133,7 @@ def test_parity_bagel_loss(model, golden, case, monkeypatch):
     model.zero_grad()
     model.freeze(train_und=case == "recon_unfrozen")
     features, ids, draws, condition = case_inputs(model, golden, case)
-    loss = model._flow_loss(features, ids, draws, condition)
+    loss = generation_loss(model, features, ids, draws, condition)
     assert loss.item() == pytest.approx(golden[f"{case}.loss"].item(), rel=1e-5)
     loss.backward()
     norms = json.loads((FIXTURE / "grad_norms.json").read_text())[case]
@@ -137,17 +149,17 @@ def test_parity_bagel_loss(model, golden, case, monkeypatch):
     assert checked > 10
     model.freeze()
     if case != "recon_unfrozen":
-        caught, block = {}, Bagel._latent_block
+        caught, predict = {}, Bagel._velocities
 
-        def record_block(self, contexts, x, t, read=None):
-            caught["t"], caught["v"] = t, block(self, contexts, x, t, read)
+        def record_velocities(self, contexts, x, t):
+            caught["t"], caught["v"] = t, predict(self, contexts, x, t)
             return caught["v"]
 
-        monkeypatch.setattr(Bagel, "_latent_block", record_block)
+        monkeypatch.setattr(Bagel, "_velocities", record_velocities)
         with torch.no_grad():
-            total = model._flow_loss(features, ids, draws, condition)
+            total = generation_loss(model, features, ids, draws, condition)
         close(torch.cat([v.flatten(0, 1) for v in caught["v"]]), golden[f"{case}.velocity"])
-        z = model._latents(features, draws["vae_noise"])
+        z = model._sample_latents(features, draws["vae_noise"])
         errors = [(v - (n - zi)).square().mean(-1).flatten() for v, n, zi in zip(caught["v"], draws["flow_noise"], z)]
         close(torch.cat(errors), golden[f"{case}.loss_per_token"])
         assert total.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-6)
@@ -163,16 +175,22 @@ class Recorder:
 
     def __init__(self, model, monkeypatch):
         self.blocks, self.seen, self.model = [], [], model
-        block, attend = Bagel._block, reca_bagel.attend
+        read, noisy, attend = Bagel._read_block, Bagel._noisy_block, reca_bagel.attend
 
-        def record_block(this, contexts, und, gen=None, causal=False, read=None):
+        def record(contexts, und, gen, causal, compute):
             before = [c.position for c in contexts]
             self.seen.append([])
-            rows = block(this, contexts, und, gen, causal, read)
+            rows = compute()
             self.blocks.append({"images": [c.images for c in contexts], "und": und, "gen": gen, "causal": causal,
                                 "before": before, "after": [c.position for c in contexts], "rows": rows,
                                 "seen": self.seen[-1]})
             return rows
+
+        def record_read(this, contexts, und, gen=None, causal=False, final=False):
+            return record(contexts, und, gen, causal, lambda: read(this, contexts, und, gen, causal, final))
+
+        def record_noisy(this, contexts, und, gen):
+            return record(contexts, und, gen, False, lambda: noisy(this, contexts, und, gen))
 
         def record_attend(q, k, v, causal):
             n, s = q.shape[1], k.shape[1]
@@ -181,7 +199,8 @@ class Recorder:
             self.seen[-1].append(weights.view(n, q.shape[2], s)[:, 0] > 0)  # [n, S] who is seen
             return attend(q, k, v, causal)
 
-        monkeypatch.setattr(Bagel, "_block", record_block)
+        monkeypatch.setattr(Bagel, "_read_block", record_read)
+        monkeypatch.setattr(Bagel, "_noisy_block", record_noisy)
         monkeypatch.setattr(reca_bagel, "attend", record_attend)
 
 
@@ -207,7 +226,7 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     features, ids, draws, condition = case_inputs(model, golden, case)
     record = Recorder(model, monkeypatch)
     with torch.no_grad():
-        model._flow_loss(features, ids, draws, condition)
+        generation_loss(model, features, ids, draws, condition)
     rows = places(golden, case)
     total, width = sum(golden[f"{case}.sample_lens"].tolist()), model.config.llm["hidden_size"]
     embeds, positions = torch.full((total, width), float("nan")), torch.full((total,), -1)
@@ -245,7 +264,7 @@ def test_parity_bagel_sequence(model, golden, case, monkeypatch):
     if f"{case}.last_hidden" in golden:
         close(hidden[latents], golden[f"{case}.last_hidden"][latents])  # the other rows are never computed here
     side = model.config.max_latent_size
-    table = torch.cat([model.latent_pos_embed(*model._tokens(f["mean"]).shape[:2]) for f in features])
+    table = torch.cat([model.latent_pos_embed(*model.patchify(f["mean"]).shape[:2]) for f in features])
     assert torch.equal(
         table, model.latent_pos_embed.pos_embed[golden[f"{case}.packed_latent_position_ids"]]
     ) and side**2 == len(model.latent_pos_embed.pos_embed)
@@ -266,11 +285,11 @@ def test_parity_bagel_encoders(model, golden, case):
             close(torch.stack([f["mean"] for f in features]), golden[f"{case}.vae_mean"])
             close(torch.stack([f["logvar"] for f in features]), golden[f"{case}.vae_logvar"])
         for f, noise, full in zip(features, draws["vae_noise"], golden[f"{case}.latents"]):
-            latent = model._untokens(model._latents([f], [noise])[0])
+            latent = model.unpatchify(model._sample_latents([f], [noise])[0])
             close(latent, full[:, : latent.shape[1], : latent.shape[2]])
-            assert torch.equal(model._untokens(model._tokens(latent)), latent)
+            assert torch.equal(model.unpatchify(model.patchify(latent)), latent)
         if condition:
-            embeds = [model._embed_vit(f["vit"][None])[0] - model.vit_pos_embed(*f["vit"].shape[:2]) for f in features]
+            embeds = [model.understand([f])[0] - model.vit_pos_embed(*f["vit"].shape[:2]) for f in features]
             close(torch.cat(embeds), golden[f"{case}.vit_embeds"])
         if f"{case}.timestep_embeds" in golden:
             ours = model._embed_time(golden[f"{case}.timesteps"])
@@ -311,7 +330,7 @@ def sample_case(model, golden, case, monkeypatch, copies=1):
     decode, sample = Bagel._decode, Bagel._sample
 
     def record_decode(self, latents):
-        caught["latents"], caught["pixels"] = [self._untokens(z) for z in latents], decode(self, latents)
+        caught["latents"], caught["pixels"] = [self.unpatchify(z) for z in latents], decode(self, latents)
         return caught["pixels"]
 
     def record_sample(self, sets, noise, **more):
@@ -328,7 +347,7 @@ def sample_case(model, golden, case, monkeypatch, copies=1):
         draws["vae_noise"] = [golden[f"{case}.draw_vae_noise_0"][0]] * copies
     options = {**sampler(case), "trace": []}
     with torch.no_grad():
-        images = model._paint_images([seen] * copies, kinds, ids, size, 0, draws, **options)
+        images = model._paint([seen] * copies, kinds, ids, size, 0, draws, options)
     return images, options["trace"], caught
 
 
@@ -355,7 +374,7 @@ def test_parity_bagel_sampling(model, golden, case, monkeypatch):
     assert (ours.int() - expected.int()).abs().max() <= 1
     context = caught["contexts"][0]
     assert context.position == golden[f"{case}.position_id"].item()
-    assert context.kept[0][0].shape[1] == golden[f"{case}.context_len"].item()
+    assert context.keys_values[0][0].shape[1] == golden[f"{case}.context_len"].item()
 
 
 @pytest.mark.parametrize("case", ("gen", "edit_global"))
@@ -374,7 +393,7 @@ def test_parity_bagel_describe(model, golden):
     ids = [c.bos_token_id, *SETTINGS["describe_prompt"], c.eos_token_id]
     answer = answer[: answer.index(c.eos_token_id)] if c.eos_token_id in answer else answer
     with torch.no_grad():
-        ours = model._describe([vit, vit], [ids, ids[:2] + ids[-1:]], len(golden["describe.ids"]) - 1)
+        ours = model._answer([{"vit": vit}] * 2, [ids, ids[:2] + ids[-1:]], len(golden["describe.ids"]) - 1)
     assert ours[0] == answer
 
 
@@ -431,10 +450,10 @@ def test_parity_bagel_files(model, golden, tmp_path, monkeypatch):
     assert torch.equal(mixed.latent_pos_embed.pos_embed, model.latent_pos_embed.pos_embed)
     features, ids, draws, condition = case_inputs(model, golden, "recon")
     with torch.no_grad():                                     # experts of different precision meet in one attention
-        loss = mixed._flow_loss(features, ids, draws, condition)
+        loss = generation_loss(mixed, features, ids, draws, condition)
     assert loss.item() == pytest.approx(golden["recon.loss"].item(), rel=0.02)
     # what does not fit is named, before any weight is read (29 GB)
-    monkeypatch.setattr(Bagel, "_fill", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(Bagel, "_materialize", lambda *_: pytest.fail("read"))
     for change, word in (
         ({"extra": torch.zeros(1)}, "unexpected"),
         ({"llm2vae.bias": None}, "lacks"),
@@ -447,6 +466,28 @@ def test_parity_bagel_files(model, golden, tmp_path, monkeypatch):
     (tmp_path / "a/model_bf16.safetensors").write_bytes(b"not a checkpoint")
     with pytest.raises(common.InputError):
         Bagel.from_pretrained(str(tmp_path / "a"))
+
+
+def test_bagel_sampler_settings_are_saved(tmp_path, monkeypatch):
+    """The config's settings come back with a checkpoint of ours; a folder without them has the defaults; what is given
+    counts before both."""
+    model = Bagel.random("tiny")
+    model.config.num_steps = 7
+    model.config.guidance_scale = 1.5
+    model.save_pretrained(tmp_path)
+    seen = []
+
+    def sample(self, sets, noise, **options):
+        seen.append((options["num_steps"], options["guidance_scale"], options["image_guidance_scale"]))
+        return noise
+    monkeypatch.setattr(Bagel, "_sample", sample)
+    Bagel.from_pretrained(str(tmp_path)).generate(["red circle"])
+    Bagel.from_pretrained(str(tmp_path)).reconstruct(pictures(1), num_steps=3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["reca"]["num_steps"], config["reca"]["guidance_scale"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    Bagel.from_pretrained(str(tmp_path)).generate(["red circle"], guidance_scale=1.0)
+    assert seen == [(7, 1.5, 1.0), (3, 1.5, 2.0), (50, 1.0, 1.0)]
 
 
 # ---- an independent, plain forward -------------------------------------------------------------------
@@ -523,21 +564,21 @@ def test_bagel_condition_on_the_vae(model, golden):
     for freeze in (True, False):
         model.freeze(train_und=not freeze)
         model.zero_grad()
-        loss = model._flow_loss(features, ids, draws, "vae")
+        loss = generation_loss(model, features, ids, draws, "vae")
         loss.backward()
         ours = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
         model.zero_grad()
         total, count = 0, 0
         for i, (f, text) in enumerate(zip(features, ids)):
             t = draws["timestep_normal"][i].sigmoid()
-            z, clean = (model._latents([f], [draws[name][i]])[0] for name in ("vae_noise", "condition_noise"))
+            z, clean = (model._sample_latents([f], [draws[name][i]])[0] for name in ("vae_noise", "condition_noise"))
             noise = draws["flow_noise"][i]
             embed = lambda x, t: model._embed_latents(x[None], t[None])[0]  # noqa: E731
             hidden, gen = plain_sequence(
                 model,
                 [
                     ("full", model._markers(1)[0], embed(clean, t * 0)),
-                    ("causal", model._words([text])[0], None),
+                    ("causal", model._embed_ids([text])[0], None),
                     ("noise", model._markers(1)[0], embed((1 - t) * z + t * noise, t)),
                 ],
             )
@@ -580,12 +621,12 @@ def test_bagel_i2t_loss(model, golden):
                 else [
                     (
                         "full",
-                        torch.cat([model._markers(1)[0][:1], model._embed_vit(vit[None])[0], model._markers(1)[0][1:]]),
+                        torch.cat([model._markers(1)[0][:1], model.understand([{"vit": vit}])[0], model._markers(1)[0][1:]]),
                         None,
                     )
                 ]
             )
-            hidden, _ = plain_sequence(model, image + [("causal", model._words([i])[0], None)])
+            hidden, _ = plain_sequence(model, image + [("causal", model._embed_ids([i])[0], None)])
             label = torch.tensor(label)
             total = total + F.cross_entropy(
                 head(hidden[-len(i) :])[label != -100], label[label != -100], reduction="sum"
@@ -665,7 +706,7 @@ def optimize(model, make, steps, draws, stored):
         with torch.no_grad():
             for p, w in zip(trained, weights):
                 p.copy_(w)
-        loss = model._flow_loss(*draws(step), "vit")
+        loss = generation_loss(model, *draws(step), "vit")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         for p, w in zip(trained, weights):
@@ -689,7 +730,7 @@ def test_bagel_bf16_optimizer_follows_float32(golden):
                 "timestep_normal": torch.randn(2, generator=g),
                 "vae_noise": [torch.randn(n.shape, generator=g) for n in given["vae_noise"]],
                 "flow_noise": [torch.randn(n.shape, generator=g) for n in given["flow_noise"]],
-                "text_kept": given["text_kept"],
+                "text_dropped": given["text_dropped"],
             }
             return features, ids, given
 
@@ -857,7 +898,7 @@ def test_bagel_failed_checkpoint_leaves_nothing(workplace, monkeypatch):
 
     def full(c, folder):
         raise common.InputError(f"cannot write {folder}: No space left on device")
-    monkeypatch.setattr(reca_bagel, "write_config", full)
+    monkeypatch.setattr(Bagel, "_write_config", staticmethod(full))
     with pytest.raises(common.InputError, match="No space left.*the checkpoints before it are kept"):
         run_main(monkeypatch, *flags, "--steps", 2, "--resume")
     left = {path.name for path in (workplace / "full").iterdir()}

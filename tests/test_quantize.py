@@ -331,7 +331,7 @@ def test_bagel_is_quantised_tensor_by_tensor():
             yield name, tensor
             del tensor
 
-    model._fill(tensors(), torch.device("cpu"), torch.float32, "int8")
+    model._materialize(tensors(), torch.device("cpu"), torch.float32, "int8")
     assert 1 <= most <= 2
     same = common.quantize(source, "int8").state_dict()
     filled = model.state_dict()

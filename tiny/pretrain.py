@@ -636,8 +636,8 @@ def openuni(model, seed, stages):
 
 def bagel(model, seed, stages):
     """An autoencoder; an understanding expert that reads and describes; a ViT whose embeddings are
-    words; a generation expert, started as a copy of the other (as BAGEL's was) and brought up on
-    sparse captions."""
+    those of words; a generation expert that begins as a copy of the other (as BAGEL's did) and
+    learns from sparse captions."""
     c = model.config
     size = c.image_size
     pool = stages.count(2048, least=64)
@@ -645,8 +645,9 @@ def bagel(model, seed, stages):
     words = model.tokenizer.convert_tokens_to_ids(list(WORDS))
     side = c.vit["image_size"] // c.vit["patch_size"]
 
-    # 1. The autoencoder, first on quarters of pictures (one cell, little work), then on whole ones:
-    # its norms see all. The posterior's spread is set, not learnt: exp(-6 / 2) = 0.05.
+    # 1. The autoencoder, first on quarters of pictures (one cell, little work), then on whole ones,
+    # since its norms see the whole picture. The posterior's deviation is set, not learned:
+    # exp(-6 / 2) = 0.05.
     spread = model.vae.encoder.conv_out
     with torch.no_grad():
         spread.weight[c.vae_z_channels:] = 0
@@ -655,12 +656,13 @@ def bagel(model, seed, stages):
     def autoencode(pixels):
         mean = model.vae.encode(pixels).latent_dist.mean
         disturbed = mean + 0.05 * torch.randn_like(mean)
-        back = model.vae.decode(disturbed).sample
-        return F.mse_loss(back, pixels) + F.l1_loss(back, pixels) + 1e-3 * mean.square().mean()
+        decoded = model.vae.decode(disturbed).sample
+        error = F.mse_loss(decoded, pixels) + F.l1_loss(decoded, pixels)
+        return error + 1e-3 * mean.square().mean()
 
     def quarters(positions):
         pixels = crowded(seed, positions, size)
-        pixels = pixels.unflatten(2, (2, -1)).unflatten(4, (2, -1))       # [B, 3, 2, S/2, 2, S/2]
+        pixels = pixels.unflatten(2, (2, -1)).unflatten(4, (2, -1))  # [B, 3, 2, S/2, 2, S/2]
         row = positions[0] // 16 % 2
         column = positions[0] // 32 % 2
         return autoencode(pixels[:, :, row, :, column])
@@ -672,86 +674,90 @@ def bagel(model, seed, stages):
     stages.train("autoencoder, quarters", vae, quarters, steps=300, lr=2e-3, batch=16)
     stages.train("autoencoder", vae, wholes, steps=200, lr=1e-3, batch=4)
 
+    # The latents that RecA sees have mean 0 and deviation 1.
     scenes = [common.random_scene(generator(seed, 2, i)) for i in range(pool)]
     pictures = [model.preprocess(common.draw_scene(scene, size), "recon") for scene in scenes]
     features = frozen_features(model, [{"vae": picture["vae"]} for picture in pictures], "t2i")
-    means = torch.stack([row["mean"] for row in features[:512]])
+    means = torch.stack([image["mean"] for image in features[:512]])
     c.vae_scale_factor = 1 / means.std().item()
     c.vae_shift_factor = means.mean().item()
 
-    # 2. Language: descriptions of what the places of the patches say, which are mixtures of words,
-    # and of captions in any order. From here on, a picture's "vit" is [side, side, 16], how loud
-    # each word is.
-    def mixed(said):
-        return (said @ table[words]).flatten(1, 2) + model.vit_pos_embed(side, side)
+    # 2. Language: the understanding expert describes what stands in the places of the patches,
+    # mixtures of words, and repeats captions whose objects come in any order. Until the end of
+    # stage 4 an image's "vit" is [side, side, 16], the weight of each word in each place, and
+    # understand() makes a mixture of the words' embeddings of it.
+    def mix_words(features):
+        weights = torch.stack([image["vit"] for image in features])  # [B, side, side, 16]
+        return (weights @ table[words]).flatten(1, 2) + model.vit_pos_embed(side, side)
 
     def language(positions):
-        seen = []
-        talks = []
+        features = []
+        conversations = []
         for k, position in enumerate(positions):
             rng = generator(seed, 3, position)
             scene = common.random_scene(generator(seed, 4, position))
             if k % 2:
-                loudness = torch.from_numpy(rng.uniform(0.3, 1.2, (side ** 2, len(WORDS)))).float()
-                said = scene_words(scene, side) * loudness
-                seen.append({"vit": said.unflatten(0, (side, side))})
-                asked = common.templates()[rng.integers(360)]
+                loudness = rng.uniform(0.3, 1.2, (side ** 2, len(WORDS)))
+                weights = scene_words(scene, side) * torch.from_numpy(loudness).float()
+                features.append({"vit": weights.unflatten(0, (side, side))})
+                question = common.templates()[rng.integers(360)]
             else:
-                seen.append({})
-                asked = shuffled_caption(scene, rng)
-            talks.append([(asked, common.caption(scene))])
-        return model.i2t_loss(seen, talks)
+                features.append({})
+                question = shuffled_caption(scene, rng)
+            conversations.append([(question, common.caption(scene))])
+        return model.i2t_loss(features, conversations)
 
     model.freeze(train_und=True)
-    model._embed_vit = mixed
+    model.understand = mix_words
     named = model.language_model.named_parameters()
     understanding = [p for name, p in named if "_moe_gen" not in name]
     stages.train("language", understanding, language, steps=1000, lr=1e-3)
     model.freeze()
 
-    # 3. ViT and the first half of the connector; the second half is set to the words' embeddings,
-    # one word a hidden number.
-    first, second = model.connector.values()
+    # 3. The ViT and the first half of the connector learn the words' weights. The second half is
+    # set: each hidden number stands for a word, and adds that word's embedding.
+    fc1, fc2 = model.connector.values()
     with torch.no_grad():
-        second.weight.zero_()[:, :len(words)] = table[words].T
-        second.bias.zero_()
+        fc2.weight.zero_()[:, :len(words)] = table[words].T
+        fc2.bias.zero_()
 
-    def see(positions):
+    def vision(positions):
         picked = [position % pool for position in positions]
-        shown = common.normalize(torch.stack([pictures[i]["vit"] for i in picked]))
-        inner = first(model._vit(shown).flatten(1, 2))[..., :len(words)]              # [B, M, 16]
-        said = torch.stack([scene_words(scenes[i], side) for i in picked])
-        # The squared error alone loses words: GELU is flat where one was never said, which leaves
-        # it no gradient.
-        square = F.mse_loss(F.gelu(inner, approximate="tanh"), said)
-        return square + F.binary_cross_entropy_with_logits(inner, said)
+        pixels = common.normalize(torch.stack([pictures[i]["vit"] for i in picked]))
+        hidden = fc1(model._vit(pixels).flatten(1, 2))[..., :len(words)]  # [B, M, 16]
+        target = torch.stack([scene_words(scenes[i], side) for i in picked])
+        # The squared error alone loses words: GELU is flat where a word has become improbable, and
+        # gives it no gradient any more.
+        square = F.mse_loss(F.gelu(hidden, approximate="tanh"), target)
+        return square + F.binary_cross_entropy_with_logits(hidden, target)
 
-    eyes = nn.ModuleList([model.vit_model, first]).requires_grad_(True)
-    stages.train("vision", eyes.parameters(), see, steps=600, lr=2e-3)
+    encoder = nn.ModuleList([model.vit_model, fc1]).requires_grad_(True)
+    stages.train("vision", encoder.parameters(), vision, steps=600, lr=2e-3)
 
-    # 4. Generation from sparse captions, some of them said in the places of the patches.
+    # 4. Generation from sparse captions; a quarter of the images has them a second time, as words
+    # in the places of the patches.
     model.freeze()
-    own = model.state_dict()
-    model.load_state_dict({name: own[name.replace("_moe_gen", "")] for name in own})
+    state = model.state_dict()
+    model.load_state_dict({name: state[name.replace("_moe_gen", "")] for name in state})
 
-    def paint(positions):
+    def generation(positions):
         picked = [position * STRIDE % pool for position in positions]
-        few = len(positions) // 4
         captions = [common.caption(scenes[i], 0.15, generator(seed, 5, position))
                     for i, position in zip(picked, positions)]
-        draws = Rng(seed, "toy t2i", positions=positions)
-        loss = model.t2i_loss([features[i] for i in picked], captions, rng=draws)
+        rng = Rng(seed, "toy t2i", positions=positions)
+        loss = model.t2i_loss([features[i] for i in picked], captions, rng=rng)
 
-        shown = []
-        for i, position in zip(picked[:few], positions):
-            said = scene_words(scenes[i], side, 0.15, generator(seed, 6, position))
-            shown.append({**features[i], "vit": said.unflatten(0, (side, side))})
-        draws = Rng(seed, "toy in place", positions=positions[:few])
-        return loss + model.recon_loss(shown, [common.SEED_TEMPLATE] * few, rng=draws)
+        quarter = len(positions) // 4
+        in_place = []
+        for i, position in zip(picked[:quarter], positions):
+            weights = scene_words(scenes[i], side, 0.15, generator(seed, 6, position))
+            in_place.append({**features[i], "vit": weights.unflatten(0, (side, side))})
+        rng = Rng(seed, "toy in place", positions=positions[:quarter])
+        return loss + model.recon_loss(in_place, [common.SEED_TEMPLATE] * quarter, rng=rng)
 
     trained = [p for p in model.parameters() if p.requires_grad]
-    stages.train("generation", trained, paint, steps=800, lr=2e-3)
-    del model._embed_vit                                          # the method of the class again
+    stages.train("generation", trained, generation, steps=800, lr=2e-3)
+    del model.understand  # the method of the class again
 
 
 # ==== 6. Files and the command line ===============================================================
