@@ -17,6 +17,13 @@ def problem(events):
     return weight, losses
 
 
+def check_nothing_holds_a_graph(objective):
+    _, losses = problem([])
+    total, values = objective(losses, {"recon": 1.0, "i2t": 1.0}, torch.Tensor.backward)
+    held = [tensor.requires_grad for tensor in (total, *values.values())]
+    assert not any(held), "what is returned must be detached, or it holds the graphs of all shares"
+
+
 def check_the_values(objective):
     _, losses = problem([])
     total, values = objective(losses, {"recon": 1.0, "i2t": 0.5}, torch.Tensor.backward)
@@ -58,17 +65,10 @@ def check_one_share_at_a_time(objective):
     assert alternating, "each share goes backward before the next is computed, or memory must hold both"
 
 
-def check_nothing_holds_a_graph(objective):
-    _, losses = problem([])
-    total, values = objective(losses, {"recon": 1.0, "i2t": 1.0}, torch.Tensor.backward)
-    held = [tensor.requires_grad for tensor in (total, *values.values())]
-    assert not any(held), "what is returned must be detached, or it holds the graphs of all shares"
-
-
 def check(objective):
     """Raises AssertionError, whose message names the mistake, if the answer is wrong."""
+    check_nothing_holds_a_graph(objective)
     check_the_values(objective)
     check_the_gradients(objective)
     check_a_loss_that_is_switched_off(objective)
     check_one_share_at_a_time(objective)
-    check_nothing_holds_a_graph(objective)

@@ -8,6 +8,13 @@ def problem():
     return torch.randn(3, 2, 4), torch.randn(3, 2, 4)
 
 
+def check_the_arguments_are_kept(guide):
+    conditional, unconditional = problem()
+    guide(conditional, unconditional, 4.0, renormalise=True)
+    kept = torch.equal(conditional, problem()[0]) and torch.equal(unconditional, problem()[1])
+    assert kept, "the two answers must not be written to: the sampler still needs them"
+
+
 def check_the_plain_form(guide):
     conditional, unconditional = problem()
     nothing = guide(conditional, unconditional, 1.0)
@@ -43,16 +50,9 @@ def check_that_nothing_is_stretched(guide):
     assert torch.allclose(kept, plain, atol=1e-5), "an answer that is shorter already must not be stretched"
 
 
-def check_the_arguments_are_kept(guide):
-    conditional, unconditional = problem()
-    guide(conditional, unconditional, 4.0, renormalise=True)
-    kept = torch.equal(conditional, problem()[0]) and torch.equal(unconditional, problem()[1])
-    assert kept, "the two answers must not be written to"
-
-
 def check(guide):
     """Raises AssertionError, whose message names the mistake, if the answer is wrong."""
+    check_the_arguments_are_kept(guide)
     check_the_plain_form(guide)
     check_the_renormalised_form(guide)
     check_that_nothing_is_stretched(guide)
-    check_the_arguments_are_kept(guide)
