@@ -246,7 +246,7 @@ def our_guidance():
 
     def guide(conditional, unconditional, scale, renormalise=False):
         renorm_min = 0.0 if renormalise else 1.0
-        return reca_bagel.guide([conditional, unconditional], scale, 1.0, "global", renorm_min)
+        return reca_bagel.Bagel.guide([conditional, unconditional], scale, 1.0, "global", renorm_min)
     return guide
 
 
