@@ -1,7 +1,10 @@
-"""README and docs: the lines that docs/equations.md quotes are there, the README's "Copy it" runs in an
-empty folder, the exercises accept this project's own code and refuse wrong answers, links lead somewhere.
+"""README and docs: the lines that docs/equations.md quotes are there, the README's "Copy it" runs
+in an empty folder, the exercises accept this project's own code and refuse wrong answers, links
+lead somewhere.
 
-    python tests/test_docs.py      writes the line numbers of docs/equations.md and the README's lengths anew
+    python tests/test_docs.py
+
+writes the line numbers in docs/equations.md and the lengths of files in the README anew.
 """
 import importlib
 import re
@@ -19,12 +22,13 @@ EQUATIONS = ROOT / "docs" / "equations.md"
 EXERCISES = ROOT / "docs" / "exercises"
 
 # A row of docs/equations.md: | paper | what it says | `file:line` | `quote` |
-ROW = re.compile(r"^(\| (?P<paper>.+?) \| .* \| `)(?P<file>[\w./-]+):(?P<line>\d+)(` \| `(?P<quote>.*)` \|)$", re.M)
-# A row of the README's table of files: | `file` | about N lines | ... (or @@...@@ where N is to be filled in)
+ROW = re.compile(r"^(\| (?P<paper>.+?) \| .* \| `)(?P<file>[\w./-]+):(?P<line>\d+)"
+                 r"(` \| `(?P<quote>.*)` \|)$", re.M)
+# A row of the README's table of files: | `file` | about N lines | (or @@...@@, to be filled in)
 LENGTH = re.compile(r"^(\| `(?P<file>\w+\.py)` \| about )(?P<count>[\w,@]+)( lines \|)", re.M)
 
 
-# ---- line numbers ------------------------------------------------------------------------------------
+# ---- line numbers --------------------------------------------------------------------------------
 
 
 def lines_with(file, quote):
@@ -39,7 +43,7 @@ def quoted(row):
 
 
 def complaint(row):
-    """What is wrong with a row of docs/equations.md, and where its line stands now; None: nothing."""
+    """What is wrong with a row of docs/equations.md, and where its line is now; None: nothing."""
     found = lines_with(row["file"], quoted(row))
     place = f"{row['file']}:{row['line']}"
     if found == [int(row["line"])]:
@@ -72,7 +76,7 @@ def with_new_lengths(text):
 
 
 def main():
-    """Writes both anew, and names the rows that need a hand: their line is gone, or there are several."""
+    """Writes both anew, and names the rows that need a hand: there is no such line, or several."""
     EQUATIONS.write_text(with_new_numbers(EQUATIONS.read_text(encoding="utf-8")), encoding="utf-8")
     README.write_text(with_new_lengths(README.read_text(encoding="utf-8")), encoding="utf-8")
     left = [complaint(row) for row in ROW.finditer(EQUATIONS.read_text(encoding="utf-8"))]
@@ -89,8 +93,9 @@ def test_each_quoted_line_is_where_equations_md_says():
 def test_each_equation_has_a_line():
     text = EQUATIONS.read_text(encoding="utf-8")
     rows = list(ROW.finditer(text))
-    ruled = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| paper |")]
-    assert len(rows) == len(ruled)                      # no row is written so that it escapes the check
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    headers = [line for line in lines if line.startswith("| paper |")]
+    assert len(rows) == len(lines) - len(headers)  # no row is written so that it escapes the check
     assert {f"({number})" for number in range(1, 15)} <= {row["paper"] for row in rows}
 
 
@@ -106,7 +111,7 @@ def test_a_moved_line_is_found_again():
     assert "quote more of it" in complaint(often)
 
 
-# ---- README ------------------------------------------------------------------------------------------
+# ---- README --------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_short():
@@ -115,10 +120,12 @@ def test_the_readme_is_short():
 
 def test_the_lengths_in_the_readme_are_about_right():
     rows = list(LENGTH.finditer(README.read_text(encoding="utf-8")))
-    assert {row["file"] for row in rows} == {path.name for path in ROOT.glob("*.py")} - {"conftest.py"}
+    files = {path.name for path in ROOT.glob("*.py")} - {"conftest.py"}
+    assert {row["file"] for row in rows} == files
     for row in rows:
         if row["count"][0].isdigit():
-            assert int(row["count"].replace(",", "")) == pytest.approx(length(row["file"]), rel=0.1), row["file"]
+            written = int(row["count"].replace(",", ""))
+            assert written == pytest.approx(length(row["file"]), rel=0.1), row["file"]
 
 
 def heading_names(path):
@@ -145,21 +152,29 @@ def test_each_page_of_the_docs_is_named_in_the_readme():
         assert f"](docs/{path.name})" in text
 
 
+def test_the_tables_of_memory_md_can_be_written_again():
+    """tests/fakegpu/table.py writes each between two marks, under the header that it has there."""
+    text = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    found = re.findall(r"<!-- table: (\w+) -->\n\| model \|.*?\n<!-- end -->", text, re.S)
+    assert found == ["training", "inference"]
+
+
 @pytest.mark.parametrize("step, command", [("install", "pip install"), ("test", "pytest")])
 def test_the_automatic_run_finds_its_commands(step, command):
     """.ci/run takes its two commands from the README, by its own reading of the marks."""
     code = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     function = re.search(r"^block\(\) .*$", code, re.M)[0]
-    done = subprocess.run(["bash", "-euc", f"{function}\nblock {step}"], cwd=ROOT, capture_output=True, text=True,
-                          check=True)
+    script = ["bash", "-euc", f"{function}\nblock {step}"]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True)
     assert command in done.stdout and len(done.stdout.splitlines()) == 1
 
 
 def test_copy_it(tmp_path, monkeypatch):
-    """The README's twenty lines in an empty folder, beside a copy of the script, common.py and the tiny
-    model's files: only the model's name and the number of steps are other ones."""
+    """The README's twenty lines in an empty folder, beside a copy of the script, common.py and the
+    tiny model's files: only the model's name and the number of steps are other ones."""
     import common
-    block = re.search(r"^## Copy it$.*?```python\n(.*?)```", README.read_text(encoding="utf-8"), re.M | re.S)[1]
+    text = README.read_text(encoding="utf-8")
+    block = re.search(r"^## Copy it$.*?```python\n(.*?)```", text, re.M | re.S)[1]
     assert len([line for line in block.splitlines() if line.strip()]) <= 20
     replacements = {'"openuni-b-512"': '"tiny"', "range(5000)": "range(2)"}
     for old, new in replacements.items():
@@ -174,9 +189,11 @@ def test_copy_it(tmp_path, monkeypatch):
         scene = common.random_scene(common.np.random.default_rng(number))
         common.draw_scene(scene, 48).save(tmp_path / "images" / f"{number}.jpg")
 
-    # In this process, as importing the libraries again takes longer than all else; but without our modules.
+    # In this process, as importing the libraries again takes longer than all else; but without the
+    # modules of this checkout.
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *(entry for entry in sys.path if str(ROOT) not in entry)])
+    elsewhere = [entry for entry in sys.path if str(ROOT) not in entry]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *elsewhere])
     for name in [name for name, module in sys.modules.items() if is_ours(module)]:
         monkeypatch.delitem(sys.modules, name)
     names = {}
@@ -185,13 +202,14 @@ def test_copy_it(tmp_path, monkeypatch):
         assert not [name for name, module in sys.modules.items() if is_ours(module)]
     finally:
         for name in ("common", "reca_openuni"):
-            sys.modules.pop(name, None)                 # monkeypatch then brings our own back
+            sys.modules.pop(name, None)  # monkeypatch then brings our own back
 
     assert names["loss"].isfinite()
     trained = names["OpenUni"].from_pretrained("mine").state_dict()
     begun = names["OpenUni"].from_pretrained("tiny").state_dict()
     moved = {name.split(".")[0] for name, value in trained.items() if not value.equal(begun[name])}
-    assert moved == {"meta_queries", "connector", "projector", "transformer"}       # what RecA trains, and no more
+    # What RecA trains, and no more.
+    assert moved == {"meta_queries", "connector", "projector", "transformer"}
 
 
 def is_ours(module):
@@ -200,7 +218,7 @@ def is_ours(module):
     return path.parent == ROOT and path.name != "conftest.py"
 
 
-# ---- exercises ---------------------------------------------------------------------------------------
+# ---- exercises -----------------------------------------------------------------------------------
 
 
 def exercise(name, monkeypatch):
@@ -215,18 +233,19 @@ def our_objective():
 
 
 def our_prompt():
-    """OpenUni's own, with a stand-in for the model: a table of words and the id of an image place."""
+    """OpenUni's own. A stand-in for the model has a table of words and the id of an image place."""
     import reca_openuni
 
     def embed_prompt(ids, und, words, image_id):
-        lmm = SimpleNamespace(config=SimpleNamespace(image_token_id=image_id), get_input_embeddings=lambda: words)
+        config = SimpleNamespace(image_token_id=image_id)
+        lmm = SimpleNamespace(config=config, get_input_embeddings=lambda: words)
         stand_in = SimpleNamespace(lmm=lmm, device=words.weight.device)
         return reca_openuni.OpenUni._embed(stand_in, ids, und)
     return embed_prompt
 
 
 def our_masked_diffusion():
-    """Harmon's own: the hidden tokens, then the first of the two terms, with the schedule of 1000 steps."""
+    """Harmon's own: the hidden tokens, then the first of its two terms, over 1000 steps."""
     import torch
     import reca_harmon
 
@@ -241,12 +260,13 @@ def our_masked_diffusion():
 
 
 def our_guidance():
-    """BAGEL's own, without guidance by a second image; its renormalisation ends at a factor of renorm_min."""
+    """BAGEL's own, without its guidance by images; renorm_min is the smallest factor of length."""
     import reca_bagel
 
     def guide(conditional, unconditional, scale, renormalise=False):
         renorm_min = 0.0 if renormalise else 1.0
-        return reca_bagel.Bagel.guide([conditional, unconditional], scale, 1.0, "global", renorm_min)
+        velocities = [conditional, unconditional]
+        return reca_bagel.Bagel.guide(velocities, scale, 1.0, "global", renorm_min)
     return guide
 
 
@@ -270,7 +290,8 @@ def test_an_exercise_is_not_filled_in_and_names_our_own_code(name, monkeypatch):
 
 
 def test_exercises_are_not_collected_with_the_tests():
-    assert not [path for path in EXERCISES.iterdir() if re.match(r"test_.*\.py|.*_test\.py", path.name)]
+    for path in EXERCISES.glob("*.py"):
+        assert not re.match(r"test_.*\.py|.*_test\.py", path.name)
 
 
 def wrong(name, message):
@@ -389,43 +410,45 @@ def never_counted(ids, und, words, image_id):
     return words(ids).masked_scatter(places[..., None], und)
 
 
+def tokens_at(values, places):
+    """values [B, N, K] at the places [B, M] -> [B * M, K]."""
+    index = places[..., None].expand(-1, -1, values.shape[-1])
+    return values.gather(1, index).flatten(0, 1)
+
+
 def noise_loss(net, x_0, z, t, noise, signal, spread):
-    """What the wrong answers below share."""
-    predicted = net(signal * x_0 + spread * noise, t, z)[:, :x_0.shape[-1]]
-    return (noise - predicted).square()
+    """What the wrong answers below share: signal and spread are the factors of token and noise."""
+    noise = noise.flatten(0, 1)
+    predicted = net(signal * x_0 + spread * noise, t.flatten(), z)[:, :x_0.shape[-1]]
+    return (noise - predicted).square().mean()
 
 
 @wrong("masked_diffusion", "square roots")
 def no_square_roots(net, latents, z, masked, t, noise, alphas_cumprod):
-    import reca_harmon
-    x_0, z = (reca_harmon.take(values, masked).flatten(0, 1) for values in (latents, z))
     abar = alphas_cumprod[t.flatten()][:, None]
-    return noise_loss(net, x_0, z, t.flatten(), noise.flatten(0, 1), abar, 1 - abar).mean()
+    x_0 = tokens_at(latents, masked)
+    return noise_loss(net, x_0, tokens_at(z, masked), t, noise, abar, 1 - abar)
 
 
 @wrong("masked_diffusion", "each other's factor")
 def swapped_factors(net, latents, z, masked, t, noise, alphas_cumprod):
-    import reca_harmon
-    x_0, z = (reca_harmon.take(values, masked).flatten(0, 1) for values in (latents, z))
     abar = alphas_cumprod[t.flatten()][:, None]
-    return noise_loss(net, x_0, z, t.flatten(), noise.flatten(0, 1), (1 - abar).sqrt(), abar.sqrt()).mean()
+    x_0 = tokens_at(latents, masked)
+    return noise_loss(net, x_0, tokens_at(z, masked), t, noise, (1 - abar).sqrt(), abar.sqrt())
 
 
 @wrong("masked_diffusion", "first M tokens")
 def the_first_tokens(net, latents, z, masked, t, noise, alphas_cumprod):
-    count = masked.shape[1]
     abar = alphas_cumprod[t.flatten()][:, None]
-    x_0, z = latents[:, :count].flatten(0, 1), z[:, :count].flatten(0, 1)
-    return noise_loss(net, x_0, z, t.flatten(), noise.flatten(0, 1), abar.sqrt(), (1 - abar).sqrt()).mean()
+    x_0 = latents[:, :masked.shape[1]].flatten(0, 1)
+    return noise_loss(net, x_0, tokens_at(z, masked), t, noise, abar.sqrt(), (1 - abar).sqrt())
 
 
 @wrong("masked_diffusion", "condition of its own place")
 def conditions_of_other_places(net, latents, z, masked, t, noise, alphas_cumprod):
-    import reca_harmon
     abar = alphas_cumprod[t.flatten()][:, None]
-    x_0 = reca_harmon.take(latents, masked).flatten(0, 1)
     z = z[:, :masked.shape[1]].flatten(0, 1)
-    return noise_loss(net, x_0, z, t.flatten(), noise.flatten(0, 1), abar.sqrt(), (1 - abar).sqrt()).mean()
+    return noise_loss(net, tokens_at(latents, masked), z, t, noise, abar.sqrt(), (1 - abar).sqrt())
 
 
 @wrong("masked_diffusion", "not over all places")
@@ -436,11 +459,11 @@ def mean_over_all_places(net, latents, z, masked, t, noise, alphas_cumprod):
 
 @wrong("masked_diffusion", "not the clean token")
 def predicts_the_clean_token(net, latents, z, masked, t, noise, alphas_cumprod):
-    import reca_harmon
-    x_0, z = (reca_harmon.take(values, masked).flatten(0, 1) for values in (latents, z))
     abar = alphas_cumprod[t.flatten()][:, None]
+    x_0 = tokens_at(latents, masked)
     x_t = abar.sqrt() * x_0 + (1 - abar).sqrt() * noise.flatten(0, 1)
-    return (x_0 - net(x_t, t.flatten(), z)[:, :x_0.shape[1]]).square().mean()
+    predicted = net(x_t, t.flatten(), tokens_at(z, masked))[:, :x_0.shape[1]]
+    return (x_0 - predicted).square().mean()
 
 
 @wrong("masked_diffusion", "about the hidden tokens only")

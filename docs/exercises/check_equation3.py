@@ -3,7 +3,7 @@ import torch
 
 
 def problem(events):
-    """A weight, and two losses with two shares each that depend on it. `events` notes what happens."""
+    """A weight, and two losses of two shares each that depend on it. `events` notes the order."""
     weight = torch.tensor([1.0, -2.0], requires_grad=True)
 
     def shares(name, factors):
@@ -27,9 +27,12 @@ def check_nothing_holds_a_graph(objective):
 def check_the_values(objective):
     _, losses = problem([])
     total, values = objective(losses, {"recon": 1.0, "i2t": 0.5}, torch.Tensor.backward)
-    assert set(values) == {"recon", "i2t"}, "the dict must have one entry for each loss that was computed"
-    assert abs(float(values["recon"]) - 15.0) < 1e-5, "L_recon is the sum of its shares (not their mean)"
-    assert abs(float(values["i2t"]) - 3.75) < 1e-5, "the dict holds the losses without their weights λ"
+    assert set(values) == {"recon", "i2t"}, \
+        "the dict must have one entry for each loss that was computed"
+    assert abs(float(values["recon"]) - 15.0) < 1e-5, \
+        "L_recon is the sum of its shares (not their mean)"
+    assert abs(float(values["i2t"]) - 3.75) < 1e-5, \
+        "the dict holds the losses without their weights λ"
     assert abs(float(total) - 16.875) < 1e-4, "L is the sum of λ times loss"
 
 
@@ -38,12 +41,14 @@ def check_the_gradients(objective):
     objective(losses, {"recon": 1.0, "i2t": 0.5}, torch.Tensor.backward)
     assert weight.grad is not None, "backward was never called"
     expected = torch.tensor([2.0, -4.0]) * (3.0 + 0.5 * 0.75)
-    assert torch.allclose(weight.grad, expected), "each share goes backward once, multiplied by its own λ"
+    assert torch.allclose(weight.grad, expected), \
+        "each share goes backward once, multiplied by its own λ"
 
 
 def check_a_loss_that_is_switched_off(objective):
     def captions():
-        raise AssertionError("a loss whose λ is 0 must not be computed: there may be no captions for it")
+        raise AssertionError(
+            "a loss whose λ is 0 must not be computed: there may be no captions for it")
 
     _, losses = problem([])
     losses["t2i"] = captions
@@ -62,7 +67,8 @@ def check_one_share_at_a_time(objective):
 
     objective(losses, {"recon": 1.0, "i2t": 1.0}, backward)
     alternating = [event == "backward" for event in events] == [False, True] * 4
-    assert alternating, "each share goes backward before the next is computed, or memory must hold both"
+    assert alternating, \
+        "each share goes backward before the next is computed, or memory must hold both"
 
 
 def check(objective):

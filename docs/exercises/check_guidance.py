@@ -19,12 +19,17 @@ def check_the_plain_form(guide):
     conditional, unconditional = problem()
     nothing = guide(conditional, unconditional, 1.0)
     counted_from_zero = 2 * conditional - unconditional
-    assert not torch.allclose(nothing, counted_from_zero, atol=1e-5), "scale counts from 1 here: 1 means no guidance"
-    assert not torch.allclose(nothing, unconditional, atol=1e-5), "the two answers have each other's place"
-    assert torch.allclose(nothing, conditional, atol=1e-5), "with scale 1 the conditional answer comes back"
-    assert torch.allclose(guide(conditional, unconditional, 0.0), unconditional, atol=1e-5), "scale 0: no prompt"
+    assert not torch.allclose(nothing, counted_from_zero, atol=1e-5), \
+        "scale counts from 1 here: 1 means no guidance"
+    assert not torch.allclose(nothing, unconditional, atol=1e-5), \
+        "the two answers have each other's place"
+    assert torch.allclose(nothing, conditional, atol=1e-5), \
+        "with scale 1 the conditional answer comes back"
+    assert torch.allclose(guide(conditional, unconditional, 0.0), unconditional, atol=1e-5), \
+        "scale 0: no prompt"
     expected = unconditional + 4.0 * (conditional - unconditional)
-    assert torch.allclose(guide(conditional, unconditional, 4.0), expected, atol=1e-5), "this is not equation (14)"
+    assert torch.allclose(guide(conditional, unconditional, 4.0), expected, atol=1e-5), \
+        "this is not equation (14)"
 
 
 def check_the_renormalised_form(guide):
@@ -32,11 +37,14 @@ def check_the_renormalised_form(guide):
     guided = guide(conditional, unconditional, 4.0)
     shrunk = guide(conditional, unconditional, 4.0, renormalise=True)
     assert guided.norm() > conditional.norm()
-    assert not torch.allclose(shrunk, guided, atol=1e-5), "a guided answer that is too long must be shrunk"
+    assert not torch.allclose(shrunk, guided, atol=1e-5), \
+        "a guided answer that is too long must be shrunk"
     lengths = shrunk.norm(dim=-1)
     per_token = torch.allclose(lengths, conditional.norm(dim=-1), atol=1e-4)
-    assert not per_token, "one factor for the whole image: a factor for each token changes the direction"
-    assert torch.allclose(shrunk.norm(), conditional.norm(), rtol=1e-4), "it must become as long as the conditional one"
+    assert not per_token, \
+        "one factor for the whole image: a factor for each token changes the direction"
+    assert torch.allclose(shrunk.norm(), conditional.norm(), rtol=1e-4), \
+        "it must become as long as the conditional one"
     direction = torch.cosine_similarity(shrunk.flatten(), guided.flatten(), dim=0)
     assert abs(float(direction) - 1) < 1e-4, "only the length may change, not the direction"
 
@@ -47,7 +55,8 @@ def check_that_nothing_is_stretched(guide):
     plain = guide(conditional, near, 0.5)
     assert plain.norm() < conditional.norm()
     kept = guide(conditional, near, 0.5, renormalise=True)
-    assert torch.allclose(kept, plain, atol=1e-5), "an answer that is shorter already must not be stretched"
+    assert torch.allclose(kept, plain, atol=1e-5), \
+        "an answer that is shorter already must not be stretched"
 
 
 def check(guide):

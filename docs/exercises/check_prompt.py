@@ -21,11 +21,14 @@ def check_where_the_embeddings_are(embed_prompt):
     prompt = embed_prompt(ids, und, words, IMAGE)
     assert prompt.shape == (2, 8, 5), "the prompt keeps its length: an embedding replaces a place"
     first, second = (prompt[row, PLACES[row]] for row in (0, 1))
-    assert not torch.allclose(first, und[0] + words(torch.tensor(IMAGE))), "replace what is there, do not add to it"
+    assert not torch.allclose(first, und[0] + words(torch.tensor(IMAGE))), \
+        "replace what is there, do not add to it"
     assert not torch.allclose(first, und[0].flip(0)), "the embeddings stand in reverse order"
-    assert torch.allclose(first, und[0]), "the first prompt's image places must hold und[0], in order"
+    assert torch.allclose(first, und[0]), \
+        "the first prompt's image places must hold und[0], in order"
     assert not torch.allclose(second, und[0]), "every prompt has got the first image"
-    assert torch.allclose(second, und[1]), "the second prompt has its image places elsewhere than the first"
+    assert torch.allclose(second, und[1]), \
+        "the second prompt has its image places elsewhere than the first"
 
 
 def check_the_words(embed_prompt):
@@ -33,7 +36,8 @@ def check_the_words(embed_prompt):
     before = words.weight.detach().clone()
     prompt = embed_prompt(ids, und, words, IMAGE)
     is_word = ids != IMAGE
-    assert torch.allclose(prompt[is_word], words(ids)[is_word]), "everything but the image places stays words"
+    assert torch.allclose(prompt[is_word], words(ids)[is_word]), \
+        "everything but the image places stays words"
     assert torch.equal(words.weight, before), "the table of words must not be written to"
     assert torch.equal(ids, problem()[0]), "the ids must not be written to"
 
@@ -46,7 +50,8 @@ def check_the_gradients(embed_prompt):
     reached = und.grad is not None and torch.allclose(und.grad, torch.ones_like(und))
     assert reached, "the gradient must reach every understanding embedding, whole"
     at_places = words.weight.grad[IMAGE].abs().sum()
-    assert at_places == 0, "no gradient belongs to the row of the image id: its lookup has been replaced"
+    assert at_places == 0, \
+        "no gradient belongs to the row of the image id: its lookup has been replaced"
 
 
 def check_a_wrong_number(embed_prompt):
@@ -58,8 +63,10 @@ def check_a_wrong_number(embed_prompt):
             continue
         except Exception as error:
             name = type(error).__name__
-            raise AssertionError(f"too few or too many embeddings are a ValueError, not a {name}") from error
-        raise AssertionError("too few or too many embeddings must raise ValueError, and not be cut silently")
+            message = f"too few or too many embeddings are a ValueError, not a {name}"
+            raise AssertionError(message) from error
+        raise AssertionError(
+            "too few or too many embeddings must raise ValueError, and not be cut silently")
 
 
 def check(embed_prompt):

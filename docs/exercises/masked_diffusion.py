@@ -1,24 +1,23 @@
 """Exercise 3: Harmon's loss on hidden tokens, equations (7) and (9) of the paper.
 
-Harmon cuts an image into N tokens, each a vector of C real numbers. Most of them are hidden. From the
-visible ones, and from the prompt, the language model and a decoder make a condition z for every place.
-No softmax can predict a vector of real numbers, so the last part is a small diffusion model for single
-tokens. It is trained as follows:
+Harmon cuts an image into N tokens, each a vector of C real numbers. Most of them are hidden. From
+the visible ones, and from the prompt, the language model and a decoder make a condition z for every
+place. No softmax can predict a vector of real numbers, so the last part is a small diffusion model
+for single tokens. It is trained as follows:
 
     x_t = sqrt(abar_t) · x_0  +  sqrt(1 - abar_t) · noise        equation (7): a token x_0, noised
     loss = mean of (noise - predicted noise)²                    equation (9)
 
-abar_t says how much of the token's variance is left at timestep t: nearly 1 at t = 0, nearly 0 at
-t = 999. Each hidden token has its own t and its own noise. The network sees the noised token, its t and
-its z, and answers with 2 C numbers for each token: the first C are the predicted noise. (The other C
-are about its variance, and have a loss of their own that is not part of this exercise.)
+abar_t says how much of the token's variance is left at timestep t: nearly 1 at t = 0, nearly 0 at t
+= 999. Each hidden token has its own t and its own noise. The network sees the noised token, its t
+and its z, and answers with 2 C numbers for each token: the first C are the predicted noise. (The
+other C are about its variance, and have a loss of their own that is not part of this exercise.)
 
 The loss is taken on the hidden tokens only. To ask for a visible token would be too easy: the
 condition knows it already.
 
 Run this file to check your answer. Our own: `diffusion_terms` in reca_harmon.py, section 2, on the
-tokens that `take` picks out.
-"""
+tokens that `take` picks out."""
 
 
 def masked_diffusion_loss(net, latents, z, masked, t, noise, alphas_cumprod):

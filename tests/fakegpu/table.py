@@ -1,6 +1,6 @@
 """Writes the tables of docs/memory.md between their marks: which optimizer and micro-batch each
-released size takes on cards of 24, 48 and 80 GB, the peak of memory and the FLOPs of a step, and the
-peaks of inference. All of it is computed on the fake GPU, in some minutes.
+released size takes on cards of 24, 48 and 80 GB, the peak of memory and the FLOPs of a step, and
+the peaks of inference. All of it is computed on the fake GPU, in some minutes.
 
     python tests/fakegpu/table.py
 """
@@ -17,8 +17,8 @@ CARDS = (24, 48, 80)
 JOBS = ("generate", "reconstruct", "describe", "edit")
 
 HEADERS = {
-    "training": ("model", "card", "optimizer", "images a step", "micro-batch", "before, GB", "peak, GB",
-                 "TFLOP", "waits"),
+    "training": ("model", "card", "optimizer", "images a step", "micro-batch", "before, GB",
+                 "peak, GB", "TFLOP", "waits"),
     "inference": ("model", *JOBS),
 }
 
