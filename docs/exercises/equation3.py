@@ -12,7 +12,8 @@ add up to it. Each share goes backward as soon as it is there: its graph is then
 of memory is that of a single micro-batch. The gradients add up by themselves, because backward()
 adds to what .grad holds already.
 
-Run this file to check your answer. Our own: `objective` in common.py, section "Equation (3)"."""
+Run this file to check your answer. Our own: `objective` in common.py, section "Equation (3)".
+"""
 
 
 def objective(losses, weights, backward):

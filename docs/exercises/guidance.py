@@ -19,7 +19,8 @@ RecA changes nothing here. It trains what the model answers with a prompt, and t
 it was (appendix B).
 
 Run this file to check your answer. Our own: `guide` in reca_bagel.py, section 6, for one image; the
-plain form is also in the samplers of the other three scripts."""
+plain form is also in the samplers of the other three scripts.
+"""
 
 
 def guide(conditional, unconditional, scale, renormalise=False):

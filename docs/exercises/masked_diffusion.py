@@ -17,7 +17,8 @@ The loss is taken on the hidden tokens only. To ask for a visible token would be
 condition knows it already.
 
 Run this file to check your answer. Our own: `diffusion_terms` in reca_harmon.py, section 2, on the
-tokens that `take` picks out."""
+tokens that `take` picks out.
+"""
 
 
 def masked_diffusion_loss(net, latents, z, masked, t, noise, alphas_cumprod):

@@ -14,7 +14,8 @@ The prompts of a batch have templates of different lengths, so that their image 
 at the same positions. Gradients must reach the embeddings: in Harmon the understanding side is
 trained through this very path.
 
-Run this file to check your answer. Our own: `_embed` in reca_openuni.py, section 4."""
+Run this file to check your answer. Our own: `_embed` in reca_openuni.py, section 4.
+"""
 
 
 def embed_prompt(ids, und, words, image_id):
