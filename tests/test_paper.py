@@ -1,5 +1,5 @@
-"""The README's "Reproduce the paper": its shell session, command by command, with tiny models and small files in place
-of the real ones; and the paper's Table 8 against the defaults of the scripts."""
+"""docs/reproduce.md: its shell session, command by command, with tiny models and small files in place of the real ones;
+docs/toy-study.md: its command lines; and the paper's Table 8 against the defaults of the scripts."""
 import contextlib
 import importlib
 import io
@@ -18,9 +18,10 @@ import common
 import eval as ev
 from test_eval import Judge, tiny                                                  # noqa: F401 (a fixture)
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-STUDY = (Path(__file__).parent.parent / "docs" / "toy-study.md").read_text(encoding="utf-8")
-BLOCKS = dict(re.findall(r"<!-- paper: (.*?) -->\n```bash\n(.*?)```", README, re.DOTALL))
+DOCS = Path(__file__).parent.parent / "docs"
+REPRODUCE = (DOCS / "reproduce.md").read_text(encoding="utf-8")
+STUDY = (DOCS / "toy-study.md").read_text(encoding="utf-8")
+BLOCKS = dict(re.findall(r"<!-- paper: (.*?) -->\n```bash\n(.*?)```", REPRODUCE, re.DOTALL))
 SETUP = BLOCKS.pop("setup")
 
 
@@ -31,11 +32,11 @@ def commands(block):
 
 
 def test_every_table_has_its_row_and_its_commands():
-    """1 to 14 and F.2 in the table of the README; all but 8, which is the defaults, in the title of a block."""
+    """1 to 14 and F.2 in the first table; all but 8, which is the defaults, in the title of a block."""
     tables = {*map(str, range(1, 15)), "F.2"}
-    section = README.split("## Reproduce the paper")[1].split("\n## ")[0]
-    rows, titles = (re.findall(pattern, section, re.MULTILINE) for pattern in (
-        r"^\| ([\dF., ]+) \|", r"^<!-- paper: tables? (.*) -->"))
+    section = REPRODUCE.split("## The tables")[1].split("\nTables ")[0]
+    rows = re.findall(r"^\| ([\dF., ]+) \|", section, re.MULTILINE)
+    titles = re.findall(r"^<!-- paper: tables? (.*) -->", REPRODUCE, re.MULTILINE)
     assert {name for row in rows for name in row.split(", ")} == tables
     assert {name for title in titles for name in title.split(", ")} == tables - {"8"}
 
@@ -72,7 +73,7 @@ def asked(module, arguments):
 def run_script(module, arguments, sides):
     """A training or a generation, its sizes replaced: a released model by the tiny one, the understanding input in
     proportion, few steps of few images. A checkpoint gets the number that the real run would give it, so that the
-    README's next commands must name that one. sides: {folder: side of the real model's images}, extended."""
+    page's next commands must name that one. sides: {folder: side of the real model's images}, extended."""
     args, small = asked(module, arguments), ["--batch", 1, "--images", 1, "--sampling-steps", 2, "--max-new-tokens", 1]
     small += ["--precision", "fp32", "--workers", 0, "--sample-every", 100]
     small += ["--steps", 2, "--accum", 1] if args.steps else []
@@ -139,7 +140,7 @@ def pictures(folder, *names):
 
 
 def make_data():
-    """data/ and bench/ as the README describes them, in the current folder: two or three of everything."""
+    """data/ and bench/ as the page describes them, in the current folder: two or three of everything."""
     for name in "midjourney midjourney-10k midjourney-50k blip3o blip3o-clean coco journeydb llava".split():
         pictures(f"data/{name}", "0.png", "1.png", "2.jpg")
     captions = [{"image": "0.png", "caption": "red circle"}, {"image": "2.jpg", "caption": "blue square top-left"}]
@@ -203,7 +204,7 @@ def make_understanding_benchmarks():
 
 @pytest.fixture(scope="module")
 def session(tmp_path_factory, tiny):                                               # noqa: F811
-    """session(title) runs the README's blocks up to that one, in one folder, each once, as a reader would."""
+    """session(title) runs the page's blocks up to that one, in one folder, each once, as a reader would."""
     with pytest.MonkeyPatch.context() as patch, Judge(reply) as judge:
         patch.chdir(tmp_path_factory.mktemp("paper"))
         patch.setenv("no_proxy", "127.0.0.1")

@@ -1,6 +1,6 @@
-"""Writes docs/memory.md: which optimizer and micro-batch each released size takes on cards of 24,
-48 and 80 GB, the peak of memory and the FLOPs of a step, and the peaks of inference; all computed
-on the fake GPU, in some minutes.
+"""Writes the tables of docs/memory.md between their marks: which optimizer and micro-batch each
+released size takes on cards of 24, 48 and 80 GB, the peak of memory and the FLOPs of a step, and
+the peaks of inference. All of it is computed on the fake GPU, in some minutes.
 
     python tests/fakegpu/table.py
 """
@@ -16,54 +16,11 @@ PROJECT = HERE.parent.parent
 CARDS = (24, 48, 80)
 JOBS = ("generate", "reconstruct", "describe", "edit")
 
-INTRODUCTION = """# Memory, computed and not measured
-
-Nobody has run these steps on a GPU yet. They ran at their full size on a GPU that is not there
-(`tests/fakegpu`): CUDA tensors of the right shapes and types without numbers, whose memory is
-counted as torch's allocator would. It cannot show the kernels' own workspaces nor fragmentation
-(4 GB are left free for them), nor how fast anything is. `python tests/fakegpu/table.py` writes this
-file again; `python tests/fakegpu/driver.py MODEL` shows one step, and which lines hold the memory.
-
-## A training step
-
-The scripts' defaults on one card: `--optimizer auto`, `--micro-batch auto`, checkpointing, each
-loss of the recipe. Largest inputs, gradients and moments there. GB are 10^9 bytes; cards of 24, 48
-and 80 GB offer 25.3, 50.9 and 84.9. "before": what is held when the step begins. TFLOP are those of
-a whole step, with what checkpointing computes twice. "waits": how often in a step the host waits
-for the GPU.
-
-| model | card | optimizer | images a step | micro-batch | before, GB | peak, GB | TFLOP | waits |
-|---|---|---|---|---|---|---|---|---|
-"""
-
-NOISE = """
-## What bf16 weights cost
-
-`--optimizer auto` takes bf16 weights and moments with stochastic rounding (8 bytes a weight) where
-float32 AdamW (16 bytes) does not fit. Rounding at random is right in the mean, and noisy: after n
-updates by u of weights whose last bit is worth b, they have moved by n u, give or take
-sqrt(n u b) (tests/test_step.py counts it). For weights of 0.02, b is 1.2e-4:
-
-| run | u | n | way, n u | noise | noise / way |
-|---|---|---|---|---|---|
-| BAGEL | 2e-5 on average | 1000 | 2.0e-2 | 1.6e-3 | 0.08 |
-| Harmon-1.5B | 1e-5 | 1250 | 1.3e-2 | 1.2e-3 | 0.10 |
-| OpenUni | 5e-6 on average | 312 | 1.6e-3 | 4.4e-4 | 0.28 |
-| Show-o | 5e-7 | 5000 | 2.5e-3 | 5.5e-4 | 0.22 |
-
-The way is that of a weight which moves in one direction all the time; most move to and fro, and end
-nearer to where they began. For Show-o, whose steps are a two-hundredth of the last bit, the noise is
-then as large as what was learnt: take a card on which float32 fits, if you can.
-"""
-
-INFERENCE = """
-## Inference
-
-One image, bf16 weights, GB at the peak.
-
-| model | generate | reconstruct | describe | edit |
-|---|---|---|---|---|
-"""
+HEADERS = {
+    "training": ("model", "card", "optimizer", "images a step", "micro-batch", "before, GB",
+                 "peak, GB", "TFLOP", "waits"),
+    "inference": ("model", *JOBS),
+}
 
 
 def released_models():
@@ -119,6 +76,16 @@ def inference_row(model, rows):
     return f"| `{model}` | " + " | ".join(cells) + " |"
 
 
+def with_table(text, name, rows):
+    """The page with the rows as its table of that name, which stands between two marks."""
+    header = "| " + " | ".join(HEADERS[name]) + " |"
+    ruler = "|" + "---|" * len(HEADERS[name])
+    begin = f"<!-- table: {name} -->\n"
+    end = "<!-- end -->"
+    before, after = text.split(begin)
+    return before + begin + "\n".join([header, ruler, *rows]) + "\n" + end + after.split(end, 1)[1]
+
+
 def main():
     models = released_models()
     # The first compiles the device for the others.
@@ -126,13 +93,16 @@ def main():
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         results = dict(zip(models, pool.map(run, models)))
 
-    text = INTRODUCTION
+    training = []
     for rows in results.values():
-        text += "".join(training_row(row) + "\n" for row in rows if row["job"] == "train")
-    text += NOISE + INFERENCE
-    text += "".join(inference_row(model, rows) + "\n" for model, rows in results.items())
-    (PROJECT / "docs").mkdir(exist_ok=True)
-    (PROJECT / "docs" / "memory.md").write_text(text)
+        training += [training_row(row) for row in rows if row["job"] == "train"]
+    inference = [inference_row(model, rows) for model, rows in results.items()]
+
+    path = PROJECT / "docs" / "memory.md"
+    text = path.read_text(encoding="utf-8")
+    text = with_table(text, "training", training)
+    text = with_table(text, "inference", inference)
+    path.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":
