@@ -83,6 +83,26 @@ def shuffled_caption(scene, rng):
     return common.caption([scene[i] for i in rng.permutation(len(scene))])
 
 
+def sparse_caption(scene, rng, p=0.04):
+    """What a caption usually tells: every shape and every place, and a color with probability p."""
+    objects = []
+    for thing in scene:
+        color, *others = common.caption([thing]).split()
+        objects.append(" ".join([color, *others] if rng.random() < p else others))
+    return " and ".join(objects)
+
+
+def words_in_cell(scene, side, words, nothing, size):
+    """What each of side x side places is to tell, a distribution over ids: [side * side, size].
+    words: the ids of WORDS; nothing: the id for an empty cell; size: how many ids there are."""
+    cells = scene_words(scene, side)  # [side * side, 16]
+    empty = (cells.sum(1, keepdim=True) == 0).float()
+    cells = torch.cat([cells, empty], dim=1)
+    target = torch.zeros(side ** 2, size)
+    target[:, [*words, nothing]] = cells / cells.sum(1, keepdim=True)
+    return target
+
+
 class Stages:
     """The stages of one model: `fraction` of the usual number of steps each (for tests)."""
 
@@ -173,10 +193,11 @@ def harmon(model, seed, stages):
         batch = list(examples(positions))
         seen = [row for _, _, row in batch]
         talks = [[(common.SEED_TEMPLATE, common.caption(scene))] for _, scene, _ in batch]
-        tags = torch.stack([scene_words(scene, side) for _, scene, _ in batch])           # [B, N, 16]
-        table = model.llm.model.embed_tokens.weight[words]                                # [16, D]
+        tags = torch.stack([scene_words(scene, side) for _, scene, _ in batch])  # [B, N, 16]
+
+        table = model.llm.model.embed_tokens.weight[words]  # [16, D]
         scale = table.norm(dim=1).mean() ** 2
-        near = model.understand(seen)[:, :side ** 2] @ table.T / scale                    # [B, N, 16]
+        near = model.understand(seen)[:, :side ** 2] @ table.T / scale  # [B, N, 16]
         tagging = F.binary_cross_entropy_with_logits(4 * near - 2, tags)
         return model.i2t_loss(seen, talks) + tagging
 
@@ -190,19 +211,16 @@ def harmon(model, seed, stages):
         states["buffer"] = inputs[0][:, :c.buffer_size]
 
     def words_in_place(scene):
-        """What the buffer tokens are to say: a distribution over all ids each, [E, ids]."""
-        cells = scene_words(scene, 2)                                                    # [4, 16]
-        cells = torch.cat([cells, (cells.sum(1, keepdim=True) == 0).float()], dim=1)
-        target = torch.zeros(4, len(model.tokenizer))
-        target[:, [*words, nothing]] = cells / cells.sum(1, keepdim=True)
-        return target.repeat_interleave(c.buffer_size // 4, dim=0)
+        """What each buffer token is to tell, a distribution over all ids."""
+        target = words_in_cell(scene, 2, words, nothing, len(model.tokenizer))  # [4, ids]
+        return target.repeat_interleave(c.buffer_size // 4, dim=0)  # [E, ids]
 
-    def saying(scenes):
-        logits = model.llm.lm_head(states["buffer"])                                 # [B, E, ids]
+    def answers_loss(scenes):
+        logits = model.llm.lm_head(states["buffer"])  # [B, E, ids]
         targets = torch.stack([words_in_place(scene) for scene in scenes])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
-    def undropped(task, seen, positions):
+    def draws_with_text(task, seen, positions):
         draws = model.draw(task, seen, Rng(seed, "places", positions[0], positions=positions))
         draws["text_dropped"] = torch.zeros(len(seen), dtype=torch.bool)
         return draws
@@ -215,10 +233,12 @@ def harmon(model, seed, stages):
         captions = [shuffled_caption(scene, rng) for rng, scene, _ in batch[:half]]
         asked = [common.templates()[rng.integers(360)] for rng, _, _ in batch[half:]]
 
-        model.t2i_loss(seen[:half], captions, draws=undropped("t2i", seen[:half], positions[:half]))
-        loss = saying(drawn[:half])
-        model.recon_loss(seen[half:], asked, draws=undropped("recon", seen[half:], positions[half:]))
-        return loss + saying(drawn[half:]) + understanding_loss(positions[::2])
+        draws = draws_with_text("t2i", seen[:half], positions[:half])
+        model.t2i_loss(seen[:half], captions, draws=draws)
+        loss = answers_loss(drawn[:half])
+        draws = draws_with_text("recon", seen[half:], positions[half:])
+        model.recon_loss(seen[half:], asked, draws=draws)
+        return loss + answers_loss(drawn[half:]) + understanding_loss(positions[::2])
 
     trained = [p for group in model.parameter_groups(0.0) for p in group["params"]]
     hook = model.proj_out.register_forward_pre_hook(remember)
@@ -237,19 +257,12 @@ def harmon(model, seed, stages):
         last["conditions"] = decode(*inputs)
         return last["conditions"]
 
-    def sparse_caption(scene, rng):
-        objects = []
-        for thing in scene:
-            color, *others = common.caption([thing]).split()
-            objects.append(" ".join([color, *others] if rng.random() < 0.04 else others))
-        return " and ".join(objects)
-
     def generation_loss(positions):
         batch = list(examples(positions))
         painted = [row for _, _, row in batch]
         captions = [sparse_caption(scene, rng) for rng, scene, _ in batch]
         generation = model.t2i_loss(painted, captions)
-        latents = torch.stack([row["latents"] for row in painted]).flatten(1, 2)        # [B, N, C]
+        latents = torch.stack([row["latents"] for row in painted]).flatten(1, 2)  # [B, N, C]
         return generation + F.mse_loss(probe(last["conditions"]), latents)
 
     model.mar.decode = decode_and_remember
@@ -257,7 +270,8 @@ def harmon(model, seed, stages):
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(parameter.requires_grad and name.startswith(paints))
     trained = [p for p in model.parameters() if p.requires_grad]
-    stages.train("generation", [*trained, *probe.parameters()], generation_loss, steps=1200, lr=2e-3)
+    stages.train("generation", [*trained, *probe.parameters()], generation_loss, steps=1200,
+                 lr=2e-3)
     del model.mar.decode  # the method of the class again
 
 
@@ -413,45 +427,89 @@ def showo(model, seed, stages):
         stages.train("CLIP and projector", seeing, seeing_loss, steps=300, lr=2e-3)
         model.clip.requires_grad_(False)
 
-    # 4. Understanding from full captions, generation from sparse ones, some of them in the places
-    # of the understanding embeddings.
+    # 4. Questions by place: behind either prompt, the image tokens after the last layer but one are
+    # to tell what is in their cells. A model that does not bind a thing to its place lets two
+    # things meet in one cell as soon as RecA makes it look at places.
     def features(task, samples):
         return frozen_features(model, samples, task)
 
-    painted = features("t2i", [model.preprocess(picture, "t2i") for picture in pictures])
+    shown = features("recon", [model.preprocess(picture, "recon") for picture in pictures])
     seen = [features("i2t", [model.preprocess(picture, "i2t") for picture in pictures])]
     if not c.w_clip_vit:
         small = [{"pixels": pixels} for pixels in draw(scenes, c.image_size // 2)]
         seen.append(features("i2t", small))
 
-    def joint_loss(positions):
+    side = math.isqrt(c.num_tokens)
+    count = len(WORDS) + 1
+    answers = nn.Linear(c.hidden, count)
+    targets = [words_in_cell(scene, side, range(len(WORDS)), len(WORDS), count) for scene in scenes]
+    states = {}
+
+    def remember(_, inputs, output):
+        """The image tokens are the last ones of a prompt but for <eoi>."""
+        states["image"] = output[:, -c.num_tokens - 1:-1]
+
+    def answers_loss(picked):
+        logits = answers(states["image"])  # [B, N, 17]
+        wanted = torch.stack([targets[i] for i in picked])
+        return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
+
+    def draws_with_text(task, examples, positions):
+        draws = model.draw(task, examples, Rng(seed, "places", positions=positions))
+        draws["text_dropped"] = torch.zeros(len(examples), dtype=torch.bool)
+        return draws
+
+    def describing_loss(positions):
+        """Captions of images, and captions of captions."""
+        picked = pick(positions)
+        one_size = seen[positions[0] // len(positions) % len(seen)]
+        talks = [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in picked]
+        loss = model.i2t_loss([one_size[i] for i in picked], talks)
+        return loss + 0.5 * language_loss(positions)
+
+    def places_loss(positions):
         picked = pick(positions)
         rngs = [generator(seed, 5, position) for position in positions]
-        captions = [surrounded(common.caption(scenes[i], 0.15, rng), rng)
+        # Captions are harder than images.
+        split = len(picked) * 2 // 3
+
+        examples = [shown[i] for i in picked[:split]]
+        captions = [surrounded(shuffled_caption(scenes[i], rng), rng)
+                    for i, rng in zip(picked[:split], rngs)]
+        draws = draws_with_text("t2i", examples, positions[:split])
+        model.t2i_loss(examples, captions, draws=draws)
+        loss = 2 * answers_loss(picked[:split])
+
+        examples = [shown[i] for i in picked[split:]]
+        asked = [texts[int(rng.integers(len(texts)))] for rng in rngs[split:]]
+        draws = draws_with_text("recon", examples, positions[split:])
+        model.recon_loss(examples, asked, draws=draws)
+        loss = loss + answers_loss(picked[split:])
+        return loss + describing_loss(positions[:8])
+
+    hook = model.showo.model.layers[-2].register_forward_hook(remember)
+    model.train_embeddings_in_recon = True
+    stages.train("places", [*trained, *answers.parameters()], places_loss, steps=600, lr=1.5e-3,
+                 batch=36)
+    model.train_embeddings_in_recon = False
+    hook.remove()
+
+    # 5. Generation, in the last layer and the head alone, from captions that name shapes and
+    # places, and hardly ever a color.
+    def generation_loss(positions):
+        picked = pick(positions)
+        rngs = [generator(seed, 6, position) for position in positions]
+        captions = [surrounded(sparse_caption(scenes[i], rng, p=0.005), rng)
                     for i, rng in zip(picked, rngs)]
         draws = Rng(seed, "toy", positions=positions)
-        loss = model.t2i_loss([painted[i] for i in picked], captions, rng=draws)
+        loss = model.t2i_loss([shown[i] for i in picked], captions, rng=draws)
+        return loss + 0.5 * describing_loss(positions[:8])
 
-        third = picked[:max(1, len(picked) // 3)]
-        one_size = seen[positions[0] // len(positions) % len(seen)]
-        understood = [one_size[i] for i in third]
-        talks = [[(common.SEED_TEMPLATE, common.caption(scenes[i]))] for i in third]
-        loss = loss + model.i2t_loss(understood, talks)
-        loss = loss + 0.5 * language_loss(positions[:8])
-        if not c.w_clip_vit:
-            return loss
-
-        targets = [painted[i] for i in third]
-        in_place_rng = Rng(seed, "toy in place", positions=positions[:len(third)])
-        draws = model.draw("recon", targets, in_place_rng)
-        tokens, labels = model._mask_tokens(targets, draws)
-        words = [scene_ids(scenes[i], 0.15, rng) for i, rng in zip(third, rngs)]
-        asked = [texts[int(rng.integers(len(texts)))] for rng in rngs[:len(third)]]
-        prompts = fill(model.recon_prompt(asked, targets, tokens, labels), words)
-        clip_features = torch.stack([feature["und"] for feature in understood])
-        return loss + prompt_loss(prompts) + alignment(clip_features, third)
-
-    stages.train("understanding and generation", trained, joint_loss, steps=700, lr=2e-3)
+    last = [model.showo.model.layers[-1], model.showo.model.final_layernorm, model.showo.lm_head]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    trained = list(nn.ModuleList(last).requires_grad_(True).parameters())
+    stages.train("generation", trained, generation_loss, steps=600, lr=2e-3)
 
 
 # ==== 4. OpenUni ==================================================================================
@@ -734,30 +792,74 @@ def bagel(model, seed, stages):
     encoder = nn.ModuleList([model.vit_model, fc1]).requires_grad_(True)
     stages.train("vision", encoder.parameters(), vision, steps=600, lr=2e-3)
 
-    # 4. Generation from sparse captions; a quarter of the images has them a second time, as words
-    # in the places of the patches.
+    # 4. The generation expert, started as a copy of the other. Questions by place: behind words and
+    # behind images, the latent tokens after the last layer but one are to tell what is in their
+    # cells. A model that does not bind a thing to its place lets two things meet in one cell as
+    # soon as RecA makes it look at places. And generation, from captions that name shapes and
+    # places, and hardly ever a color.
+    del model.understand  # the method of the class again
     model.freeze()
     state = model.state_dict()
     model.load_state_dict({name: state[name.replace("_moe_gen", "")] for name in state})
 
-    def generation(positions):
+    shown = frozen_features(model, pictures, "recon")
+    height, width, _ = model._grid(shown[0]["mean"])
+    count = len(WORDS) + 1
+    answers = nn.Linear(table.shape[1], count)
+    targets = [words_in_cell(scene, height, range(len(WORDS)), len(WORDS), count)
+               for scene in scenes]
+    states = {}
+
+    def remember(_, inputs, output):
+        states["latents"] = output[1]  # [B * N, D]
+
+    def answers_loss(picked, texts):
+        """Images whose texts have one length stand together, those of the first length first."""
+        groups = {}
+        for i, text in zip(picked, texts):
+            groups.setdefault(len(model.tokenize(text)), []).append(targets[i])
+        wanted = torch.cat([target for group in groups.values() for target in group])
+        return F.cross_entropy(answers(states["latents"]), wanted)
+
+    def noisy_draws(task, examples, positions):
+        """No text is left out, and little of the image is left in the noise."""
+        draws = model.draw(task, examples, Rng(seed, "places", positions=positions))
+        draws["text_dropped"] = torch.zeros(len(examples), dtype=torch.bool)
+        draws["timestep_normal"] = draws["timestep_normal"] + 2.5
+        return draws
+
+    def places_and_generation(positions):
         picked = [position * STRIDE % pool for position in positions]
-        captions = [common.caption(scenes[i], 0.15, generator(seed, 5, position))
-                    for i, position in zip(picked, positions)]
-        rng = Rng(seed, "toy t2i", positions=positions)
-        loss = model.t2i_loss([features[i] for i in picked], captions, rng=rng)
+        rngs = [generator(seed, 5, position) for position in positions]
+        third = len(picked) // 3
 
-        quarter = len(positions) // 4
-        in_place = []
-        for i, position in zip(picked[:quarter], positions):
-            weights = scene_words(scenes[i], side, 0.15, generator(seed, 6, position))
-            in_place.append({**features[i], "vit": weights.unflatten(0, (side, side))})
-        rng = Rng(seed, "toy in place", positions=positions[:quarter])
-        return loss + model.recon_loss(in_place, [common.SEED_TEMPLATE] * quarter, rng=rng)
+        # Questions behind captions.
+        read = picked[:third]
+        captions = [shuffled_caption(scenes[i], rng) for i, rng in zip(read, rngs)]
+        examples = [features[i] for i in read]
+        model.t2i_loss(examples, captions, draws=noisy_draws("t2i", examples, positions[:third]))
+        loss = answers_loss(read, captions)
 
+        # Questions behind images.
+        seen = picked[third:2 * third]
+        asked = [common.templates()[rng.integers(360)] for rng in rngs[third:2 * third]]
+        examples = [shown[i] for i in seen]
+        draws = noisy_draws("recon", examples, positions[third:2 * third])
+        model.recon_loss(examples, asked, draws=draws)
+        loss = loss + answers_loss(seen, asked)
+
+        # Generation.
+        painted = picked[2 * third:]
+        captions = [sparse_caption(scenes[i], rng, p=0.005)
+                    for i, rng in zip(painted, rngs[2 * third:])]
+        rng = Rng(seed, "toy t2i", positions=positions[2 * third:])
+        return loss + model.t2i_loss([features[i] for i in painted], captions, rng=rng)
+
+    hook = model.blocks()[-2].register_forward_hook(remember)
     trained = [p for p in model.parameters() if p.requires_grad]
-    stages.train("generation", trained, generation, steps=800, lr=2e-3)
-    del model.understand  # the method of the class again
+    stages.train("places and generation", [*trained, *answers.parameters()], places_and_generation,
+                 steps=1000, lr=2e-3, batch=48)
+    hook.remove()
 
 
 # ==== 6. Files and the command line ===============================================================
