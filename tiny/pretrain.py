@@ -312,7 +312,7 @@ def showo(model, seed, stages):
         half = drawn[::2]
         talks = [[(common.SEED_TEMPLATE, common.caption(scene))] for scene in half]
         talk_ids, talk_labels = model._pad_conversations(talks)
-        prompts = model.i2t_prompt(talk_ids, talk_labels, [{}] * len(half))
+        prompts = model._i2t_batch(talk_ids, talk_labels, [{}] * len(half))
         prompts = fill(prompts, [scene_ids(scene) for scene in half])
         return loss + prompt_loss(prompts, shift=True)
 
@@ -386,7 +386,7 @@ def showo(model, seed, stages):
         tokens, labels = model._mask_tokens(targets, draws)
         words = [scene_ids(scenes[i], 0.15, rng) for i, rng in zip(third, rngs)]
         asked = [texts[int(rng.integers(len(texts)))] for rng in rngs[:len(third)]]
-        prompts = fill(model.recon_prompt(asked, targets, tokens, labels), words)
+        prompts = fill(model._recon_batch(asked, targets, tokens, labels), words)
         clip_features = torch.stack([feature["und"] for feature in understood])
         return loss + prompt_loss(prompts) + alignment(clip_features, third)
 
