@@ -124,10 +124,10 @@ Commands:
                                         --und-size 512 | 256 | 128, or --blur 8, are the rows of F.2
     python reca_showo.py --model DIR --steps 0 --generate prompts.txt --out samples
 
-In which order to read. recon_loss in section 5 is RecA. From there go to recon_prompt (section 4)
-and PromptBatch (section 2: what a prompt and its mask are), then to encode and understand (section
-2: what is frozen, what becomes an embedding), then to _sample (section 6). Sections 1 and 3 are for
-looking things up. How a step is taken stands in common.py.
+In which order to read. recon_loss in section 5 is RecA. From there go to recon_prompt and
+_recon_batch (section 4) and PromptBatch (section 2: what a prompt and its mask are), then to encode
+and understand (section 2: what is frozen, what becomes an embedding), then to _sample (section 6).
+Sections 1 and 3 are for looking things up. How a step is taken stands in common.py.
 
 Words: und, understanding; gen, generation; t2i, text to image; i2t, image to text; marker, an id
 that is no word but tells the model what comes (<mmu>: a question about an image; <t2i>: an image
@@ -1004,9 +1004,44 @@ class Showo(nn.Module):
         """A text -> its list of ids, without any marker."""
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def recon_prompt(self, templates, features, tokens=None, labels=None):
-        """concat(t, h_und) of equation (2), and the image behind it: B templates about the images
-        with these features -> PromptBatch. InputError for a template that is too long.
+    def recon_prompt(self, template, image):
+        """concat(t, h_und) of equation (2): the ids of one prompt. image: what stands for the image
+        in it, places or codes, as _und_ids makes them."""
+        c = self.config
+        text = self._between_eot(self._template_ids(template))
+        return [c.mmu, c.soi, *image, c.eoi, *text]
+
+    def t2i_prompt(self, caption):
+        """Text to image: the ids of one prompt; "" is the prompt without a caption."""
+        return [self.config.t2i, *self._between_eot(self.tokenize(caption))]
+
+    def i2t_prompt(self, question):
+        """A question about an image: its ids, behind which the answer follows."""
+        return self.tokenize(f"USER: {common.plain(question, MARKERS)} ASSISTANT:")
+
+    def conversation(self, turns):
+        """[(question, answer), ...] -> ids and labels of "USER: q ASSISTANT: a<eot>USER: ...", two
+        lists. Answers and their <eot> are labels. What is longer than the recipe's room is cut."""
+        ids = []
+        labels = []
+        for question, answer in turns:
+            answer = common.plain(answer, MARKERS).strip()
+            question_ids = self.i2t_prompt(question.strip())
+            answer_ids = self.tokenize(f" {answer}") + [self.config.eot]
+            ids += question_ids + answer_ids
+            labels += [IGNORED] * len(question_ids) + answer_ids
+
+        config = self.config
+        room = config.max_text
+        if config.w_clip_vit:
+            # The original makes this prompt as long as that of t2i, so that both share a batch:
+            # 996 slots at 512 px, 228 at 256 px.
+            room = config.max_text + config.num_tokens - config.num_clip - config.system_len
+        return ids[:room], labels[:room]
+
+    def _recon_batch(self, templates, features, tokens=None, labels=None):
+        """B templates about the images with these features, and the image to write behind each ->
+        PromptBatch. InputError for a template that is too long.
 
         CLIP variant: the embeddings are seen by every token, also by the two before them. Text is
         causal. The N image tokens see everything in front of them and each other, but not the
@@ -1014,25 +1049,29 @@ class Showo(nn.Module):
         everything in front of it.
         """
         config = self.config
-        texts = [self._between_eot(self._template_ids(template)) for template in templates]
+        images = self._und_ids(features)
+        fronts = []
+        for template, image in zip(templates, images):
+            fronts.append(self.recon_prompt(template, image))
+
+        # All fronts get the same length: their image, three markers, and room for the text.
         room = config.max_text
         if config.w_clip_vit:
             room = config.recon_text - 3  # <mmu>, <soi> and <eoi> are counted in these slots
-        longest = max(len(text) for text in texts)
-        if longest > room:
-            raise InputError(f"a template takes {longest} tokens, the RecA prompt has room for "
-                             f"{room}: shorten it")
+        length = len(images[0]) + 3 + room
+        longest = max(len(front) for front in fronts)
+        if longest > length:
+            raise InputError(f"a template takes {longest - length + room} tokens, the RecA prompt "
+                             f"has room for {room}: shorten it")
 
-        fronts = []
-        images = self._und_ids(features)
-        for image, text in zip(images, texts):
-            front = [config.mmu, config.soi, *image, config.eoi, *text]
-            padding = [config.pad] * (room - len(text))
+        padded = []
+        for front in fronts:
+            padding = [config.pad] * (length - len(front))
             if config.w_clip_vit:
-                fronts.append(front + padding)
+                padded.append(front + padding)
             else:
-                fronts.append(padding + front)
-        prompts = self._append_image(fronts, tokens, labels)
+                padded.append(padding + front)
+        prompts = self._append_image(padded, tokens, labels)
 
         # Who sees whom, where it is not causal. `last` is the closing <eoi>.
         last = prompts.ids.shape[1] - 1
@@ -1049,10 +1088,9 @@ class Showo(nn.Module):
             prompts.last_seen[:, last - config.num_tokens - 1:] = last
         return prompts
 
-    def t2i_prompt(self, captions, tokens=None, labels=None, slots=None):
-        """Text to image: B captions and an image behind each -> PromptBatch. "" is the prompt
-        without a caption. slots: ids that a text may have, with its two <eot>; a longer one is cut
-        and closed with <eot>.
+    def _t2i_batch(self, captions, tokens=None, labels=None, slots=None):
+        """B captions and the image to write behind each -> PromptBatch. slots: ids that a text may
+        have, with its two <eot>; a longer one is cut and closed with <eot>.
 
         Text is causal; <soi>, the image tokens and <eoi> see all of the text and each other. In
         training these two markers are labelled with themselves, as in the original: two easy
@@ -1065,7 +1103,7 @@ class Showo(nn.Module):
 
         fronts = []
         for caption in captions:
-            front = [config.t2i, *self._between_eot(self.tokenize(caption))]
+            front = self.t2i_prompt(caption)
             if len(front) > length:
                 front = front[:length - 1] + [config.eot]
             padding = [config.pad] * (length - len(front))
@@ -1078,9 +1116,9 @@ class Showo(nn.Module):
             prompts.labels[:, -1] = prompts.ids[:, -1]
         return prompts
 
-    def i2t_prompt(self, ids, labels, features):
-        """Image to text: ids [B, T] of B conversations, padded on the right, about the images with
-        these features -> PromptBatch. labels [B, T], or None where nothing is trained.
+    def _i2t_batch(self, ids, labels, features):
+        """ids [B, T] of B conversations, padded on the right, about the images with these features
+        -> PromptBatch. labels [B, T], or None where nothing is trained.
 
         Everything is causal, but the image is seen by all (in the VQ variant also <mmu> and the
         markers around it). Padding on the right is never seen, since all others come before it.
@@ -1100,27 +1138,6 @@ class Showo(nn.Module):
             prompts.seen_by_all[:, :-ids.shape[1]] = True
         return prompts
 
-    def conversation(self, turns):
-        """[(question, answer), ...] -> ids and labels of "USER: q ASSISTANT: a<eot>USER: ...", two
-        lists. Answers and their <eot> are labels. What is longer than the recipe's room is cut."""
-        ids = []
-        labels = []
-        for question, answer in turns:
-            question = common.plain(question, MARKERS).strip()
-            answer = common.plain(answer, MARKERS).strip()
-            question_ids = self.tokenize(f"USER: {question} ASSISTANT:")
-            answer_ids = self.tokenize(f" {answer}") + [self.config.eot]
-            ids += question_ids + answer_ids
-            labels += [IGNORED] * len(question_ids) + answer_ids
-
-        config = self.config
-        room = config.max_text
-        if config.w_clip_vit:
-            # The original makes this prompt as long as that of t2i, so that both share a batch:
-            # 996 slots at 512 px, 228 at 256 px.
-            room = config.max_text + config.num_tokens - config.num_clip - config.system_len
-        return ids[:room], labels[:room]
-
     def _pad_conversations(self, conversations):
         """B conversations -> ids [B, T] and labels [B, T], padded on the right to the longest one.
         (The original pads to all of the room: slots that no other sees.)"""
@@ -1135,7 +1152,7 @@ class Showo(nn.Module):
         return ids, labels
 
     def _template_ids(self, template):
-        """A template as the question of a conversation, with the original's line break."""
+        """A template as a question, which in RecA has the original's line break."""
         return self.tokenize(f"USER: \n {template} ASSISTANT:")
 
     def _system_ids(self):
@@ -1195,7 +1212,7 @@ class Showo(nn.Module):
         tokens, labels = self._mask_tokens(features, draws)
 
         # The prompt asks for a description, but what follows it is the image.
-        prompts = self.recon_prompt(templates, features, tokens, labels)
+        prompts = self._recon_batch(templates, features, tokens, labels)
         prompts, targets = self._find_targets(prompts)
 
         # The context: the prompt with the understanding embeddings in it.
@@ -1219,7 +1236,7 @@ class Showo(nn.Module):
         texts = []
         for caption, dropped in zip(captions, draws["text_dropped"]):
             texts.append("" if dropped else caption)
-        prompts = self.t2i_prompt(texts, tokens, labels)
+        prompts = self._t2i_batch(texts, tokens, labels)
         prompts, targets = self._find_targets(prompts)
 
         context = self.embed(prompts)  # [B, L, D]
@@ -1232,7 +1249,7 @@ class Showo(nn.Module):
         (question, answer) turns about an image -> scalar, the mean over all ids of answers. Nothing
         is drawn."""
         ids, labels = self._pad_conversations(conversations)
-        prompts = self.i2t_prompt(ids, labels, features)
+        prompts = self._i2t_batch(ids, labels, features)
         prompts, targets = self._find_targets(prompts, shift=True)
 
         context = self.embed(prompts, self.understand(features))  # [B, L, D]
@@ -1351,7 +1368,7 @@ class Showo(nn.Module):
         """Text to image: B texts -> PIL images, in one batch. num_steps, guidance_scale (1: none)
         and all other settings: see _sample; None: the config's."""
         texts = [common.plain(text, MARKERS) for text in prompts]
-        batch = self.t2i_prompt(texts, slots=self.config.max_prompt)
+        batch = self._t2i_batch(texts, slots=self.config.max_prompt)
         return self._paint_images(
             batch, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed, **settings)
 
@@ -1364,7 +1381,7 @@ class Showo(nn.Module):
         features = self.encode(samples, "recon")
         if templates is None:
             templates = [common.SEED_TEMPLATE] * len(images)
-        batch = self.recon_prompt(templates, features)
+        batch = self._recon_batch(templates, features)
         return self._paint_images(
             batch, features, num_steps=num_steps, guidance_scale=guidance_scale, seed=seed,
             **settings)
@@ -1376,9 +1393,8 @@ class Showo(nn.Module):
         line break in it, which no training had.)"""
         samples = [self.preprocess(image, "i2t") for image in images]
         features = self.encode(samples, "i2t")
-        asked = self.tokenize(f"USER: {common.plain(question, MARKERS)} ASSISTANT:")
-        ids = torch.tensor([asked] * len(images))  # [B, T]
-        prompts = self.i2t_prompt(ids, None, features)
+        ids = torch.tensor([self.i2t_prompt(question)] * len(images))  # [B, T]
+        prompts = self._i2t_batch(ids, None, features)
         und = self.understand(features)
 
         answers = []
@@ -1460,7 +1476,7 @@ class Showo(nn.Module):
         # length, so that its image tokens have the same positions. Both go through Phi together.
         if guidance != 0:
             slots = prompts.ids.shape[1] - config.num_tokens - 3
-            prompts = prompts.stack(self.t2i_prompt([""] * batch, slots=slots))
+            prompts = prompts.stack(self._t2i_batch([""] * batch, slots=slots))
 
         # Everything before <soi>, once.
         prompts = prompts.without_padding(config.pad).to(self.device)

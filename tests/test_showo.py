@@ -193,7 +193,7 @@ def recon_inputs(model, config, golden, prefix):
 def recon_batch(model, features, templates, draws):
     """What recon_loss makes of its arguments."""
     tokens, labels = model._mask_tokens(features, draws)
-    return model.recon_prompt(templates, features, tokens, labels)
+    return model._recon_batch(templates, features, tokens, labels)
 
 
 def logits_of(model, prompts, und=None):
@@ -256,7 +256,7 @@ def test_parity_showo_t2i_loss(clip_model, config, golden, norms):
     given = draws(golden, "t2i")
     tokens, labels = clip_model._mask_tokens(features, given)
     texts = [[] if u < 0.1 else t for t, u in zip(config["t2i_prompts"], golden["t2i.draw_text_drop"])]
-    prompts = clip_model.t2i_prompt(texts, tokens, labels)
+    prompts = clip_model._t2i_batch(texts, tokens, labels)
     assert torch.equal(prompts.ids, golden["t2i.token_ids"])
     slots = clip_model.config.max_text + 1
     assert torch.equal(prompts.labels[:, slots:], golden["t2i.labels"][:, slots:])
@@ -272,7 +272,7 @@ def i2t_inputs(model, golden):
 
 def test_parity_showo_i2t_loss(clip_model, golden, norms):
     features, (ids, labels) = i2t_inputs(clip_model, golden)
-    prompts = clip_model.i2t_prompt(ids, labels, features)
+    prompts = clip_model._i2t_batch(ids, labels, features)
     at, c = first_of_clip(prompts), clip_model.config
     assert torch.equal(
         torch.cat([prompts.ids[:, :at], prompts.ids[:, at + c.num_clip :]], 1), golden["mmu.token_ids_without_image"]
@@ -291,7 +291,7 @@ def test_parity_showo_i2t_loss(clip_model, golden, norms):
 
 def test_parity_showo_i2t_vq_loss(vq_model, golden):
     features, (ids, labels) = i2t_inputs(vq_model, golden)
-    prompts = vq_model.i2t_prompt(ids, labels, features)
+    prompts = vq_model._i2t_batch(ids, labels, features)
     assert torch.equal(prompts.ids, golden["mmu_vq.token_ids"])
     assert torch.equal(prompts.labels, golden["mmu_vq.labels"])
     assert torch.equal(prompts.dense_mask(), golden["mmu_vq.attention"])
@@ -318,8 +318,8 @@ def test_parity_showo_total_loss(clip_model, config, golden, norms):
 def test_parity_showo_sampler(clip_model, config, golden):
     c, steps = clip_model.config, config["sample_steps"]
     prompts = config["gen_prompts"]
-    cond = clip_model.t2i_prompt(prompts, slots=c.max_prompt)
-    uncond = clip_model.t2i_prompt([[]] * len(prompts), slots=c.max_prompt)
+    cond = clip_model._t2i_batch(prompts, slots=c.max_prompt)
+    uncond = clip_model._t2i_batch([[]] * len(prompts), slots=c.max_prompt)
     assert torch.equal(cond.ids, golden["sample.cond_ids"])
     assert torch.equal(uncond.ids, golden["sample.uncond_ids"])
     assert torch.equal(cond.stack(uncond).dense_mask(), golden["sample.attention"])
@@ -342,7 +342,7 @@ def test_parity_showo_sampler(clip_model, config, golden):
 
 def test_parity_showo_caption(clip_model, config, golden):
     features = i2t_features(clip_model, golden)[:1]
-    prompts = clip_model.i2t_prompt(torch.tensor([config["caption"]]), None, features)
+    prompts = clip_model._i2t_batch(torch.tensor([config["caption"]]), None, features)
     at = first_of_clip(prompts)
     assert torch.equal(
         torch.cat([prompts.ids[:, :at], prompts.ids[:, at + clip_model.config.num_clip :]], 1),
@@ -560,7 +560,7 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
             "<eoi>",
         ]
         assert prompts.ids.shape[1] == c.max_text + 1 + given + 2 + n + 2
-    prompts = tiny.t2i_prompt(["red circle", ""], slots=5)
+    prompts = tiny._t2i_batch(["red circle", ""], slots=5)
     assert words(tiny, prompts.ids[0]) == [
         "[PAD]",
         "<t2i>",
@@ -573,7 +573,7 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
         "<eoi>",
     ]
     assert words(tiny, prompts.ids[1]) == ["3 [PAD]", "<t2i>", "2 <eot>", "<soi>", f"{n} mask", "<eoi>"]
-    prompts = tiny.t2i_prompt(["red circle and blue cross"], slots=4)  # too long: cut and closed
+    prompts = tiny._t2i_batch(["red circle and blue cross"], slots=4)  # too long: cut and closed
     assert words(tiny, prompts.ids[0])[:6] == ["<t2i>", "<eot>", "red", "circle", "<eot>", "<soi>"]
     turns = [("What is it?", "a red circle"), ("Where?", "top-left")]
     ids, labels = tiny.conversation(turns)
@@ -599,7 +599,7 @@ def test_showo_prompt_layouts(tiny, monkeypatch):
     assert answers == ["a", "red", "circle", "<|endoftext|>", "top-left", "<|endoftext|>"]
     (feature,) = tiny.encode([tiny.preprocess(image, "i2t")], "i2t")
     monkeypatch.setattr(tiny.config, "system_len", 28)  # the tiny model has no system prompt, the released ones have
-    prompts = tiny.i2t_prompt(torch.tensor([ids]), torch.tensor([labels]), [feature])
+    prompts = tiny._i2t_batch(torch.tensor([ids]), torch.tensor([labels]), [feature])
     conversation = words(tiny, torch.tensor(ids))
     if c.w_clip_vit:
         system = tiny.tokenizer.convert_ids_to_tokens(tiny.tokenize(reca_showo.SYSTEM_PROMPT))
@@ -691,10 +691,10 @@ def test_showo_describe_equals_uncached(tiny):
     asked = torch.tensor([tiny.tokenize("USER: Describe the image in detail. ASSISTANT:")]).expand(2, -1)
     with torch.no_grad():
         und = tiny.understand(features)
-        new = tiny._continue(tiny.i2t_prompt(asked, None, features), und, 5, stop=False)
+        new = tiny._continue(tiny._i2t_batch(asked, None, features), und, 5, stop=False)
         ids = asked
         for step in range(5):
-            logits = logits_of(tiny, tiny.i2t_prompt(ids, None, features), und)[:, -1]
+            logits = logits_of(tiny, tiny._i2t_batch(ids, None, features), und)[:, -1]
             assert torch.equal(logits.argmax(-1), new[:, step])
             ids = torch.cat([ids, logits.argmax(-1)[:, None]], 1)
     texts = tiny.describe(images, max_new_tokens=4)

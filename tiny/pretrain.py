@@ -387,7 +387,7 @@ def showo(model, seed, stages):
         half = drawn[::2]
         talks = [[(common.SEED_TEMPLATE, common.caption(scene))] for scene in half]
         talk_ids, talk_labels = model._pad_conversations(talks)
-        prompts = model.i2t_prompt(talk_ids, talk_labels, [{}] * len(half))
+        prompts = model._i2t_batch(talk_ids, talk_labels, [{}] * len(half))
         prompts = fill(prompts, [scene_ids(scene) for scene in half])
         return loss + prompt_loss(prompts, shift=True)
 
