@@ -373,7 +373,7 @@ def read_object(path):
     return content
 
 
-def read_whole_lines(path):
+def read_intact_lines(path):
     """The objects in a .jsonl that runs append to; [] where there is no such file. Skipped are
     lines that are no object: empty ones, and those that a kill has left half-written."""
     if not path.exists():
@@ -386,13 +386,13 @@ def read_whole_lines(path):
     return [content for content in objects if isinstance(content, dict)]
 
 
-def mend_lines(path, keep=lambda row: True):
+def mend_jsonl(path, keep=lambda row: True):
     """Rewrites a .jsonl that runs append to, with its whole lines alone, and returns their objects.
 
     Left out are also those that `keep` refuses, or that lack what `keep` looks at.
     """
     kept = []
-    for row in read_whole_lines(path):
+    for row in read_intact_lines(path):
         with contextlib.suppress(KeyError, TypeError):
             if keep(row):
                 kept.append(row)
@@ -546,8 +546,8 @@ def load_training(folder, mmap=False):
 
 
 @contextlib.contextmanager
-def resuming(folder):
-    """with resuming(checkpoint): read it. Where that fails, the InputError offers the checkpoint
+def offer_earlier_checkpoint(folder):
+    """with offer_earlier_checkpoint(checkpoint): read it. Where that fails, the InputError offers the checkpoint
     before it: two are kept, so that a damaged one does not cost the run."""
     try:
         yield
@@ -1338,7 +1338,7 @@ def left_out(left):
     return f"; left out: {counted(left)}" if counted(left) else ""
 
 
-def image_rows(source, out=None):
+def image_examples(source, out=None):
     """Examples of unlabelled images, from a folder (with those below it, and the uncompressed .tar
     files in them: WebDataset), from one .tar, or from one image.
 
@@ -1400,7 +1400,7 @@ def image_rows(source, out=None):
     return examples
 
 
-def read_rows(path, what, read):
+def read_examples(path, what, read):
     """[read(i, row), ...] for the rows of a file: a .json that holds a list, or a .jsonl.
 
     what: what a row must be, in words. Raises InputError for the first one that is something else:
@@ -1421,7 +1421,7 @@ def read_rows(path, what, read):
 
 def text_in(row, *keys):
     """The text under the first of the keys that the row has. Raises KeyError where there is none,
-    as read_rows expects it."""
+    as read_examples expects it."""
     text = None
     for key in keys:
         if key in row:
@@ -1466,7 +1466,7 @@ def paired_turns(turns):
     return pairs, unpaired
 
 
-def conversation_rows(path, folder):
+def conversation_examples(path, folder):
     """Examples for L_i2t, from a file as LLaVA's: a .json list, or a .jsonl, of
 
         {"image": name (optional), "conversations": [{"from": "human", "value": ...},
@@ -1496,7 +1496,7 @@ def conversation_rows(path, folder):
             return f"text {i}", None, turns
         return image, folder / image, turns
 
-    examples = read_rows(path, "a LLaVA conversation (image, conversations)", read)
+    examples = read_examples(path, "a LLaVA conversation (image, conversations)", read)
     examples = [example for example in examples if example is not None]
     if not examples:
         raise InputError(f"{path}: no conversation of a human and gpt{left_out(left)}")
@@ -1504,14 +1504,14 @@ def conversation_rows(path, folder):
     return examples
 
 
-def caption_rows(path):
+def caption_examples(path):
     """Examples for L_t2i, from a .jsonl of {"image": name, "caption": text}, where the images are
     relative to the folder of the file. Raises InputError for a malformed row."""
     def read(i, row):
         image = row["image"]
         return image, Path(path).parent / image, text_in(row, "caption")
 
-    return read_rows(path, "an image with its caption (image, caption)", read)
+    return read_examples(path, "an image with its caption (image, caption)", read)
 
 
 class Cache:
@@ -2159,7 +2159,7 @@ class Trainer:
         have logged steps that no checkpoint holds."""
         if world()[0] != 0:
             return open(os.devnull, "w")
-        mend_lines(self.out / "log.jsonl", lambda row: row["step"] <= self.step)
+        mend_jsonl(self.out / "log.jsonl", lambda row: row["step"] <= self.step)
         return open(self.out / "log.jsonl", "a", buffering=1)
 
     def can_halve_micro_batches(self):
@@ -2281,7 +2281,7 @@ def run(model_class, args, prepare=lambda model, args: {}, trainer_class=Trainer
 
     # Bad files end the run here, before anything is downloaded, and not after days of training.
     check_out(args)
-    rows = build_rows(args) if args.steps else {}
+    rows = build_examples(args) if args.steps else {}
     inference_jobs = dict(inference_jobs) | asked_inference(args)
 
     checkpoint = own_checkpoints(args.out)[-1] if args.resume else None
@@ -2310,7 +2310,7 @@ def load_model(model_class, args, device, checkpoint):
         model = model_class.from_pretrained(args.model, **options)
     else:
         # A look at trainer.pt comes first: the error offers the checkpoint before a damaged one.
-        with resuming(checkpoint):
+        with offer_earlier_checkpoint(checkpoint):
             load_training(checkpoint, mmap=True)
             model = model_class.from_pretrained(str(checkpoint), **options)
 
@@ -2324,7 +2324,7 @@ def load_model(model_class, args, device, checkpoint):
 def post_train(model, args, rows, prepare, trainer_class, checkpoint):
     """The training of a run, from the images to the last checkpoint.
 
-    rows: {"recon": rows, ...} from build_rows. checkpoint: where a resumed run goes on, or None.
+    rows: {"recon": rows, ...} from build_examples. checkpoint: where a resumed run goes on, or None.
     The other arguments are those of `run`.
     """
     out = Path(args.out)
@@ -2334,7 +2334,7 @@ def post_train(model, args, rows, prepare, trainer_class, checkpoint):
         remove_old_files(out, resumed)
 
     # The data: an endless stream of images with a text for each loss whose λ is not 0.
-    rows = complete_rows(model, args, rows)
+    rows = complete_examples(model, args, rows)
     streams = open_streams(model, args, rows)
 
     # The model as it is before RecA, for comparison.
@@ -2350,7 +2350,7 @@ def post_train(model, args, rows, prepare, trainer_class, checkpoint):
     trainer = set_up_training(model, streams, args, prepare, trainer_class, previews.show)
     record_run(args, model.device, again=True)
     if resumed:
-        with resuming(checkpoint):
+        with offer_earlier_checkpoint(checkpoint):
             trainer.resume(checkpoint)
     model.train()
     trainer.train()
@@ -2373,8 +2373,8 @@ def remove_old_files(out, resumed):
             remove(path)
 
 
-def complete_rows(model, args, rows):
-    """{"recon": rows, ...} from build_rows -> the rows of each loss whose λ is not 0.
+def complete_examples(model, args, rows):
+    """{"recon": rows, ...} from build_examples -> the rows of each loss whose λ is not 0.
 
     The toy world is drawn in the model's size. For L_i2t without data the model describes images.
     """
@@ -2888,27 +2888,27 @@ def check_args(args):
 TOYS = ("tiny", "tiny-vq")
 
 
-def build_rows(args):
+def build_examples(args):
     """The data of the losses whose λ is not 0 -> {"recon": rows, ...} (section 5).
 
-    Where L_i2t has no data, "recon" is there for complete_rows, which has its images described.
+    Where L_i2t has no data, "recon" is there for complete_examples, which has its images described.
     InputError for files that are missing or malformed.
     """
     toy = args.data == "shapes"
     rows = {}
     if args.lambda_recon or (args.lambda_i2t and not args.i2t_data):
-        rows["recon"] = Shapes(seed=args.seed) if toy else image_rows(args.data, args.out)
+        rows["recon"] = Shapes(seed=args.seed) if toy else image_examples(args.data, args.out)
 
     if args.lambda_i2t and args.i2t_data == "shapes":
         rows["i2t"] = Shapes(seed=args.seed, captions=1.0, dialogue=True)
     elif args.lambda_i2t and args.i2t_data:
-        rows["i2t"] = conversation_rows(args.i2t_data, args.i2t_images)
+        rows["i2t"] = conversation_examples(args.i2t_data, args.i2t_images)
 
     if args.lambda_t2i:
         if toy and args.captions in TOY_CAPTIONS:
             rows["t2i"] = Shapes(seed=args.seed, captions=TOY_CAPTIONS[args.captions])
         else:
-            rows["t2i"] = caption_rows(args.captions)
+            rows["t2i"] = caption_examples(args.captions)
     return rows
 
 
@@ -3069,7 +3069,7 @@ def set_up_training(model, streams, args, prepare, trainer_class, show=None):
     if args.optimizer == "bf16":
         lower_precision(model)
     options = prepare(model, args)
-    speed_up(model, args)
+    checkpoint_blocks(model, args)
     optimizer = make_optimizer(model, args, low_precision=args.optimizer == "bf16")
     trainer = trainer_class(model, streams, args, show, optimizer, **options)
 
@@ -3388,7 +3388,7 @@ def cross_entropy_sum(head, hidden, labels, at_once=1024):
     return HeadCrossEntropy.apply(hidden, head.weight, head.bias, labels, at_once)
 
 
-def speed_up(model, args):
+def checkpoint_blocks(model, args):
     """--checkpointing: in training only the input of each block is kept, and the block is computed
     again in the backward pass."""
     from torch.utils.checkpoint import checkpoint
@@ -3407,7 +3407,7 @@ def speed_up(model, args):
 
 def compile_blocks(model):
     """--compile, block by block. What the block computes is compiled, and what wraps it later (see
-    speed_up) is not: a graph cannot hold a checkpoint that another wrapper calls."""
+    checkpoint_blocks) is not: a graph cannot hold a checkpoint that another wrapper calls."""
     # All layers have the same code, and torch compiles it anew for each kind of input: with and
     # without a graph, for one length and for any. Its limit of 8 versions is too few.
     limit = 8 * len(model.blocks())
@@ -3683,7 +3683,7 @@ def geneval_jobs(file, out, images):
         samples = out / f"{i:05d}" / "samples"
         return text_in(row, "prompt"), [samples / f"{k:05d}.png" for k in range(images)], row
 
-    return read_rows(file, "a prompt of GenEval (prompt)", job)
+    return read_examples(file, "a prompt of GenEval (prompt)", job)
 
 
 def wise_or_compbench_jobs(file, out):
@@ -3695,7 +3695,7 @@ def wise_or_compbench_jobs(file, out):
         return text_in(row, "Prompt", "Question"), [inside(out, f"{name}.png")], None
 
     what = "a prompt (Prompt and prompt_id, or Question and Question_id)"
-    return read_rows(file, what, job)
+    return read_examples(file, what, job)
 
 
 def text_jobs(file, out, images):
@@ -3775,7 +3775,7 @@ def output_paths(names, out):
 def reconstruct_jobs(source, out):
     """--reconstruct -> [(name, source, where its reconstruction belongs)]. InputError where there
     is no image, or a file is in the way."""
-    rows = image_rows(source, out)
+    rows = image_examples(source, out)
     paths = output_paths([name for name, *_ in rows], out)
     outputs = [(name, paths[name]) for name, *_ in rows]
     outputs.append(("the overview", Path(out) / OVERVIEW))
@@ -3827,7 +3827,7 @@ def questions(args):
     """
     source = Path(args.describe)
     if source.is_dir():
-        rows = image_rows(source, args.out)
+        rows = image_examples(source, args.out)
         return [(name, image, args.question, Path(name).name) for name, image, _ in rows]
     if not source.exists():
         raise InputError(f"no such folder or question file: {source}")
@@ -3839,7 +3839,7 @@ def questions(args):
         image = row["image"]
         return key, folder / image, text_in(row, "text", "question"), Path(image).name
 
-    return read_rows(source, "a question (image, text)", read)
+    return read_examples(source, "a question (image, text)", read)
 
 
 def answers(model, args, rows, title):
@@ -3858,7 +3858,7 @@ def check_answers(out):
     """InputError where out/answers.jsonl is not ours to go on with."""
     path = Path(out) / "answers.jsonl"
     keys = {"question_id", "image", "question", "answer", "made_from"}
-    if path.exists() and not all(keys <= row.keys() for row in read_whole_lines(path)):
+    if path.exists() and not all(keys <= row.keys() for row in read_intact_lines(path)):
         raise InputError(
             f"{path} is in the way, and does not say what it was made from: move it, or choose "
             "another --out")
@@ -3883,8 +3883,8 @@ def describe_files(model, args, rows):
         return wanted.get(key_of(row)) in (None, row["made_from"])
 
     path = Path(args.out) / "answers.jsonl"
-    before = {key_of(row) for row in read_whole_lines(path)}
-    done = {key_of(row) for row in mend_lines(path, is_kept)}
+    before = {key_of(row) for row in read_intact_lines(path)}
+    done = {key_of(row) for row in mend_jsonl(path, is_kept)}
     todo = [row for row in rows if answer_key(row[0], row[3], row[2]) not in done]
 
     count = 0
@@ -3941,10 +3941,10 @@ def describe_first(model, args, rows, path):
         write(path, descriptions)
     if dist.is_initialized():
         dist.barrier()
-    return described(rows, path)
+    return described_examples(rows, path)
 
 
-def described(rows, path):
+def described_examples(rows, path):
     """The rows of L_i2t from the descriptions in `path`, which describe_first has written.
 
     Images are found by their names, since files may have come or gone. Descriptions of images that
@@ -4342,7 +4342,7 @@ class ToyEffect:
         self.model = model
         self.args = args
         self.out = Path(args.out)
-        self.captions = [caption(scene) for scene in told_scenes()]
+        self.captions = [caption(scene) for scene in effect_scenes()]
         self.files = []         # what the captions gave before RecA, for a resumed run
         for k in range(len(self.captions)):
             self.files.append(self.out / "previews" / f"told_before_{k}.png")
@@ -4380,7 +4380,7 @@ class ToyEffect:
         for name, after in scores["after"].items():
             print(f"{name:<22}{before.get(name, math.nan):>8.2f}{after:>8.2f}")
         if before and self.args.lambda_recon and not self.args.lambda_t2i:
-            print(effect_words(before, scores["after"]))
+            print(effect_sentence(before, scores["after"]))
 
         if previews.before and all(path.is_file() for path in self.files):
             pictures = [load_image(path) for path in self.files]
@@ -4389,14 +4389,14 @@ class ToyEffect:
             write(self.out / "effect.png", effect_picture(asked, shown))
 
 
-def told_scenes(count=6):
+def effect_scenes(count=6):
     """Held-out scenes whose captions effect.png paints: half with one object, half with two. (This
     seed's six scenes show all colors.)"""
     rng = np.random.default_rng(264)
     return [random_scene(rng, 1 if k < count // 2 else 2) for k in range(count)]
 
 
-def effect_words(before, after):
+def effect_sentence(before, after):
     """A sentence on what RecA did to text to image in a toy run, from its scores."""
     points = round(100 * (after["overall"] - before["overall"]))
     if points >= 5:

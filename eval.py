@@ -113,7 +113,7 @@ def need(row, names, where):
     return [row[name] for name in names]
 
 
-def read_rows(path, *fields, kind=list):
+def read_examples(path, *fields, kind=list):
     """A released file: a JSON list or object (kind), or for .jsonl an object a line; each row has
     `fields`."""
     data = common.read_json(path, lines=str(path).endswith(".jsonl"))
@@ -1350,7 +1350,7 @@ def geneval(out, args, problems):
     colors, places. OUT/<index, 5 digits>/metadata.jsonl, OUT/<index>/samples/<digits>.png, 4 each.
     Official: mmdet 2's Mask2Former Swin-S, open_clip's ViT-L/14. Here: the same architectures in
     transformers, float32; Meta's detector weights."""
-    rows = read_rows(args.prompts, "tag", "include", "prompt")
+    rows = read_examples(args.prompts, "tag", "include", "prompt")
     items = []
     work = {}
     for path in sorted(out.iterdir()):
@@ -1632,7 +1632,7 @@ def wise_prompts(source):
     groups = {}
     for file in files:
         fields = ("Prompt", "Explanation", "Category", "Subcategory", "prompt_id")
-        for row in read_rows(file, *fields):
+        for row in read_examples(file, *fields):
             number = row["prompt_id"]
             kind = row["Category"]
             part = row["Subcategory"]
@@ -1728,7 +1728,7 @@ def compbench(out, args, problems):
     Qwen2.5-VL-32B-Instruct, greedy, 512 tokens. Complex: the mean of three; Overall: of all ten
     (fits Table 12)."""
     text, _ = judge_prompt(args.judge_prompt, "prompt")
-    rows = read_rows(args.prompts, "Question", "Category", "Question_id")[:args.limit]
+    rows = read_examples(args.prompts, "Question", "Category", "Question_id")[:args.limit]
     items = []
     category = {}
     for row in rows:
@@ -1807,12 +1807,12 @@ def imgedit(out, args, problems):
     OUT/<key>.png. The judge sees the text for the edit's type, source and result, and gives three
     ratings 1..5. Official judge: gpt-4.1-2025-04-14, default temperature. The paper's rows fit
     neither overall, by key or by type, exactly."""
-    edits = read_rows(args.prompts, "id", "prompt", "edit_type", kind=dict)
+    edits = read_examples(args.prompts, "id", "prompt", "edit_type", kind=dict)
     edits = first_rows(edits, args.limit)
     types = {key: edit["edit_type"] for key, edit in edits.items()}
     unknown = set(types.values()) - set(IMGEDIT)
     require(not unknown, f"{args.prompts}: unknown edit_type {unknown}")
-    texts = read_rows(args.judge_prompt, kind=dict)
+    texts = read_examples(args.judge_prompt, kind=dict)
     need(texts, set(types.values()), args.judge_prompt)
 
     items = []
@@ -1948,7 +1948,7 @@ def gedit(out, args, problems):
     --prompts: the data set as JSON lines. VIEScore, the lower of two ratings 0..10: SC sees source
     and result (resized to the source), PQ the result alone; as JPEG. Official judge:
     gpt-4.1-2025-04-14, 1400 tokens."""
-    rows = read_rows(args.prompts, "key", "task_type", "instruction", "instruction_language")
+    rows = read_examples(args.prompts, "key", "task_type", "instruction", "instruction_language")
     rows = [row for row in rows if row["instruction_language"] == "en"][:args.limit]
     sc_text, pq_text = gedit_texts(args.judge_prompt)
     # The official local judge gets the images first, and fewer tokens.
@@ -2063,7 +2063,7 @@ def pope(args):
     """POPE (Li et al. 2023, github.com/RUCAIBox/POPE): accuracy and F1 are means over the three
     categories. --questions: llava_pope_test.jsonl; --labels: folder of coco_pope_<category>.json of
     commit e3e3926, joined with it by image and question."""
-    rows = read_rows(args.questions, "question_id", "image", "text", "category")
+    rows = read_examples(args.questions, "question_id", "image", "text", "category")
     require(args.prepare or args.labels,
             "pope needs --labels DIR with coco_pope_random.json, _popular, _adversarial")
     if args.labels:
@@ -2169,7 +2169,7 @@ def gqa_correct(reply, gold):
 def gqa(args):
     """GQA, testdev balanced (Hudson & Manning 2019): exact match. --questions:
     testdev_balanced_questions.json, or rows of question_id, image, text, answer."""
-    rows = read_rows(args.questions, kind=(dict, list))
+    rows = read_examples(args.questions, kind=(dict, list))
     if isinstance(rows, dict):
         released = rows
         rows = []
@@ -2305,7 +2305,7 @@ def mmmu(args):
     BAGEL's. --questions: the rows: id, question, options (a list, or its text as released), answer,
     image or image_1. An open question may have several answers, any of which is right: a list, or
     its text."""
-    rows = read_rows(args.questions, "id", "question", "options", "answer")
+    rows = read_examples(args.questions, "id", "question", "options", "answer")
     for row in rows:
         options = as_list(row["options"])
         require(isinstance(options, list),
@@ -2333,7 +2333,7 @@ def mmmu(args):
 def seed(args):
     """SEED-Bench, images (Li et al. 2023). No official code for free answers: MMMU's rule, no
     letter is wrong. --questions: SEED-Bench.json, of which the image part counts."""
-    rows, = need(read_rows(args.questions, kind=dict), ("questions",), args.questions)
+    rows, = need(read_examples(args.questions, kind=dict), ("questions",), args.questions)
     rows = [row for row in rows if row.get("data_type", "image") == "image"]
     for row in rows:
         names = ("data_id", "question", "choice_a", "choice_b", "choice_c", "choice_d")

@@ -672,7 +672,7 @@ def test_bagel_draws_follow_the_image():
     assert {id(p) for g in model.parameter_groups(0.0) for p in g["params"]} == {
         id(p) for n, p in model.named_parameters() if n in grads
     }
-    common.speed_up(model, argparse.Namespace(checkpointing=True))
+    common.checkpoint_blocks(model, argparse.Namespace(checkpointing=True))
     model.zero_grad()
     again = model.recon_loss(features, texts, rng=rng(range(5)))
     again.backward()

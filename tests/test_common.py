@@ -44,7 +44,7 @@ def test_templates_are_drawn_with_a_seed(tmp_path):
     noise().save(tmp_path / "a.png")
 
     def drawn(seed):
-        stream = common.Stream("recon", common.image_rows(tmp_path), lambda *_: {}, seed, common.templates())
+        stream = common.Stream("recon", common.image_examples(tmp_path), lambda *_: {}, seed, common.templates())
         return [stream[k]["text"] for k in range(50)]
     assert drawn(1) == drawn(1) != drawn(2)
     assert len(set(drawn(1))) > 30
@@ -62,7 +62,7 @@ def test_every_mode_loads(tmp_path):
     base.convert("CMYK").save(tmp_path / "cmyk.jpg")
     base.save(tmp_path / "w.webp")
     base.save(tmp_path / "b.bmp")
-    rows = common.image_rows(tmp_path)
+    rows = common.image_examples(tmp_path)
     assert len(rows) == 10
     for k in range(len(rows)):
         image = common.load_image(rows[k][1])
@@ -144,12 +144,12 @@ def names(stream, positions):
 
 def test_a_stream_is_a_shuffled_permutation_every_epoch(tmp_path):
     make_folder(tmp_path, 10)
-    stream = stream_over(common.image_rows(tmp_path))
+    stream = stream_over(common.image_examples(tmp_path))
     epochs = [names(stream, range(e * 10, e * 10 + 10)) for e in range(3)]
     assert all(len(set(epoch)) == 10 for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
-    entered = names(stream_over(common.image_rows(tmp_path)), range(17, 23))                      # any position, at once
+    entered = names(stream_over(common.image_examples(tmp_path)), range(17, 23))                      # any position, at once
     assert entered == (epochs[1] + epochs[2])[7:13]
-    assert names(stream_over(common.image_rows(tmp_path), seed=5), range(10)) != epochs[0]
+    assert names(stream_over(common.image_examples(tmp_path), seed=5), range(10)) != epochs[0]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -157,7 +157,7 @@ def test_a_stream_is_a_shuffled_permutation_every_epoch(tmp_path):
 def test_ranks_and_workers_share_without_gap_or_repeat(tmp_path, monkeypatch, workers, batch):
     """The ranks' images of a step, one after the other, are those of one process, also where 3 ranks do not divide it."""
     make_folder(tmp_path, 12)
-    rows = common.image_rows(tmp_path)
+    rows = common.image_examples(tmp_path)
     parts = []
     for rank in range(3):
         monkeypatch.setattr(common, "world", lambda rank=rank: (rank, 3))
@@ -203,7 +203,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import common, torch
 resource.setrlimit(resource.RLIMIT_NOFILE, (256, 256))
 preprocess = lambda image, task, rng: {{"pixels": torch.zeros(3, 64, 64, dtype=torch.uint8)}}
-rows = common.image_rows({str(tmp_path)!r})
+rows = common.image_examples({str(tmp_path)!r})
 loaders = [common.Stream(name, rows, preprocess, 0, ["x"]).batches(0, 96, workers=4) for name in ("recon", "i2t")]
 for _ in range(4):
     steps = [next(loader) for loader in loaders]
@@ -221,8 +221,8 @@ def test_tar_shards_are_read_by_name_and_never_extracted(tmp_path, monkeypatch):
     make_tar(tmp_path / "b.tar", 4, prefix="../../evil")
     monkeypatch.setattr(tarfile.TarFile, "extract", lambda *a, **k: pytest.fail("extracted"))
     monkeypatch.setattr(tarfile.TarFile, "extractall", lambda *a, **k: pytest.fail("extracted"))
-    rows = common.image_rows(tmp_path)
-    assert len(rows) == 7 and len(common.image_rows(tmp_path / "a.tar")) == 3
+    rows = common.image_examples(tmp_path)
+    assert len(rows) == 7 and len(common.image_examples(tmp_path / "a.tar")) == 3
     assert sorted(names(stream_over(rows), range(7)))[0].startswith("../../evil")
     assert np.array_equal(np.asarray(common.load_image(rows[2][1])), np.asarray(noise(12, 12, 2)))
     assert not list(tmp_path.parent.glob("evil*"))
@@ -233,7 +233,7 @@ def test_corrupt_images_are_skipped_and_named(tmp_path):
     (tmp_path / "empty.png").write_bytes(b"")
     (tmp_path / "text.jpg").write_text("not an image")
     (tmp_path / "cut.png").write_bytes(png(noise(200, 200))[:5000])
-    stream = stream_over(common.image_rows(tmp_path))
+    stream = stream_over(common.image_examples(tmp_path))
     items = [stream[k] for k in range(9)]
     skipped = {s.split(" (")[0] for item in items for s in item["skipped"]}
     assert skipped == {"empty.png", "text.jpg", "cut.png"}
@@ -256,7 +256,7 @@ def test_a_text_without_an_image_is_no_unreadable_image():
 def test_a_folder_without_a_readable_image_stops(tmp_path):
     (tmp_path / "text.jpg").write_text("not an image")
     with pytest.raises(common.InputError, match="no row of recon could be used.*text.jpg"):
-        stream_over(common.image_rows(tmp_path))[0]
+        stream_over(common.image_examples(tmp_path))[0]
 
 
 def test_a_large_folder_starts_within_seconds(tmp_path):
@@ -265,7 +265,7 @@ def test_a_large_folder_starts_within_seconds(tmp_path):
         for j in range(200):
             (tmp_path / str(k) / f"{j}.jpg").touch()
     began = time.time()
-    rows = common.image_rows(tmp_path)
+    rows = common.image_examples(tmp_path)
     stream_over(rows).order(0)
     assert len(rows) == 20000 and time.time() - began < 3                                     # nothing is opened
 
@@ -277,7 +277,7 @@ def test_a_large_folder_starts_within_seconds(tmp_path):
 ])
 def test_bad_data_is_one_line(tmp_path, make, message):
     with pytest.raises(common.InputError, match=message) as error:
-        common.image_rows(make(tmp_path))
+        common.image_examples(make(tmp_path))
     assert "\n" not in str(error.value)
 
 
@@ -287,24 +287,24 @@ def test_conversations_and_captions_name_the_malformed_line(tmp_path):
     good = {"image": "a.png", "conversations": [{"from": who, "value": text} for who, text in said]}
     path = tmp_path / "llava.json"
     path.write_text(json.dumps([good, {"conversations": good["conversations"]}]))
-    rows = common.conversation_rows(path, None)
+    rows = common.conversation_examples(path, None)
     assert rows[0][0] == "a.png" and rows[0][2] == [("What?", "Noise."), ("Sure?", "Yes.")]
     assert rows[1][1] is None                                                                  # a text-only sample
     path.write_text(json.dumps([good, {"image": "a.png"}]))
     with pytest.raises(common.InputError, match="row 2"):
-        common.conversation_rows(path, None)
+        common.conversation_examples(path, None)
     path.write_text('[{"a": 1},\n{"b" 2}]')
     with pytest.raises(common.InputError, match="line 2"):
-        common.conversation_rows(path, None)
+        common.conversation_examples(path, None)
     lines = tmp_path / "captions.jsonl"
     lines.write_text('{"image": "a.png", "caption": "noise"}\n{broken\n')
     with pytest.raises(common.InputError, match="line 2"):
-        common.caption_rows(lines)
+        common.caption_examples(lines)
     lines.write_text('{"image": "a.png", "caption": "noise"}\n{"image": "a.png"}\n')
     with pytest.raises(common.InputError, match="row 2"):
-        common.caption_rows(lines)
+        common.caption_examples(lines)
     lines.write_text('{"image": "a.png", "caption": "noise"}\n')
-    assert common.caption_rows(lines)[0][2] == "noise"
+    assert common.caption_examples(lines)[0][2] == "noise"
 
 
 class Encoder:
@@ -318,7 +318,7 @@ class Encoder:
 
 def test_the_cache_computes_once_and_checks_image_and_settings(tmp_path):
     make_folder(tmp_path / "images", 4)
-    rows, encoder = common.image_rows(tmp_path / "images"), Encoder()
+    rows, encoder = common.image_examples(tmp_path / "images"), Encoder()
 
     def features(settings="a"):
         cache = common.Cache(tmp_path / "cache", settings)
@@ -442,11 +442,11 @@ def test_a_batch_has_one_question_and_only_readable_images(tmp_path, capsys):
 
 def test_a_file_of_lines_that_a_kill_cut_is_mended(tmp_path):
     path = tmp_path / "log.jsonl"
-    assert common.mend_lines(path) == []
+    assert common.mend_jsonl(path) == []
     common.write(path, [{"step": k} for k in range(1, 5)])
     with open(path, "a") as file:
         file.write('{"step": 5, "lo')
-    assert common.mend_lines(path, lambda row: row["step"] <= 3) == common.read_json(path, lines=True)
+    assert common.mend_jsonl(path, lambda row: row["step"] <= 3) == common.read_json(path, lines=True)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
 
 

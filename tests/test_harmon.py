@@ -588,7 +588,7 @@ def test_harmon_bfloat16(tiny):
         tiny.i2t_loss(features, [[("image?", "a red circle")]] * 2).backward()
     assert loss.dtype == torch.float32 and abs(loss - reference) < 0.02 * reference
     other = copy.deepcopy(tiny)
-    common.speed_up(other, argparse.Namespace(checkpointing=True))
+    common.checkpoint_blocks(other, argparse.Namespace(checkpointing=True))
     assert torch.allclose(other.recon_loss(features, ["describe the image."] * 2, rng=rng()), reference)
     low = copy.deepcopy(tiny).to(torch.bfloat16)
     assert low.llm.model.rotary_emb.inv_freq.dtype == torch.float32

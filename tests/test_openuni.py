@@ -598,7 +598,7 @@ def test_cached_and_uncached_steps_are_equal(spoken, tmp_path):
 
 def test_activation_checkpointing_gives_the_same_gradients(hub, spoken, features, golden):
     other = OpenUni.from_pretrained(hub / "finetuned", bases=bases_in(hub)).train()
-    common.speed_up(other, argparse.Namespace(checkpointing=True))
+    common.checkpoint_blocks(other, argparse.Namespace(checkpointing=True))
     a = fixture_loss(spoken, features, golden, "image2image")
     b = fixture_loss(other, features, golden, "image2image")
     assert a.item() == b.item()

@@ -424,6 +424,6 @@ def test_activation_checkpointing_changes_nothing():
         loss.backward()
         return loss.item(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     plain = gradients()
-    common.speed_up(model, argparse.Namespace(checkpointing=True))
+    common.checkpoint_blocks(model, argparse.Namespace(checkpointing=True))
     again = gradients()
     assert plain[0] == again[0] and all(torch.equal(plain[1][n], again[1][n]) for n in plain[1])

@@ -118,7 +118,7 @@ def test_a_missing_tiny_model_is_one_line_with_what_to_do(monkeypatch, tmp_path)
 
 def test_the_effect_at_a_glance():
     """Every scene in its place: what is pasted can be read back from the picture."""
-    scenes = common.told_scenes()
+    scenes = common.effect_scenes()
     assert {color for scene in scenes for _, _, color in scene} == set(range(8))
     pictures = [common.draw_scene(scene, 32) for scene in scenes]
     told = [(common.caption(scene), image, image) for scene, image in zip(scenes, pictures)]
@@ -134,9 +134,9 @@ def test_the_effect_at_a_glance():
 
 
 def test_what_is_said_about_text_to_image():
-    assert "+20 points, and no caption" in common.effect_words({"overall": 0.5}, {"overall": 0.7})
-    assert "not better" in common.effect_words({"overall": 0.5}, {"overall": 0.52})
-    assert "-10 points" in common.effect_words({"overall": 0.5}, {"overall": 0.4})
+    assert "+20 points, and no caption" in common.effect_sentence({"overall": 0.5}, {"overall": 0.7})
+    assert "not better" in common.effect_sentence({"overall": 0.5}, {"overall": 0.52})
+    assert "-10 points" in common.effect_sentence({"overall": 0.5}, {"overall": 0.4})
 
 
 @pytest.mark.parametrize("name", ["openuni"])

@@ -253,7 +253,7 @@ def pack(path, members):
 def test_shards_with_equal_member_names(tmp_path):
     pack(tmp_path / "a.tar", [("0.png", png("red")), ("1.png", png("red"))])
     pack(tmp_path / "b.tar", [("0.png", png("blue")), ("2.png", png("black")), ("2.png", png("blue"))])
-    rows = common.image_rows(tmp_path)
+    rows = common.image_examples(tmp_path)
     assert sorted(name for name, *_ in rows) == ["1.png", "2.png", "a/0.png", "b/0.png"]
     colors = {name: common.load_image(source).getpixel((0, 0)) for name, source, _ in rows}
     assert colors["a/0.png"] == (255, 0, 0) and colors["b/0.png"] == colors["2.png"] == (0, 0, 255)
@@ -293,7 +293,7 @@ def test_descriptions_are_found_by_name_when_files_come_and_go(tmp_path, images,
     common.write(out / "i2t_self.jsonl", kept)
     for name in ("0000.png", "04b.png"):
         Image.new("RGB", (40, 40), "red").save(images / name)
-    rows = common.described(common.image_rows(images), out / "i2t_self.jsonl")
+    rows = common.described_examples(common.image_examples(images), out / "i2t_self.jsonl")
     assert [(name, Path(source).name, talk) for name, source, talk in rows] == [
         (f"{k:02d}.png", f"{k:02d}.png", [("What?", f"number {k}")]) for k in (0, 5, 8)]
     for k in range(6):
@@ -308,7 +308,7 @@ def test_descriptions_are_found_by_name_when_files_come_and_go(tmp_path, images,
 
 def test_descriptions_of_the_toy_world_are_found_again(tmp_path):
     common.write(tmp_path / "said.jsonl", [{"name": "shapes 7", "question": "What?", "answer": "red circle"}])
-    rows = common.described(common.Shapes(size=32, count=10), tmp_path / "said.jsonl")
+    rows = common.described_examples(common.Shapes(size=32, count=10), tmp_path / "said.jsonl")
     assert rows[0][0] == "shapes 7" and rows[0][1].size == (32, 32)
 
 
@@ -533,7 +533,7 @@ def test_a_run_says_what_it_found_and_left_out(tmp_path, images, capsys):
     Image.new("RGB", (40, 40)).save(elsewhere / "linked.PNG")
     (images / "link").symlink_to(elsewhere)
     (images / "loop").symlink_to(images)
-    rows = common.image_rows(images, tmp_path / "o")
+    rows = common.image_examples(images, tmp_path / "o")
     assert len(rows) == 9 + 5 + 5 + 1 + 1 and any(name == "link/linked.PNG" for name, *_ in rows)
     found, left = capsys.readouterr().out.strip().split("; left out: ")
     assert found == f"{images}: 21 images (11 .png, 5 .gif, 5 .tif), 1 of them in 1 .tar"
@@ -542,7 +542,7 @@ def test_a_run_says_what_it_found_and_left_out(tmp_path, images, capsys):
     images.mkdir()
     (images / "a.heic").write_text("x")
     with pytest.raises(common.InputError, match="no image .* left out: 1 .heic"):
-        common.image_rows(images)
+        common.image_examples(images)
 
 
 def test_a_run_is_not_trained_on_its_own_pictures(tmp_path, images, monkeypatch):
@@ -551,25 +551,25 @@ def test_a_run_is_not_trained_on_its_own_pictures(tmp_path, images, monkeypatch)
     training(".", ".", "--steps", 1)
     assert Path("previews/step_000001.png").exists() and Path("out/x/previews/step_000001.png").exists()
     nine = [f"{k:02d}.png" for k in range(9)]
-    assert [name for name, *_ in common.image_rows(".", ".")] == nine
+    assert [name for name, *_ in common.image_examples(".", ".")] == nine
     Image.new("RGB", (40, 40)).save("out/x/kept.png")
-    assert [name for name, *_ in common.image_rows(".", "out/x")] == nine
-    assert [name for name, *_ in common.image_rows(".", "elsewhere")] == [*nine, "out/x/kept.png"]
+    assert [name for name, *_ in common.image_examples(".", "out/x")] == nine
+    assert [name for name, *_ in common.image_examples(".", "elsewhere")] == [*nine, "out/x/kept.png"]
     monkeypatch.chdir("out")
-    assert [name for name, *_ in common.image_rows("x", "x")] == ["kept.png"]        # asked for by name: not left out
+    assert [name for name, *_ in common.image_examples("x", "x")] == ["kept.png"]        # asked for by name: not left out
 
 
 def test_the_first_readable_image_is_found_wherever_it_is(tmp_path, capsys):
     for k in range(1100):
         (tmp_path / f"{k:04d}.png").write_text("not an image")
     Image.new("RGB", (40, 40), "red").save(tmp_path / "z.png")
-    rows = common.image_rows(tmp_path)
+    rows = common.image_examples(tmp_path)
     assert [image.size for image in common.preview_images(rows, 32)] == [(40, 40)]
     stream = common.Stream("recon", rows, lambda *_: {}, 0, common.templates())
     assert stream[0]["name"] == stream[700]["name"] == "z.png"
     (tmp_path / "z.png").unlink()
     with pytest.raises(common.InputError, match="none of the 1100 images could be read; the first: 0000.png"):
-        common.preview_images(common.image_rows(tmp_path), 32)
+        common.preview_images(common.image_examples(tmp_path), 32)
 
 
 # ---- roles -------------------------------------------------------------------------------------------------------------
@@ -583,20 +583,20 @@ def test_roles_are_read_and_what_cannot_be_paired_is_counted(tmp_path, capsys):
              [{"role": "user", "content": "What?"}, {"role": "assistant", "content": "Noise."}],
              [q, turn("function", "f()"), a]]
     common.write(tmp_path / "l.json", [{"image": "a.png", "conversations": talk} for talk in talks])
-    rows = common.conversation_rows(tmp_path / "l.json", None)
+    rows = common.conversation_examples(tmp_path / "l.json", None)
     assert [row[2] for row in rows] == [[("What?", "Noise.")]] * 6
     assert capsys.readouterr().out.strip().endswith("6 conversations; left out: 5 turns without a counterpart")
     common.write(tmp_path / "m.json", [{"conversations": [a, q]}, {"image": ["a.png", "b.png"], "conversations": [q, a]},
                                        {"image": ["a.png"], "conversations": [q, a]}])
-    rows = common.conversation_rows(tmp_path / "m.json", tmp_path)
+    rows = common.conversation_examples(tmp_path / "m.json", tmp_path)
     assert [(name, source) for name, source, _ in rows] == [("a.png", tmp_path / "a.png")]
     assert "1 rows without a question and its answer, 1 rows with several images" in capsys.readouterr().out
     common.write(tmp_path / "n.json", [{"conversations": [a, q]}])
     with pytest.raises(common.InputError, match="no conversation of a human and gpt"):
-        common.conversation_rows(tmp_path / "n.json", None)
+        common.conversation_examples(tmp_path / "n.json", None)
     common.write(tmp_path / "o.json", [{"conversations": [{"value": "no role"}]}])
     with pytest.raises(common.InputError, match="row 1 is not a LLaVA conversation"):
-        common.conversation_rows(tmp_path / "o.json", None)
+        common.conversation_examples(tmp_path / "o.json", None)
 
 
 # ---- the user's surroundings -------------------------------------------------------------------------------------------
