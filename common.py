@@ -72,9 +72,10 @@ A model class, a torch.nn.Module. `task` is the name of a loss: "recon", "i2t" o
     model.reconstruct(images, seed=, guidance_scale=, num_steps=)    -> list of PIL images
     model.describe(images, question=, max_new_tokens=)               -> list of strings
 
-RECIPES, {name of a model: Recipe}, and DEFAULT, the name that --model has if it is not given. Recipe
-is a dataclass whose fields are the defaults of the flags of the same names: steps, batch, accum, lr,
-warmup, horizon, weight_decay, clip, lambda_recon, lambda_i2t, lambda_t2i; and betas and eps of AdamW.
+RECIPES, {name of a model: Recipe}, and DEFAULT, the name that --model has if it is not given.
+Recipe is a dataclass whose fields are the defaults of the flags of the same names: steps, batch,
+accum, lr, warmup, horizon, weight_decay, clip, lambda_recon, lambda_i2t, lambda_t2i; and betas and
+eps of AdamW.
 
 main(), which hands this over: common.run(Model, common.parse_args(__doc__, RECIPES, DEFAULT)).
 
@@ -547,8 +548,11 @@ def load_training(folder, mmap=False):
 
 @contextlib.contextmanager
 def offer_earlier_checkpoint(folder):
-    """with offer_earlier_checkpoint(checkpoint): read it. Where that fails, the InputError offers the checkpoint
-    before it: two are kept, so that a damaged one does not cost the run."""
+    """with offer_earlier_checkpoint(checkpoint): read it.
+
+    Where that fails, the InputError offers the checkpoint before it: two are kept, so that a
+    damaged one does not cost the run.
+    """
     try:
         yield
     except torch.OutOfMemoryError:  # it is a RuntimeError, too, but says nothing about the file
@@ -2281,7 +2285,7 @@ def run(model_class, args, prepare=lambda model, args: {}, trainer_class=Trainer
 
     # Bad files end the run here, before anything is downloaded, and not after days of training.
     check_out(args)
-    rows = build_examples(args) if args.steps else {}
+    examples = build_examples(args) if args.steps else {}
     inference_jobs = dict(inference_jobs) | asked_inference(args)
 
     checkpoint = own_checkpoints(args.out)[-1] if args.resume else None
@@ -2289,7 +2293,7 @@ def run(model_class, args, prepare=lambda model, args: {}, trainer_class=Trainer
     record_run(args, device)
 
     if args.steps:
-        post_train(model, args, rows, prepare, trainer_class, checkpoint)
+        post_train(model, args, examples, prepare, trainer_class, checkpoint)
 
     if world()[0] == 0:
         with inference(model, args):
@@ -2321,11 +2325,11 @@ def load_model(model_class, args, device, checkpoint):
     return model
 
 
-def post_train(model, args, rows, prepare, trainer_class, checkpoint):
+def post_train(model, args, examples, prepare, trainer_class, checkpoint):
     """The training of a run, from the images to the last checkpoint.
 
-    rows: {"recon": rows, ...} from build_examples. checkpoint: where a resumed run goes on, or None.
-    The other arguments are those of `run`.
+    examples: {"recon": examples, ...} from build_examples. checkpoint: where a resumed run goes on,
+    or None. The other arguments are those of `run`.
     """
     out = Path(args.out)
     main_process = world()[0] == 0
@@ -2334,11 +2338,11 @@ def post_train(model, args, rows, prepare, trainer_class, checkpoint):
         remove_old_files(out, resumed)
 
     # The data: an endless stream of images with a text for each loss whose λ is not 0.
-    rows = complete_examples(model, args, rows)
-    streams = open_streams(model, args, rows)
+    examples = complete_examples(model, args, examples)
+    streams = open_streams(model, args, examples)
 
     # The model as it is before RecA, for comparison.
-    previews = Previews(model, args, rows, resumed)
+    previews = Previews(model, args, examples, resumed)
     effect = ToyEffect(model, args) if args.data == "shapes" else None
     if main_process and not resumed:
         previews.paint_before()
@@ -2373,27 +2377,27 @@ def remove_old_files(out, resumed):
             remove(path)
 
 
-def complete_examples(model, args, rows):
-    """{"recon": rows, ...} from build_examples -> the rows of each loss whose λ is not 0.
+def complete_examples(model, args, examples):
+    """{"recon": examples, ...} from build_examples -> the examples of each loss whose λ is not 0.
 
     The toy world is drawn in the model's size. For L_i2t without data the model describes images.
     """
-    rows = dict(rows)
-    for data in rows.values():
+    examples = dict(examples)
+    for data in examples.values():
         if isinstance(data, Shapes):
             data.size = model.config.image_size
 
     if args.lambda_i2t and not args.i2t_data:
         with inference(model, args):
             path = Path(args.out) / "i2t_self.jsonl"
-            rows["i2t"] = describe_first(model, args, rows["recon"], path)
+            examples["i2t"] = describe_first(model, args, examples["recon"], path)
     if not args.lambda_recon:
-        rows.pop("recon", None)     # they were there to be described only
-    return rows
+        examples.pop("recon", None)     # they were there to be described only
+    return examples
 
 
-def open_streams(model, args, rows):
-    """{"recon": rows, ...} -> {"recon": Stream, ...}, with a cache each where --cache is given."""
+def open_streams(model, args, examples):
+    """{"recon": examples, ...} -> {"recon": Stream, ...}, with a cache each where --cache is given."""
     # What is cached depends on these. The frozen weights are told apart by their first numbers.
     first_numbers = []
     for parameter in model.parameters():
@@ -2409,7 +2413,7 @@ def open_streams(model, args, rows):
     }
 
     streams = {}
-    for name, data in rows.items():
+    for name, data in examples.items():
         cache = Cache(args.cache, {**settings, "task": name}) if args.cache else None
         texts = templates(args.templates) if name == "recon" else None
         streams[name] = Stream(name, data, model.preprocess, args.seed, texts, cache)
@@ -2438,7 +2442,7 @@ class Previews:
     step_<step>.png      both of them, and the reconstructions at that step, side by side
     """
 
-    def __init__(self, model, args, rows, resumed):
+    def __init__(self, model, args, examples, resumed):
         self.model = model
         self.args = args
         self.folder = Path(args.out) / "previews"
@@ -2447,8 +2451,8 @@ class Previews:
         if resumed:
             self.images, self.before = kept_previews(self.folder)
         if not self.images:
-            first_rows = next(iter(rows.values()))
-            self.images = preview_images(first_rows, model.config.image_size)
+            first_examples = next(iter(examples.values()))
+            self.images = preview_images(first_examples, model.config.image_size)
 
     def paint(self):
         """The images, reconstructed by the model as it is now. One at a time: in the middle of an
@@ -2479,15 +2483,15 @@ class Previews:
         write(self.folder / f"step_{step:06d}.png", picture)
 
 
-def preview_images(rows, size, count=6):
+def preview_images(examples, size, count=6):
     """The first `count` readable images, as PIL. Of the toy world: scenes that are held out."""
-    if isinstance(rows, Shapes):
+    if isinstance(examples, Shapes):
         rng = np.random.default_rng(12345)
         return [draw_scene(random_scene(rng), size) for _ in range(count)]
 
     images = []
     first_error = None
-    for name, source, _ in rows:
+    for name, source, _ in examples:
         if source is None:
             continue
         try:
@@ -2499,7 +2503,7 @@ def preview_images(rows, size, count=6):
             break
     if not images:
         raise InputError(
-            f"none of the {len(rows)} images could be read; the first: {first_error}")
+            f"none of the {len(examples)} images could be read; the first: {first_error}")
     return images
 
 
