@@ -2680,9 +2680,9 @@ def add_data_flags(parser):
         "LLaVA-1.5's 665K"))
     group.add_argument("--i2t-images", type=expanded, help=(
         "folder of their images (default: the folder of the file)"))
-    group.add_argument("--self-captions", type=at_least(1), default=1024, help=(
+    group.add_argument("--self-captions", type=at_least(1), help=(
         "without --i2t-data: how many images the model describes before the training, as the "
-        "targets of L_i2t. Ours, not in the paper"))
+        "targets of L_i2t. Ours, not in the paper (default 1024; tiny models 128)"))
     group.add_argument("--captions", type=expanded, help=(
         "captions for L_t2i, a .jsonl of {image, caption}; of the toy world: full, sparse. Paper: "
         "none; its SFT baseline is this with --lambda-recon 0"))
@@ -2853,6 +2853,10 @@ def fill_in(args, recipe):
         args.checkpointing = on_gpu
     if args.batch_images is None:
         args.batch_images = 32 if on_gpu else 8
+
+    # A tiny model has seen all that there is to say in its world after a few images.
+    if args.self_captions is None:
+        args.self_captions = 128 if args.model in TOYS else 1024
 
     # A toy draws its own data, in this process.
     if not args.data and args.model in TOYS:
