@@ -75,7 +75,7 @@ A model class, a torch.nn.Module. `task` is the name of a loss: "recon", "i2t" o
 RECIPES, {name of a model: Recipe}, and DEFAULT, the name that --model has if it is not given.
 Recipe is a dataclass whose fields are the defaults of the flags of the same names: steps, batch,
 accum, lr, warmup, horizon, weight_decay, clip, lambda_recon, lambda_i2t, lambda_t2i; and betas and
-eps of AdamW.
+eps of AdamW. (BAGEL's has batch_images, too.)
 
 main(), which hands this over: common.run(Model, common.parse_args(__doc__, RECIPES, DEFAULT)).
 
@@ -938,8 +938,9 @@ def average_gradients(parameters):
 # --------------
 # The images come in an endless stream (section 5), in which each has a position: with a batch of 4,
 # step 0 has the positions 0 to 3, step 1 the positions 4 to 7, and so on. Every random number of an
-# image (crop, template, mask, order of its tokens, timestep, noise) comes from a generator that
-# belongs to this image alone. Its seed is a hash of
+# image comes from generators that belong to this image alone: one of numpy for its crop and its
+# template (`Stream`), one of torch for its mask, the order of its tokens, timestep and noise
+# (`Rng`). Their seeds are hashes of
 #
 #     the run's seed,  the name of the loss ("recon", "i2t", "t2i"),  the image's position
 #
@@ -1040,7 +1041,8 @@ def templates(which="all"):
     """The instructions that stand in the prompt with the image's embeddings (paper, section 3).
 
     A *template* asks for a detailed description. "all": 10 x 6 x 6 = 360 ways to ask, so that the
-    model does not learn the wording of a single one. "one": the seed template alone (the paper's
+    model does not learn the wording of a single one. The paper has 360, too, and shows a few of
+    them; this wording is ours. "one": the seed template alone (the paper's
     ablation).
     """
     if which == "one":
@@ -1789,8 +1791,9 @@ def encode_batch(model, items, task, cache=None):
 
 
 # ==== 6. Equation (3) and training ================================================================
-# To follow RecA from images to moved weights, read from `run` downwards: run, post_train,
-# Trainer.train, Trainer.take_step, objective. (Python wants them in the opposite order.)
+# RecA from images to moved weights, each part after what it uses: `objective`, Trainer.take_step,
+# Trainer.train, `post_train`, `run`. To follow a run from its beginning, read them the other way
+# round, from `run` on.
 
 
 LOSSES = ("recon", "i2t", "t2i")
@@ -1951,6 +1954,7 @@ class Trainer:
                     break
                 if self.show is not None and self.step % args.sample_every == 0:
                     self.show(self.step)
+                # The first update at or after each multiple of save_every.
                 if self.pending == 0 and self.step % args.save_every < args.accum:
                     self.save()
         finally:
@@ -1993,8 +1997,9 @@ class Trainer:
                     loss = losses[name](features, micro_batch.texts, draws=micro_batch.draws)
                 yield loss * (micro_batch.targets / max(1, targets[name]))
 
-        # 3. Equation (3) and its gradients. An update takes the mean of `accum` steps. It also
-        # takes the mean over the processes, although their shares of a loss add up: hence `ranks`.
+        # 3. Equation (3) and its gradients. An update takes the mean of `accum` steps. The shares
+        # of the processes must be added, but `average` divides their sum by the number of
+        # processes: they are multiplied by it first.
         def backward(share):
             (share * ranks / args.accum).backward()
 
@@ -2192,7 +2197,7 @@ class Trainer:
         """The last checkpoint and loss.png. After a signal the process ends here, without an error.
         """
         # In the middle of an accumulation the weights are still those of the last update: this is
-        # where a resumed run goes on.
+        # where a resumed run goes on. So 5000 steps with accum 16 end with checkpoint-004992.
         finished = self.step >= self.args.steps
         self.go_on_from(self.last_update)
         self.save()
@@ -2637,8 +2642,8 @@ def add_training_flags(parser):
         "The defaults are the paper's (Table 8), counted in steps and updates as this project has "
         "them: see Recipe in the script."))
     group.add_argument("--steps", type=at_least(0), help=(
-        "evaluations of equation (3); 0: inference only. Paper: 5000, Harmon-0.5B 3000, BAGEL "
-        "1000"))
+        "evaluations of equation (3); 0: inference only. What is left over --accum moves nothing. "
+        "Paper: 5000, Harmon-0.5B 3000, BAGEL 1000"))
     group.add_argument("--batch", type=at_least(1), help=(
         "images of each loss in a step, over all GPUs. Paper, at once on a GPU: Show-o 2 (256 px: "
         "4), Harmon 48 (0.5B: 96), OpenUni 42 (L: 20), BAGEL 8 on each of 6"))
@@ -2656,7 +2661,8 @@ def add_training_flags(parser):
     group.add_argument("--lr", type=number(0), help=(
         "peak of the learning rate. Paper: Show-o 5e-7, Harmon and OpenUni 1e-5, BAGEL 4e-5"))
     group.add_argument("--warmup", type=at_least(0), help=(
-        "updates of linear warm-up. Paper: Show-o and BAGEL 1000, Harmon 500, OpenUni 50"))
+        "updates of linear warm-up. Paper: Show-o and BAGEL 1000; Harmon 500 and OpenUni 50 "
+        "micro-batches, which are 125 and 3 updates"))
     group.add_argument("--horizon", type=at_least(0), help=(
         "update at which the cosine reaches 0; 0: constant. Not in the paper: the original's; "
         "where that gives none, the end of the run"))
@@ -2698,7 +2704,7 @@ def add_hardware_flags(parser):
         "memory and speed", "The paper: one A100 of 80 GB; BAGEL six.")
     group.add_argument("--micro-batch", type=micro_batch, help=(
         "images that go through the model at once on one GPU; auto (default): what fits, found "
-        "before the training. Changes memory and speed, not the result"))
+        "before the training. Changes memory and speed, not the result (but for dropout's draws)"))
     group.add_argument("--optimizer", choices=("auto", "fp32", "bf16"), default="auto", help=(
         "fp32: float32 weights and AdamW, 16 bytes a weight; bf16: weights and moments in bf16, "
         "rounded stochastically, 8 bytes a weight; auto: fp32 where it fits. Paper: AdamW"))
@@ -2714,8 +2720,8 @@ def add_hardware_flags(parser):
 def add_ablation_flags(parser):
     group = parser.add_argument_group("the paper's ablations")
     group.add_argument("--und-size", type=at_least(1, 4096), help=(
-        "side of the image that the understanding side is shown. Paper, section 2.2, and default: "
-        "the smallest that the encoder accepts"))
+        "side of the image that the understanding side is shown. Paper, section 2.2: the smallest "
+        "that the encoder accepts; default: see the docstring of the script"))
     group.add_argument("--blur", type=at_least(1), help=(
         "shrink that image by this factor and enlarge it again. Paper, appendix F.2; default: not"))
     group.add_argument("--templates", choices=("all", "one"), default="all", help=(
