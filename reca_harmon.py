@@ -6,11 +6,10 @@ have. Hardly any caption mentions that a broccoli is green. So the model learns 
 is green", and paints a green one when it is asked for a yellow one. Embeddings are dense. When the
 model looks at an image, its understanding side turns it into vectors that hold the color, the shape
 and the place of everything in it, in the form in which its language model reads words: it answers
-questions from them. RecA (Reconstruction Alignment, arXiv 2509.07295) puts these vectors where a
-caption would stand, and trains the model to paint that same image. It needs images, and no
-captions.
+questions from them. RecA (Reconstruction Alignment, arXiv 2509.07295) gives the model these vectors
+instead of a caption, and trains it to paint that same image. It needs images, and no captions.
 
-The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) what is trained:
+The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) the whole objective:
 
     (2)   L_recon = loss( f(t_template, h_v), I_gt )
     (3)   L       = λ_recon · L_recon + λ_i2t · L_i2t + λ_t2i · L_t2i
@@ -18,9 +17,10 @@ The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) 
     h_v         the understanding embeddings of the image, 1088 vectors: `understand`
     t_template  the text around them, one of 360 like "Describe the image in detail.":
                 `recon_prompt`
-    I_gt        the same image as `latents`, 1024 tokens of 16 numbers; most of them are hidden
-    f           the whole model but for the VAE: it predicts the hidden tokens
-    loss        Harmon's own generation loss, a diffusion loss on the hidden tokens:
+    I_gt        the same image as `latents`, 1024 tokens of 16 numbers; most of them are masked
+    f           the whole model but for the VAE. It gets the visible tokens of I_gt as well, which
+                equation (2) leaves out, and predicts the masked ones
+    loss        Harmon's own generation loss, a diffusion loss on the masked tokens:
                 `diffusion_terms`
     L_i2t       image to text, cross-entropy of the answers to questions about images: `i2t_loss`
     L_t2i       text to image, as L_recon with a caption in place of the embeddings: `t2i_loss`
@@ -28,20 +28,21 @@ The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) 
 
 What is special here. Harmon (arXiv 2503.21979) understands (the "und" side) and generates (the
 "gen" side) with the same encoder, that of MAR, a masked autoencoder (arXiv 2406.11838). Its tokens
-are the latents of a VAE: vectors of 16 real numbers, not indices. When nothing is hidden, the
-encoder's output becomes the understanding embeddings. When most tokens are hidden, its output for
-the visible ones is the *context*, from which MAR's decoder predicts the rest. Two *connectors* of
-two layers each, proj_in and proj_out, lead into the language model Qwen2.5 and back. What belongs
-to no place of the image goes through the *buffer*: 64 further tokens, always visible, which start
-as one learned vector and differ by their positions. In a prompt, a *marker* (an id that no word
-has) holds the place of the embeddings. As a token is a vector of real numbers, no softmax can
-predict it: the last part, the diffusion head, is a small diffusion model of single tokens.
+are the latents of a VAE: vectors of 16 real numbers, not indices. When nothing is *masked*, the
+encoder's output becomes the understanding embeddings. When most tokens are masked (left out of the
+input), its output for the *visible* ones is the *context*, from which MAR's decoder predicts the
+rest. Two *connectors* of two layers each, proj_in and proj_out, lead into the language model
+Qwen2.5 and back. What belongs to no place of the image goes through the *buffer*: 64 further
+tokens, always visible. All 64 are the same learned vector, plus a position vector each. In a
+prompt, a *marker* (an id that no word has) holds the place of the embeddings. As a token is a
+vector of real numbers, no softmax can predict it: the last part, the diffusion head, is a small
+diffusion model of single tokens.
 
 The data flow of L_recon for B images of 512 px, N = 32 x 32 tokens, E = 64 of the buffer, V
 visible:
 
     image [B, 3, 512, 512] --VAE--> latents [B, N, C] --+
-      understanding: nothing is hidden                  |      generation: 70 to 100% are hidden
+      understanding: nothing is masked                  |      generation: 70 to 100% are masked
         MAR encoder  [B, E+N, De]  <--------------------+-->  MAR encoder  [B, E+V, De] --+ context
         proj_in      [B, N+E, D]                              proj_in      [B, V+E, D]    |
                |    (gradient x 0.1)                                 |                    |
@@ -52,43 +53,67 @@ visible:
                                   proj_out  [B, E+V, De] ------------ + ------------------+
                                                                       |
                                  MAR decoder: a condition for every place  [B, N, Dd]
-                                                                      | those of hidden places
+                                                                      | those of masked places
                                  diffusion head: which noise is in the token?  ->  L_recon
 
-What is frozen, and why. Only the VAE (66 of 2561 million weights; Harmon-1.5B). It translates
-pixels into tokens, which are the targets: if it were trained, the loss would fall by making targets
-that are easy to predict. All else is trained. The paper freezes the understanding encoder where it
-serves only understanding. Here the same encoder and the same language model serve both sides:
-freezing them would freeze most of what generates.
+What is frozen, and why. The VAE (66 of 2561 million weights; Harmon-1.5B), and class_emb, 1.3
+million weights that nothing reads. The VAE translates pixels into tokens, which are the targets: if
+it were trained, the loss would fall by making targets that are easy to predict. All else is
+trained. The paper freezes the understanding encoder where it serves only understanding. Here the
+same encoder and the same language model serve both sides: freezing them would freeze most of what
+generates.
 
 At which size the model sees the image. The understanding side gets 512 px, the size at which the
-released Harmon has learned to understand and to paint (in section 3.5 the paper calls it fixed).
-The paper resizes to the smallest size that the understanding side accepts, and not to a larger one:
+released Harmon has learned to understand and to paint (section 3.5: its resolution is fixed). The
+paper resizes to the smallest size that the understanding side accepts, and not to a larger one:
 embeddings of larger images hold more details of the pixels, and the model then relies on these
 instead of on the meaning (BAGEL, paper's Table 7). In the extreme it copies tokens and learns
-nothing (appendix F.2: Show-o with 512 px in its tokenizer). --und-size tries smaller sizes here,
---blur an image without its details.
+nothing (appendix F.2: Show-o with 512 px in its tokenizer). --und-size (other sizes) and --blur (an
+image without its details) try this here; the paper does so with BAGEL and Show-o only.
+
+Why does Harmon not copy? Its embeddings are made from the very latents that are the target, too.
+The paper reports no collapse: GenEval rises from 72.9 to 85.7 (Table 2). What differs from Show-o:
+there the prompt holds the target's own indices, which can be copied as they are. Here it holds what
+MAR's encoder and proj_in have made of the latents, vectors from which Harmon answers questions, and
+the gradient that could turn them into copies is multiplied by 0.1 (below). Whether these are the
+reasons, the paper does not say.
 
 What keeps understanding alive. Both sides share their weights, so RecA alone could overwrite what
 the model knows of describing. Hence λ_i2t = 1: each step also trains on conversations about images
 (the paper's are LLaVA-1.5's 665,000, flag --i2t-data). And the gradient into the understanding
-embeddings is multiplied by 0.1 (`grad_scale`). Without conversations, the model first describes
-1024 of its own training images (--self-captions), and these descriptions are the answers of L_i2t.
-That is ours, not the paper's.
+embeddings is multiplied by 0.1 (`grad_scale`), in L_recon and in L_i2t. That is the way back to
+proj_in and MAR's encoder; what these get from the generation side, and all that the language model
+gets, is not scaled. Without conversations, the model first describes 1024 of its own training
+images (--self-captions), and these descriptions are the answers of L_i2t. That is ours, not the
+paper's.
 
 Inference does not change. After RecA the model paints from a text with the prompt and the sampler
 that it had before; nobody has to give it an image. (`reconstruct`, which paints from an image's
-embeddings, is there to show what the model understands and can paint.)
+embeddings, is there to show what the model understands and can paint.) RecA's prompt is that of
+captioning ("Describe ...", appendix C.1), the painting prompt is "Generate an image: ...". That the
+one helps the other is a finding of the paper. Its explanation: in the deeper layers of the language
+model, words and images of the same thing have similar features (appendix D). The sampler:
+
+    prompts = "Generate an image: a dog.", and for guidance "Generate an image."
+    for k in 1 .. 64:                              # the places in a random order, all masked
+        left = 1024 * cos(pi/2 * k/64)             # rounded down; 0 after the last
+        z = conditions of the places that are painted now, for both prompts, as in training
+        x = random numbers
+        for t in 100 of the 1000 timesteps, the noisiest first:
+            noise = the head's for no caption + 3 * (its for the caption - its for no caption)
+            x = denoising_step(x, noise), plus fresh noise of the variance for the caption
+        latents at these places = x                # the next k sees them as visible tokens
+    image = the VAE's decoder of the latents
 
 A step, from images to moved weights (section 5, and Trainer.take_step in common.py):
 
     for step in range(5000):                             # a step: equation (3), once
-        latents = vae(24 images)                         # frozen
-        understood = proj_in(mar.encoder(latents))       # h_v: nothing is hidden
+        latents = encode(24 images)                      # the VAE, frozen
+        understood = proj_in(mar.encode(latents))        # h_v: nothing is masked
         masked, visible = a random split of the tokens   # 717 to 1024 of 1024 are masked
-        context = mar.encoder(latents at visible)
+        context = mar.encode(latents at visible)
         context += proj_out(qwen(prompt(template, understood), proj_in(context)))
-        conditions = mar.decoder(context)                # for all 1024 places
+        conditions = mar.decode(context)                 # for all 1024 places
         L_recon = diffusion_loss(conditions at masked, latents at masked)
         L_i2t = cross_entropy(answers, given 24 images and questions)
         (L_recon + L_i2t).backward()
@@ -111,15 +136,26 @@ and image, and the buffer, at the end, sees everything; the understanding embedd
 words. Only the last 136 + 64 outputs are used. Positions count tokens, not places in the image:
 these are in MAR's position tables. In MAR's encoder (64 + 1024 tokens for understanding, 64 + 136
 for generation) and in its decoder (64 + 1024) every token sees every token. The diffusion head gets
-the 888 masked tokens, each with 4 noise levels. Over all templates and masks the language model
-gets about 1308 tokens.
+the 888 masked tokens. Over all templates and masks the language model gets about 1308 tokens.
+
+What is drawn (`draw`). The masked part, one for all images of a step: normal with mean 1 and
+deviation 0.25, cut off to [0.7, 1]. For each image: which places are masked, and whether the
+instruction is left out (one in ten). For each token: 4 timesteps, uniform from 0 to 999, and noise
+for each. The loss is the mean over all masked tokens and their 4 noise levels.
 
 Where the numbers come from. Table 8 of the paper: learning rate, weight decay, warm-up, number of
 steps, batch, accumulation and λ (`Recipe` says how its micro-batches became our steps). The public
-configuration of the original: all sizes, betas, the schedule's length, how masks and noise are
-drawn, how often a prompt is dropped, dropout, `grad_scale`, the prompts and the sampler. Ours:
-everything of "tiny", --self-captions, and the wording of the 360 templates, which the paper shows
-only in part.
+code and configuration of the original: all sizes, betas and eps, the schedule's length, the
+clipping of the gradient (1 there, 2 here: `Recipe`), the mean of the VAE as latents, how masks and
+noise are drawn, how often a text is dropped, dropout, `grad_scale`, the prompts and the number of
+ids at which they are cut, and the sampler. Ours: everything of "tiny", --self-captions, and the
+wording of the 360 templates, which the paper shows only in part.
+
+The original's accidents that this file follows, since the released models were trained so: two
+newlines before the image in RecA's prompt, and one elsewhere; a prompt "without a condition" that
+keeps its embeddings; likelihood in bins that are made for 8-bit pixels. Where it differs on
+purpose: a step has both losses, not one; padding stands at the end of a sequence; only masked
+tokens go through the diffusion head, in float32. docs/originals.md has all of it in a table.
 
 What the loss looks like.
 
@@ -128,20 +164,23 @@ What the loss looks like.
 Commands. The weights of Harmon are under the S-Lab License 1.0: for non-commercial use only.
 
     python reca_harmon.py --model tiny                    in minutes on a CPU, no downloads
-    python reca_harmon.py --data ./images --steps 5000    Harmon-1.5B (or --model harmon-0.5b)
+    python reca_harmon.py --data ./images                 Harmon-1.5B (or --model harmon-0.5b)
+    python reca_harmon.py --data ./images --i2t-data llava.json --i2t-images ./llava
+                                                          with conversations, as in the paper
     python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 --generate prompts.txt
 
 How to read this file. First section 4, the prompt, and `recon_loss` in section 5: that is RecA.
 Then, in section 2, `understand` and `MAR`, and `diffusion_terms` for the loss itself. Section 6 is
 the sampler, which RecA leaves alone. Sections 1, 3 and 7 hold sizes, files and the command line.
-The loop that takes the steps is `Trainer` in common.py. Comments say where this file leaves the
-original code, and which of its accidents it follows; docs/originals.md has them all in a table.
+The loop that takes the steps is `Trainer` in common.py. `encode` of the model is the VAE, `encode`
+of `mar` is MAR's encoder. A *place* is one of the image's N, a *position* one of a sequence's T.
 
 Letters in the shape comments: B images, S pixels a side, h x w = N tokens of an image, C = 16
 numbers of a token, E tokens of the buffer, V visible and M masked tokens (V + M = N), K = N + E
 understanding embeddings, D width of the language model, De and Dd widths of MAR's encoder and
-decoder, W width of the diffusion head, P tokens that the diffusion head gets at once, T tokens of a
-sequence, R of them read.
+decoder, W width of the diffusion head, P tokens that it gets at once, Q tokens of each image that a
+step of the sampler paints (P = B*Q), T tokens of a sequence, R of them read, G = V + E of them made
+from the context.
 """
 import functools
 import itertools
