@@ -6,11 +6,10 @@ have. Hardly any caption mentions that a broccoli is green. So the model learns 
 is green", and paints a green one when it is asked for a yellow one. Embeddings are dense. When the
 model looks at an image, its understanding side turns it into vectors that hold the color, the shape
 and the place of everything in it, in the form in which its language model reads words: it answers
-questions from them. RecA (Reconstruction Alignment, arXiv 2509.07295) puts these vectors where a
-caption would stand, and trains the model to paint that same image. It needs images, and no
-captions.
+questions from them. RecA (Reconstruction Alignment, arXiv 2509.07295) gives the model these vectors
+instead of a caption, and trains it to paint that same image. It needs images, and no captions.
 
-The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) what is trained:
+The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) the whole objective:
 
     (2)   L_recon = loss( f(t_template, h_v), I_gt )
     (3)   L       = λ_recon · L_recon + λ_i2t · L_i2t + λ_t2i · L_t2i
@@ -18,9 +17,10 @@ The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) 
     h_v         the understanding embeddings of the image, 1088 vectors: `understand`
     t_template  the text around them, one of 360 like "Describe the image in detail.":
                 `recon_prompt`
-    I_gt        the same image as `latents`, 1024 tokens of 16 numbers; most of them are hidden
-    f           the whole model but for the VAE: it predicts the hidden tokens
-    loss        Harmon's own generation loss, a diffusion loss on the hidden tokens:
+    I_gt        the same image as `latents`, 1024 tokens of 16 numbers; most of them are masked
+    f           the whole model but for the VAE. It gets the visible tokens of I_gt as well, which
+                equation (2) leaves out, and predicts the masked ones
+    loss        Harmon's own generation loss, a diffusion loss on the masked tokens:
                 `diffusion_terms`
     L_i2t       image to text, cross-entropy of the answers to questions about images: `i2t_loss`
     L_t2i       text to image, as L_recon with a caption in place of the embeddings: `t2i_loss`
@@ -28,20 +28,21 @@ The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) 
 
 What is special here. Harmon (arXiv 2503.21979) understands (the "und" side) and generates (the
 "gen" side) with the same encoder, that of MAR, a masked autoencoder (arXiv 2406.11838). Its tokens
-are the latents of a VAE: vectors of 16 real numbers, not indices. When nothing is hidden, the
-encoder's output becomes the understanding embeddings. When most tokens are hidden, its output for
-the visible ones is the *context*, from which MAR's decoder predicts the rest. Two *connectors* of
-two layers each, proj_in and proj_out, lead into the language model Qwen2.5 and back. What belongs
-to no place of the image goes through the *buffer*: 64 further tokens, always visible, which start
-as one learned vector and differ by their positions. In a prompt, a *marker* (an id that no word
-has) holds the place of the embeddings. As a token is a vector of real numbers, no softmax can
-predict it: the last part, the diffusion head, is a small diffusion model of single tokens.
+are the latents of a VAE: vectors of 16 real numbers, not indices. When nothing is *masked*, the
+encoder's output becomes the understanding embeddings. When most tokens are masked (left out of the
+input), its output for the *visible* ones is the *context*, from which MAR's decoder predicts the
+rest. Two *connectors* of two layers each, proj_in and proj_out, lead into the language model
+Qwen2.5 and back. What belongs to no place of the image goes through the *buffer*: 64 further
+tokens, always visible. All 64 are the same learned vector, plus a position vector each. In a
+prompt, a *marker* (an id that no word has) holds the place of the embeddings. As a token is a
+vector of real numbers, no softmax can predict it: the last part, the diffusion head, is a small
+diffusion model of single tokens.
 
 The data flow of L_recon for B images of 512 px, N = 32 x 32 tokens, E = 64 of the buffer, V
 visible:
 
     image [B, 3, 512, 512] --VAE--> latents [B, N, C] --+
-      understanding: nothing is hidden                  |      generation: 70 to 100% are hidden
+      understanding: nothing is masked                  |      generation: 70 to 100% are masked
         MAR encoder  [B, E+N, De]  <--------------------+-->  MAR encoder  [B, E+V, De] --+ context
         proj_in      [B, N+E, D]                              proj_in      [B, V+E, D]    |
                |    (gradient x 0.1)                                 |                    |
@@ -52,43 +53,67 @@ visible:
                                   proj_out  [B, E+V, De] ------------ + ------------------+
                                                                       |
                                  MAR decoder: a condition for every place  [B, N, Dd]
-                                                                      | those of hidden places
+                                                                      | those of masked places
                                  diffusion head: which noise is in the token?  ->  L_recon
 
-What is frozen, and why. Only the VAE (66 of 2561 million weights; Harmon-1.5B). It translates
-pixels into tokens, which are the targets: if it were trained, the loss would fall by making targets
-that are easy to predict. All else is trained. The paper freezes the understanding encoder where it
-serves only understanding. Here the same encoder and the same language model serve both sides:
-freezing them would freeze most of what generates.
+What is frozen, and why. The VAE (66 of 2561 million weights; Harmon-1.5B), and class_emb, 1.3
+million weights that nothing reads. The VAE translates pixels into tokens, which are the targets: if
+it were trained, the loss would fall by making targets that are easy to predict. All else is
+trained. The paper freezes the understanding encoder where it serves only understanding. Here the
+same encoder and the same language model serve both sides: freezing them would freeze most of what
+generates.
 
 At which size the model sees the image. The understanding side gets 512 px, the size at which the
-released Harmon has learned to understand and to paint (in section 3.5 the paper calls it fixed).
-The paper resizes to the smallest size that the understanding side accepts, and not to a larger one:
+released Harmon has learned to understand and to paint (section 3.5: its resolution is fixed). The
+paper resizes to the smallest size that the understanding side accepts, and not to a larger one:
 embeddings of larger images hold more details of the pixels, and the model then relies on these
 instead of on the meaning (BAGEL, paper's Table 7). In the extreme it copies tokens and learns
-nothing (appendix F.2: Show-o with 512 px in its tokenizer). --und-size tries smaller sizes here,
---blur an image without its details.
+nothing (appendix F.2: Show-o with 512 px in its tokenizer). --und-size (other sizes) and --blur (an
+image without its details) try this here; the paper does so with BAGEL and Show-o only.
+
+Why does Harmon not copy? Its embeddings are made from the very latents that are the target, too.
+The paper reports no collapse: GenEval rises from 72.9 to 85.7 (Table 2). What differs from Show-o:
+there the prompt holds the target's own indices, which can be copied as they are. Here it holds what
+MAR's encoder and proj_in have made of the latents, vectors from which Harmon answers questions, and
+the gradient that could turn them into copies is multiplied by 0.1 (below). Whether these are the
+reasons, the paper does not say.
 
 What keeps understanding alive. Both sides share their weights, so RecA alone could overwrite what
 the model knows of describing. Hence λ_i2t = 1: each step also trains on conversations about images
 (the paper's are LLaVA-1.5's 665,000, flag --i2t-data). And the gradient into the understanding
-embeddings is multiplied by 0.1 (`grad_scale`). Without conversations, the model first describes
-1024 of its own training images (--self-captions), and these descriptions are the answers of L_i2t.
-That is ours, not the paper's.
+embeddings is multiplied by 0.1 (`grad_scale`), in L_recon and in L_i2t. That is the way back to
+proj_in and MAR's encoder; what these get from the generation side, and all that the language model
+gets, is not scaled. Without conversations, the model first describes 1024 of its own training
+images (--self-captions), and these descriptions are the answers of L_i2t. That is ours, not the
+paper's.
 
 Inference does not change. After RecA the model paints from a text with the prompt and the sampler
 that it had before; nobody has to give it an image. (`reconstruct`, which paints from an image's
-embeddings, is there to show what the model understands and can paint.)
+embeddings, is there to show what the model understands and can paint.) RecA's prompt is that of
+captioning ("Describe ...", appendix C.1), the painting prompt is "Generate an image: ...". That the
+one helps the other is a finding of the paper. Its explanation: in the deeper layers of the language
+model, words and images of the same thing have similar features (appendix D). The sampler:
+
+    prompts = "Generate an image: a dog.", and for guidance "Generate an image."
+    for k in 1 .. 64:                              # the places in a random order, all masked
+        left = 1024 * cos(pi/2 * k/64)             # rounded down; 0 after the last
+        z = conditions of the places that are painted now, for both prompts, as in training
+        x = random numbers
+        for t in 100 of the 1000 timesteps, the noisiest first:
+            noise = the head's for no caption + 3 * (its for the caption - its for no caption)
+            x = denoising_step(x, noise), plus fresh noise of the variance for the caption
+        latents at these places = x                # the next k sees them as visible tokens
+    image = the VAE's decoder of the latents
 
 A step, from images to moved weights (section 5, and Trainer.take_step in common.py):
 
     for step in range(5000):                             # a step: equation (3), once
-        latents = vae(24 images)                         # frozen
-        understood = proj_in(mar.encoder(latents))       # h_v: nothing is hidden
+        latents = encode(24 images)                      # the VAE, frozen
+        understood = proj_in(mar.encode(latents))        # h_v: nothing is masked
         masked, visible = a random split of the tokens   # 717 to 1024 of 1024 are masked
-        context = mar.encoder(latents at visible)
+        context = mar.encode(latents at visible)
         context += proj_out(qwen(prompt(template, understood), proj_in(context)))
-        conditions = mar.decoder(context)                # for all 1024 places
+        conditions = mar.decode(context)                 # for all 1024 places
         L_recon = diffusion_loss(conditions at masked, latents at masked)
         L_i2t = cross_entropy(answers, given 24 images and questions)
         (L_recon + L_i2t).backward()
@@ -111,15 +136,26 @@ and image, and the buffer, at the end, sees everything; the understanding embedd
 words. Only the last 136 + 64 outputs are used. Positions count tokens, not places in the image:
 these are in MAR's position tables. In MAR's encoder (64 + 1024 tokens for understanding, 64 + 136
 for generation) and in its decoder (64 + 1024) every token sees every token. The diffusion head gets
-the 888 masked tokens, each with 4 noise levels. Over all templates and masks the language model
-gets about 1308 tokens.
+the 888 masked tokens. Over all templates and masks the language model gets about 1308 tokens.
+
+What is drawn (`draw`). The masked part, one for all images of a step: normal with mean 1 and
+deviation 0.25, cut off to [0.7, 1]. For each image: which places are masked, and whether the
+instruction is left out (one in ten). For each token: 4 timesteps, uniform from 0 to 999, and noise
+for each. The loss is the mean over all masked tokens and their 4 noise levels.
 
 Where the numbers come from. Table 8 of the paper: learning rate, weight decay, warm-up, number of
 steps, batch, accumulation and λ (`Recipe` says how its micro-batches became our steps). The public
-configuration of the original: all sizes, betas, the schedule's length, how masks and noise are
-drawn, how often a prompt is dropped, dropout, `grad_scale`, the prompts and the sampler. Ours:
-everything of "tiny", --self-captions, and the wording of the 360 templates, which the paper shows
-only in part.
+code and configuration of the original: all sizes, betas and eps, the schedule's length, the
+clipping of the gradient (1 there, 2 here: `Recipe`), the mean of the VAE as latents, how masks and
+noise are drawn, how often a text is dropped, dropout, `grad_scale`, the prompts and the number of
+ids at which they are cut, and the sampler. Ours: everything of "tiny", --self-captions, and the
+wording of the 360 templates, which the paper shows only in part.
+
+The original's accidents that this file follows, since the released models were trained so: two
+newlines before the image in RecA's prompt, and one elsewhere; a prompt "without a condition" that
+keeps its embeddings; likelihood in bins that are made for 8-bit pixels. Where it differs on
+purpose: a step has both losses, not one; padding stands at the end of a sequence; only masked
+tokens go through the diffusion head, in float32. docs/originals.md has all of it in a table.
 
 What the loss looks like.
 
@@ -128,20 +164,23 @@ What the loss looks like.
 Commands. The weights of Harmon are under the S-Lab License 1.0: for non-commercial use only.
 
     python reca_harmon.py --model tiny                    in minutes on a CPU, no downloads
-    python reca_harmon.py --data ./images --steps 5000    Harmon-1.5B (or --model harmon-0.5b)
+    python reca_harmon.py --data ./images                 Harmon-1.5B (or --model harmon-0.5b)
+    python reca_harmon.py --data ./images --i2t-data llava.json --i2t-images ./llava
+                                                          with conversations, as in the paper
     python reca_harmon.py --model out/RUN/checkpoint-005000 --steps 0 --generate prompts.txt
 
 How to read this file. First section 4, the prompt, and `recon_loss` in section 5: that is RecA.
 Then, in section 2, `understand` and `MAR`, and `diffusion_terms` for the loss itself. Section 6 is
 the sampler, which RecA leaves alone. Sections 1, 3 and 7 hold sizes, files and the command line.
-The loop that takes the steps is `Trainer` in common.py. Comments say where this file leaves the
-original code, and which of its accidents it follows; docs/originals.md has them all in a table.
+The loop that takes the steps is `Trainer` in common.py. `encode` of the model is the VAE, `encode`
+of `mar` is MAR's encoder. A *place* is one of the image's N, a *position* one of a sequence's T.
 
 Letters in the shape comments: B images, S pixels a side, h x w = N tokens of an image, C = 16
 numbers of a token, E tokens of the buffer, V visible and M masked tokens (V + M = N), K = N + E
 understanding embeddings, D width of the language model, De and Dd widths of MAR's encoder and
-decoder, W width of the diffusion head, P tokens that the diffusion head gets at once, T tokens of a
-sequence, R of them read.
+decoder, W width of the diffusion head, P tokens that it gets at once, Q tokens of each image that a
+step of the sampler paints (P = B*Q), T tokens of a sequence, R of them read, G = V + E of them made
+from the context.
 """
 import functools
 import itertools
@@ -209,7 +248,7 @@ class HarmonConfig:
     vae_groups: int = 32
     vae_scale: float = 0.2325
 
-    # RecA: factor on the gradient that reaches the understanding embeddings.
+    # RecA: factor on the gradient that reaches the understanding embeddings, in both losses.
     grad_scale: float = 0.1
 
     # The sampler's defaults. guidance_scale 1 means no guidance; guidance_schedule "linear" raises
@@ -255,12 +294,12 @@ class Recipe:
     The original counts micro-batches of 48 images in the order recon, recon, i2t, i2t, and moves
     the weights after these four. We count evaluations of equation (3). So a step of ours has 24
     images for each of the two losses, and four steps are one update of 96 + 96 images, as in the
-    original; 5000 steps are 1250 updates in both. (The table's accumulation of 2 counts pairs of
-    micro-batches.) The warm-up of 500 micro-batches becomes 125 updates. The original's cosine ends
-    after 50,000 micro-batches, which is update 12,500. The run ends after a tenth of it, where the
-    learning rate is still 0.98 of its peak.
+    original; 5000 steps are 1250 updates in both. (Table 8 says accumulation 2, probably since it
+    counts recon + i2t as one.) The warm-up of 500 micro-batches becomes 125 updates. The original's
+    cosine ends after 50,000 micro-batches, which is update 12,500. The run ends after a tenth of
+    it, where the learning rate is still 0.98 of its peak.
     """
-    # From Table 8.
+    # From Table 8, converted as above.
     steps: int = 5000
     batch: int = 24
     accum: int = 4
@@ -271,8 +310,8 @@ class Recipe:
     lambda_i2t: float = 1.0
     lambda_t2i: float = 0.0
 
-    # From the public configuration. There the gradient is clipped at 1, but it is the mean over
-    # micro-batches of one loss each; ours is that of the sum of two losses, twice as large.
+    # From the public configuration, where the gradient is clipped at 1. Our gradient is that of
+    # recon + i2t, theirs that of the average of both, so ours is twice as large, and so is clip.
     betas: tuple = (0.9, 0.95)
     eps: float = 1e-8
     horizon: int = 12500
@@ -337,8 +376,16 @@ MARKERS = ("<|im_start|>", "<|im_end|>", "<|endoftext|>")
 IMAGE_MARKER = -200  # in a list of ids, the place of all embeddings of an image
 IGNORED = -100  # the label of a token that is not predicted
 
-# In training, at least this part of an image's tokens is masked.
+# Which part of an image's tokens is masked in training: normal with this mean and deviation, cut
+# off to [LEAST_MASKED, 1]. From the original's code, as all numbers down to MAX_I2T_IDS.
+MASKED_MEAN = 1.0
+MASKED_STD = 0.25
 LEAST_MASKED = 0.7
+TEXT_DROP = 0.1  # the probability that an instruction or a caption is left out
+# How many ids a prompt has at most, by task; the rest is cut off. For i2t it is a conversation.
+MAX_RECON_IDS = 128
+MAX_T2I_IDS = 1024
+MAX_I2T_IDS = 1472  # written 2048 - 576 there
 # So many labels meet the language model's head at a time: their float32 logits are 78 MB.
 LABELS_AT_ONCE = 128
 
@@ -349,7 +396,7 @@ LABELS_AT_ONCE = 128
 
 
 def take(x, index):
-    """x [B, K, D], index [B, R] -> [B, R, D]: of every example the vectors with these numbers."""
+    """x [B, T, D], index [B, R] -> [B, R, D]: of every example the vectors with these numbers."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
@@ -359,7 +406,7 @@ def two_layers(width_in, width, width_out):
 
 
 class Block(nn.Module):
-    """A pre-norm ViT block, in which every token sees every token: [B, K, D] -> [B, K, D]."""
+    """A pre-norm ViT block, in which every token sees every token."""
 
     def __init__(self, width, heads, dropout):
         super().__init__()
@@ -377,18 +424,19 @@ class Block(nn.Module):
         })
 
     def forward(self, x):
+        """x [B, T, width] -> [B, T, width]"""
         # Inference never drops, whichever mode the model is in: it computes no gradients.
         dropping = self.training and torch.is_grad_enabled()
         dropout = self.dropout if dropping else 0.0
 
         qkv = self.attn["qkv"](self.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, K, D/heads]
-        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # [B, heads, K, D/heads]
-        y = y.transpose(1, 2).flatten(2)  # [B, K, D]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # [B, heads, T, width/heads]
+        y = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)  # as q
+        y = y.transpose(1, 2).flatten(2)  # [B, T, width]
         x = x + F.dropout(self.attn["proj"](y), dropout)
 
-        y = F.gelu(self.mlp["fc1"](self.norm2(x)))  # [B, K, 4D]
-        y = self.mlp["fc2"](F.dropout(y, dropout))  # [B, K, D]
+        y = F.gelu(self.mlp["fc1"](self.norm2(x)))  # [B, T, 4*width]
+        y = self.mlp["fc2"](F.dropout(y, dropout))  # [B, T, width]
         return x + F.dropout(y, dropout)
 
 
@@ -441,40 +489,40 @@ class DiffusionMLP(nn.Module):
 
 class MAR(nn.Module):
     """The masked autoencoder: an encoder of the visible tokens and the buffer, a decoder that fills
-    the hidden places, and the diffusion head."""
+    the masked places, and the diffusion head."""
 
     def __init__(self, config):
         super().__init__()
         c = config
         self.config = c
-        places = c.table_size ** 2
+        table_tokens = c.table_size ** 2  # so many places the position tables are made for
         De = c.encoder_width
         Dd = c.decoder_width
 
         # class_emb is in every checkpoint, and nothing reads it.
         self.class_emb = nn.Embedding(c.class_num, De).requires_grad_(False)
 
-        # The encoder. fake_latent is the vector in all places of the buffer.
+        # The encoder. fake_latent is the one vector that all tokens of the buffer are.
         self.fake_latent = nn.Parameter(0.02 * torch.randn(1, De))
         self.z_proj = nn.Linear(c.latent_channels, De)
         self.z_proj_ln = nn.LayerNorm(De, eps=1e-6)
-        table = 0.02 * torch.randn(1, c.buffer_size + places, De)  # [1, E + places, De]
+        table = 0.02 * torch.randn(1, c.buffer_size + table_tokens, De)  # [1, E + table_tokens, De]
         self.encoder_pos_embed_learned = nn.Parameter(table)
         self.encoder_blocks = nn.ModuleList(
             Block(De, c.encoder_heads, c.dropout) for _ in range(c.encoder_layers))
         self.encoder_norm = nn.LayerNorm(De, eps=1e-6)
 
-        # The decoder. mask_token is the vector in all hidden places.
+        # The decoder. mask_token is the vector in all masked places.
         self.decoder_embed = nn.Linear(De, Dd)
         self.mask_token = nn.Parameter(0.02 * torch.randn(1, 1, Dd))
-        table = 0.02 * torch.randn(1, c.buffer_size + places, Dd)  # [1, E + places, Dd]
+        table = 0.02 * torch.randn(1, c.buffer_size + table_tokens, Dd)  # [1, E + table_tokens, Dd]
         self.decoder_pos_embed_learned = nn.Parameter(table)
         self.decoder_blocks = nn.ModuleList(
             Block(Dd, c.decoder_heads, c.dropout) for _ in range(c.decoder_layers))
         self.decoder_norm = nn.LayerNorm(Dd, eps=1e-6)
 
         # The diffusion head. It treats tokens one by one, so its condition says where they are.
-        table = 0.02 * torch.randn(1, places, Dd)  # [1, places, Dd]
+        table = 0.02 * torch.randn(1, table_tokens, Dd)  # [1, table_tokens, Dd]
         self.diffusion_pos_embed_learned = nn.Parameter(table)
         net = DiffusionMLP(c.latent_channels, Dd, c.diffusion_width, c.diffusion_layers)
         self.diffloss = nn.ModuleDict({"net": net})
@@ -490,34 +538,34 @@ class MAR(nn.Module):
             elif p.ndim == 2 and name.endswith("weight"):
                 nn.init.xavier_uniform_(p)
 
-    def positions(self, table, grid):
-        """table [1, E + places, D] -> [1, E + h*w, D]: a position table for another grid = (h, w).
-        The image's part is interpolated (16 x 16 to 32 x 32 in the released models), the buffer's
-        part, if there is one, stays."""
+    def position_table(self, table, grid):
+        """table [1, E + table_tokens, width] -> [1, E + h*w, width]: a position table for another
+        grid = (h, w). The image's part is interpolated (16 x 16 to 32 x 32 in the released
+        models), the buffer's part, if there is one, stays."""
         side = self.config.table_size
         E = table.shape[1] - side ** 2
         h, w = grid
 
         buffer, image = table.tensor_split([E], dim=1)
-        image = image.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, D, side, side]
-        image = F.interpolate(image, size=grid, mode="bilinear")  # [1, D, h, w]
-        image = image.flatten(2).transpose(1, 2)  # [1, h*w, D]
+        image = image.unflatten(1, (side, side)).permute(0, 3, 1, 2)  # [1, width, side, side]
+        image = F.interpolate(image, size=grid, mode="bilinear")  # [1, width, h, w]
+        image = image.flatten(2).transpose(1, 2)  # [1, h*w, width]
         return torch.cat([buffer, image], dim=1)
 
     def encode(self, latents, grid, visible=None):
-        """latents [B, N, C], visible [B, V] -> [B, E+V, De], the buffer first. Hidden tokens are
-        absent. grid: (h, w); visible: the numbers of the visible tokens, None: all are visible."""
+        """latents [B, N, C], visible [B, V] -> [B, E+V, De], the buffer first. Masked tokens are
+        absent. grid: (h, w); visible: the places of the visible tokens, None: all are visible."""
         B = len(latents)
         E = self.config.buffer_size
-        table = self.positions(self.encoder_pos_embed_learned, grid).expand(B, -1, -1)
-        buffer_places, places = table.tensor_split([E], dim=1)
+        table = self.position_table(self.encoder_pos_embed_learned, grid).expand(B, -1, -1)
+        of_buffer, of_image = table.tensor_split([E], dim=1)
         if visible is not None:
             latents = take(latents, visible)  # [B, V, C]
-            places = take(places, visible)  # [B, V, De]
+            of_image = take(of_image, visible)  # [B, V, De]
 
         x = self.z_proj(latents.to(self.z_proj.weight.dtype))  # [B, V, De]
         precision = x.dtype
-        x = torch.cat([self.fake_latent + buffer_places, x + places], dim=1)  # [B, E+V, De]
+        x = torch.cat([self.fake_latent + of_buffer, x + of_image], dim=1)  # [B, E+V, De]
         # Under autocast the float32 tables and the norm would keep x in float32 through all blocks.
         x = self.z_proj_ln(x).to(precision)
         for block in self.encoder_blocks:
@@ -528,18 +576,19 @@ class MAR(nn.Module):
         """x [B, E+V, De], visible [B, V] -> [B, N, Dd]: the context, for the buffer and the visible
         tokens, becomes a condition for every place of the image."""
         E = self.config.buffer_size
-        buffer, seen = self.decoder_embed(x).tensor_split([E], dim=1)
+        buffer, tokens = self.decoder_embed(x).tensor_split([E], dim=1)  # [B, E or V, Dd]
 
         # Every place gets the mask token, then the visible ones what the context has for them.
-        image = self.mask_token.to(seen.dtype).expand(len(x), grid[0] * grid[1], -1)  # [B, N, Dd]
-        image = image.scatter(1, visible[..., None].expand(-1, -1, seen.shape[-1]), seen)
+        image = self.mask_token.to(tokens.dtype).expand(len(x), grid[0] * grid[1], -1)  # [B, N, Dd]
+        index = visible[..., None].expand(-1, -1, tokens.shape[-1])  # [B, V, Dd]
+        image = image.scatter(1, index, tokens)
 
         x = torch.cat([buffer, image], dim=1)  # [B, E+N, Dd]
-        x = x + self.positions(self.decoder_pos_embed_learned, grid).to(x.dtype)
+        x = x + self.position_table(self.decoder_pos_embed_learned, grid).to(x.dtype)
         for block in self.decoder_blocks:
             x = block(x)
         image = self.decoder_norm(x)[:, E:]  # [B, N, Dd]
-        return image + self.positions(self.diffusion_pos_embed_learned, grid)
+        return image + self.position_table(self.diffusion_pos_embed_learned, grid)
 
 
 @functools.lru_cache(maxsize=8)
@@ -573,8 +622,8 @@ def diffusion_schedule(steps, device):
         "alphas_cumprod": abar,
         "betas": betas,
         # x_0 and noise -> x_t
-        "signal": np.sqrt(abar),
-        "noise": np.sqrt(1 - abar),
+        "signal_scale": np.sqrt(abar),
+        "noise_scale": np.sqrt(1 - abar),
         # x_t and noise -> x_0
         "x0_from_xt": np.sqrt(1 / abar),
         "x0_from_noise": np.sqrt(1 / abar - 1),
@@ -618,8 +667,11 @@ def diffusion_terms(net, x_0, z, t, noise):
     mse  the mean squared error of the predicted noise. It trains the prediction.
     vb   the variational bound in bits. It trains the variance alone, as the noise is detached. For
          t > 0 it is the KL divergence between the true and the predicted step back. At t = 0 it is
-         the likelihood of x_0 under a Gaussian in bins of 1/255. Such bins fit 8-bit pixels and
-         mean little for latents; we follow the original, since the released models are trained so.
+         the likelihood of x_0 under a Gaussian in bins that reach 1/255 to both sides. Such bins
+         fit 8-bit pixels in [-1, 1] and mean little for latents; we follow the original, since the
+         released models are trained so.
+
+    For a first reading mse is enough: the lines below it are vb.
     """
     # Float32 throughout. (The original has noise and mse in bf16.)
     x_0 = x_0.float()
@@ -628,7 +680,7 @@ def diffusion_terms(net, x_0, z, t, noise):
     for name, table in diffusion_schedule(1000, x_0.device).items():
         at[name] = table[t][:, None]
 
-    x_t = at["signal"] * x_0 + at["noise"] * noise  # [P, C]
+    x_t = at["signal_scale"] * x_0 + at["noise_scale"] * noise  # [P, C]
     predicted, v = net(x_t, t, z).float().chunk(2, dim=-1)  # [P, C]
     mse = (noise - predicted).square().mean(-1)  # [P]
 
@@ -733,8 +785,10 @@ class Harmon(nn.Module):
         self.set_und()
 
     def set_und(self, size=None, blur=None):
-        """The paper's ablations: RecA's understanding side gets a smaller image (size, in pixels;
-        section 3.5) or a blurred one (blur, a factor; appendix F.2). InputError: not possible."""
+        """Two ablations: RecA's understanding side gets an image of another size (in pixels; in the
+        paper with BAGEL, section 3.5, and Show-o, appendix F.2) or a blurred one (blur, a factor;
+        Show-o, appendix F.2). With Harmon they are ours. A size above image_size enlarges the
+        image, which adds no details. InputError: not possible."""
         if size and size % self.stride:
             raise InputError(
                 f"--und-size {size}: Harmon's understanding encoder takes multiples of"
@@ -804,8 +858,8 @@ class Harmon(nn.Module):
     @torch.no_grad()
     def encode(self, samples, task):
         """All that is frozen, which --cache therefore stores: B dicts of preprocess -> B dicts with
-        float32 tensors of shape h, w, C. "latents" are the tokens of the image; where set_und asks
-        for a smaller or blurred image on the understanding side, "und_latents" are those of it."""
+        float32 tensors of shape h, w, C. "latents" are the tokens of the image. Where set_und asks
+        for another image on the understanding side, "und_latents" are the tokens of that one."""
         pixels = [common.normalize(sample["pixels"].to(self.device)) for sample in samples]
         pixels = torch.stack(pixels)  # [B, 3, S, S]
         features = {"latents": self._latents(pixels)}
@@ -824,7 +878,7 @@ class Harmon(nn.Module):
 
     def _latents(self, pixels):
         """pixels [B, 3, S, S] in [-1, 1] -> [B, h, w, C] float32: the scaled mean of the VAE's
-        posterior, which is never sampled."""
+        posterior, which is never sampled (as in the original)."""
         pixels = pixels.to(self.vae.dtype, memory_format=torch.channels_last)
         # Four images of 512 px at a time: the VAE's first level has 128 channels for each pixel,
         # which for a whole batch would set the peak of memory.
@@ -843,12 +897,13 @@ class Harmon(nn.Module):
         """The understanding embeddings h_v: B dicts of encode -> [B, K, D], K = N + E, as the
         language model gets them.
 
-        MAR's encoder sees the whole image; the same encoder, with most of the image hidden, makes
-        the context of generation (recon_loss). On the way back gradients are multiplied by
-        grad_scale, so that understanding changes slowly. Those of the context are not.
+        MAR's encoder sees the whole image; the same encoder, with most of the image masked, makes
+        the context of generation (recon_loss). In L_recon and in L_i2t the gradient that comes back
+        to h_v is multiplied by grad_scale, so that this pass has a small share in what moves
+        proj_in and MAR's encoder. The gradient through the context is not scaled.
         """
-        seen = [example.get("und_latents", example["latents"]) for example in features]
-        latents = torch.stack(seen)  # [B, h, w, C]
+        whole = [example.get("und_latents", example["latents"]) for example in features]
+        latents = torch.stack(whole)  # [B, h, w, C]
         grid = tuple(latents.shape[1:3])
         encoded = self.mar.encode(latents.flatten(1, 2), grid)  # [B, E+N, De]
         understood = self._into_llm(encoded)  # [B, K, D]
@@ -865,45 +920,47 @@ class Harmon(nn.Module):
         """hidden [B, V+E, D] from the language model -> [B, E+V, De] for MAR, the buffer first."""
         return self.proj_out(hidden.roll(self.config.buffer_size, dims=1))
 
-    def _hidden_states(self, embeddings, places):
-        """The language model where it is read: embeddings [B, T, D], places [B, R] -> [B, R, D],
-        its last hidden states there, after the final norm.
+    def _hidden_states(self, embeddings, positions):
+        """The language model where it is read: embeddings [B, T, D], positions [B, R] -> [B, R, D],
+        its last hidden states there, after the final norm. For a first reading this is enough: the
+        body is a saving, and no part of the method.
 
         Attention is causal, and padding stands at the end (_assemble), where nothing sees it: there
         is no mask. All layers but the last are called as transformers has them. The last is written
-        out, since it is needed at R places only, some 200 of 1300 in recon_loss: there it computes
-        queries, attention output and MLP, and keys and values everywhere. For Harmon-1.5B that
-        saves 25 of the 1582 TFLOP of a step (1.6%; counted, on the longest inputs), and the result
-        is the same. To do without it, call self.llm.model and `take` the places from its result.
+        out, since it is needed at R positions only, some 200 of 1300 in recon_loss: there it
+        computes queries, attention output and MLP, and keys and values everywhere. For Harmon-1.5B
+        that saves 25 of the 1582 TFLOP of a step (1.6%; counted, on the longest inputs), and the
+        result is the same. To do without it, call self.llm.model and `take` the positions from its
+        result.
         """
         llm = self.llm.model
         T = embeddings.shape[1]
-        positions = torch.arange(T, device=embeddings.device)  # [T]
-        cos, sin = llm.rotary_emb(embeddings, positions[None])  # [1, T, D/heads]
+        everywhere = torch.arange(T, device=embeddings.device)  # [T]
+        cos, sin = llm.rotary_emb(embeddings, everywhere[None])  # [1, T, D/heads]
         x = embeddings
         for layer in llm.layers[:-1]:
             x = layer(x, attention_mask=None, position_embeddings=(cos, sin))
 
-        # The last layer: queries for the places, keys and values for everything.
+        # The last layer: queries for the R positions, keys and values for all T.
         last = llm.layers[-1]
         attention = last.self_attn
         normed = last.input_layernorm(x)  # [B, T, D]
-        q = attention.q_proj(take(normed, places))  # [B, R, D]
+        q = attention.q_proj(take(normed, positions))  # [B, R, D]
         k = attention.k_proj(normed)  # [B, T, kv_heads*D/heads]
         v = attention.v_proj(normed)  # [B, T, kv_heads*D/heads]
         q = q.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, heads, R, D/heads]
         k = k.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, kv_heads, T, D/heads]
         v = v.unflatten(-1, (-1, attention.head_dim)).transpose(1, 2)  # [B, kv_heads, T, D/heads]
 
-        # Rotary positions: a query has that of its place.
-        q = q * cos[0][places][:, None] + rotate_half(q) * sin[0][places][:, None]
+        # The rotary embedding: a query has that of its own position.
+        q = q * cos[0][positions][:, None] + rotate_half(q) * sin[0][positions][:, None]
         k = k * cos + rotate_half(k) * sin
 
-        # A place sees itself and what is before it.
-        seen = positions <= places[..., None]  # [B, R, T]
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=seen[:, None], enable_gqa=True)
+        # A position sees itself and what is before it.
+        mask = everywhere <= positions[..., None]  # [B, R, T], True: may be seen
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
         y = y.transpose(1, 2).flatten(2)  # [B, R, D]
-        x = take(x, places) + attention.o_proj(y)  # [B, R, D]
+        x = take(x, positions) + attention.o_proj(y)  # [B, R, D]
         return llm.norm(x + last.mlp(last.post_attention_layernorm(x)))
 
     # ==== 3. Loading and saving ===================================================================
@@ -1044,8 +1101,8 @@ class Harmon(nn.Module):
             " sizes")
 
     # ==== 4. The embedding-conditioned prompt =====================================================
-    # The model's own embeddings of an image stand where a caption would, in the chat template in
-    # which it has learned to describe images. The image to be painted follows.
+    # The model's own embeddings of an image are the prompt, in the chat template in which it has
+    # learned to describe images. The image to be painted follows.
     #
     #   <|im_start|>user \n\n [image, buffer] Describe the image in detail.<|im_end|> \n
     #   <|im_start|>assistant \n [visible tokens, buffer]
@@ -1058,28 +1115,30 @@ class Harmon(nn.Module):
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
     def recon_prompt(self, template=None):
-        """RecA's prompt: a list of ids, 128 at most, with IMAGE_MARKER where h_v will stand.
-        template: the instruction, or None where the text is left out.
+        """RecA's prompt: a list of ids, MAX_RECON_IDS at most, with IMAGE_MARKER where h_v will
+        stand. template: the instruction, or None where the text is left out.
 
         Two things follow the original, since the released models were trained so. There are two
         newlines before the image where its other prompts have one, which is probably an accident.
-        And where the text is left out ("unconditional" in the original) the embeddings stay.
+        And where the text is left out ("unconditional" in the original) the embeddings stay. This
+        last prompt is used nowhere at inference: guidance compares with the prompt of t2i_prompt()
+        without a caption and without embeddings, and that is in no loss but t2i_loss (λ_t2i = 0).
         """
         if template is None:
             text = "Generate an image."
             return self.tokenize(USER) + [IMAGE_MARKER] + self.tokenize(text + END)
         text = common.plain(template, MARKERS)
         ids = self.tokenize(USER + "\n") + [IMAGE_MARKER] + self.tokenize(text + END)
-        return ids[:128]
+        return ids[:MAX_RECON_IDS]
 
     def t2i_prompt(self, caption=None):
-        """Text to image: a list of ids, 1024 at most. None: without a caption, which is what
+        """Text to image: a list of ids, MAX_T2I_IDS at most. None: without a caption, which is what
         guidance moves away from."""
         if caption is None:
             text = "Generate an image."
         else:
             text = f"Generate an image: {common.plain(caption, MARKERS).strip()}"
-        return self.tokenize(USER + text + END)[:1024]
+        return self.tokenize(USER + text + END)[:MAX_T2I_IDS]
 
     def i2t_prompt(self, question):
         """Image to text: the first turn of a conversation, which is the image, a newline and the
@@ -1088,8 +1147,9 @@ class Harmon(nn.Module):
         return self.tokenize(USER) + [IMAGE_MARKER] + self.tokenize("\n" + text + END)
 
     def conversation(self, turns):
-        """[(question, answer), ...] -> ids and labels, two lists of the same length, 1472 at most.
-        The labels are the ids of the answers, each with the <|im_end|> behind it, else IGNORED."""
+        """[(question, answer), ...] -> ids and labels, two lists of the same length, MAX_I2T_IDS
+        at most. The labels are the ids of the answers, each with the <|im_end|> behind it, else
+        IGNORED."""
         ids = []
         labels = []
         for number, (question, answer) in enumerate(turns):
@@ -1102,7 +1162,7 @@ class Harmon(nn.Module):
 
             ids += asked + answered + newline
             labels += [IGNORED] * len(asked) + answered + [IGNORED] * len(newline)
-        return ids[:1472], labels[:1472]
+        return ids[:MAX_I2T_IDS], labels[:MAX_I2T_IDS]
 
     def _assemble(self, prompts, understood=None, generated=None):
         """The language model's input, a sequence for each prompt: their embeddings, padded at the
@@ -1200,28 +1260,28 @@ class Harmon(nn.Module):
         K = understood.shape[1]
 
         prompts = []
-        label_places = []  # of every example, where its labels are predicted
+        label_positions = []  # of every example, where its labels are predicted
         answers = []  # the labels of all examples, in one list
         for turns in conversations:
             ids, labels = self.conversation(turns)
-            # The embeddings take K places in the sequence, where the prompt has one marker.
+            # The embeddings take K positions in the sequence, where the prompt has one marker.
             marker = ids.index(IMAGE_MARKER)
             labels = labels[:marker] + [IGNORED] * K + labels[marker + 1:]
-            # A label is predicted by the output one place before its own.
-            wanted = [place for place, label in enumerate(labels) if label != IGNORED]
+            # A label is predicted by the output one position before its own.
+            wanted = [i for i, label in enumerate(labels) if label != IGNORED]
             prompts.append(ids)
-            label_places.append(torch.tensor(wanted, dtype=torch.long) - 1)
-            answers += [labels[place] for place in wanted]
+            label_positions.append(torch.tensor(wanted, dtype=torch.long) - 1)
+            answers += [labels[i] for i in wanted]
 
-        # Every example gets as many places as the one with most labels; `real` are those that are
-        # not padding. All this is found on the CPU, so that the host never waits for the device.
-        places = pad_sequence(label_places, batch_first=True, padding_value=-1)  # [B, R]
-        real = (places >= 0).flatten().nonzero()[:, 0]
-        on_cpu = [places.clamp(min=0), real, torch.tensor(answers, dtype=torch.long)]
-        places, real, labels = common.to_device(on_cpu, self.device)
+        # Every example gets as many positions as the one with most labels; `real` are those that
+        # are not padding. All this is found on the CPU: the host never waits for the device.
+        positions = pad_sequence(label_positions, batch_first=True, padding_value=-1)  # [B, R]
+        real = (positions >= 0).flatten().nonzero()[:, 0]
+        on_cpu = [positions.clamp(min=0), real, torch.tensor(answers, dtype=torch.long)]
+        positions, real, labels = common.to_device(on_cpu, self.device)
 
         embeddings, _ = self._assemble(prompts, understood)
-        hidden = self._hidden_states(embeddings, places)  # [B, R, D]
+        hidden = self._hidden_states(embeddings, positions)  # [B, R, D]
         hidden = hidden.flatten(0, 1)[real]  # [labels, D]
         total = common.cross_entropy_sum(self.llm.lm_head, hidden, labels, LABELS_AT_ONCE)
         return common.mean(total, len(answers))
@@ -1247,8 +1307,8 @@ class Harmon(nn.Module):
 
         # They stand at the end of each sequence, before its padding.
         last = torch.arange(-generated.shape[1], 0)
-        places = common.to_device(lengths[:, None] + last, self.device)  # [B, G]
-        return self._out_of_llm(self._hidden_states(embeddings, places))
+        positions = common.to_device(lengths[:, None] + last, self.device)  # [B, G]
+        return self._out_of_llm(self._hidden_states(embeddings, positions))
 
     def _diffusion_loss(self, conditions, latents, masked, draws):
         """conditions [B, N, Dd], latents [B, N, C], masked [B, M] on the CPU -> a scalar, the mean
@@ -1292,12 +1352,13 @@ class Harmon(nn.Module):
         N = h * w
         repeats = self.config.diffusion_repeats
 
-        # The masked part is normal(1, 0.25), cut off to [0.7, 1]. It is one number for the batch,
-        # since the visible tokens of all images stand in one tensor.
+        # The masked part is one number for the batch, since the visible tokens of all images stand
+        # in one tensor.
         ratio = torch.empty((), dtype=torch.float64)
-        nn.init.trunc_normal_(ratio, 1.0, 0.25, LEAST_MASKED, 1.0, generator=rng.batch)
+        nn.init.trunc_normal_(
+            ratio, MASKED_MEAN, MASKED_STD, LEAST_MASKED, 1.0, generator=rng.batch)
 
-        text_dropped = rng.uniform() < 0.1  # [B]
+        text_dropped = rng.uniform() < TEXT_DROP  # [B]
         orders = rng.permutation(N)  # [B, N]
         t = rng.integers(1000, repeats, N).transpose(0, 1)  # [repeats, B, N]
         noise = rng.normal(repeats, N, C).transpose(0, 1)  # [repeats, B, N, C]
@@ -1322,7 +1383,8 @@ class Harmon(nn.Module):
     def worst_case(self, task, count):
         """The micro-batch of `count` images that needs most memory: samples, texts, and draws to
         replace. The language model sees most tokens where fewest are masked; a conversation is cut
-        at 1472 tokens."""
+        at MAX_I2T_IDS. For t2i the captions have 200 words: longer ones, which t2i_prompt takes (up
+        to MAX_T2I_IDS), need more memory than this."""
         size = self.config.image_size
         samples = [{"pixels": torch.zeros(3, size, size, dtype=torch.uint8)}] * count
         if task == "i2t":
@@ -1342,11 +1404,11 @@ class Harmon(nn.Module):
     def generate(self, prompts, *, num_steps=None, guidance_scale=None, seed=0, **settings):
         """Text to image: B texts -> B PIL images, painted in one batch.
 
-        num_steps, guidance_scale: None for the config's; guidance_scale 1 is no guidance
-
-        seed      one for each image, or a number s: image i has the seed s + i. What is painted for
-                  a seed does not depend on the rest of the batch
-        settings  guidance_schedule, temperature; draws, for a replay; progress: see _sample
+        num_steps       None: the config's
+        guidance_scale  1: no guidance; None: the config's
+        seed            one for each image, or a number s: image i has the seed s + i. What is
+                        painted for a seed does not depend on the rest of the batch
+        settings        guidance_schedule, temperature; draws, for a replay; progress: see _sample
         """
         prompt_ids = [self.t2i_prompt(prompt) for prompt in prompts]
         settings.update(num_steps=num_steps, guidance_scale=guidance_scale, seed=seed)
@@ -1406,9 +1468,9 @@ class Harmon(nn.Module):
         and the tokens that are there, and the diffusion head paints the next ones of a random
         order: few at first, many at the end.
 
-        draws     None, or "orders" [B, N], and of each step k "iter{k}.init_noise" and
-                  "iter{k}.step_noise", the latter of all denoising steps, the noisiest first. P
-                  tokens an image: B*P vectors each (or more, which are ignored)
+        draws     None, or "orders" [B, N], and for each step k, which paints Q tokens an image,
+                  "iter{k}.init_noise" of shape B*Q, C and "iter{k}.step_noise" of shape
+                  diffusion steps, B*Q, C, the noisiest first; rows behind B*Q are not used
         progress  show a bar
         """
         c = self.config
@@ -1438,8 +1500,8 @@ class Harmon(nn.Module):
         # The language model reads the prompts once: their keys and values stay in the cache.
         cache = DynamicCache(config=self.llm.config)
         self.llm.model(inputs_embeds=embeddings, past_key_values=cache, use_cache=True)
-        places = torch.arange(embeddings.shape[1], device=self.device)
-        in_prompt = places < lengths  # [branches*B, T]
+        positions = torch.arange(embeddings.shape[1], device=self.device)
+        in_prompt = positions < lengths  # [branches*B, T]
 
         latents = torch.zeros(B, N, C, device=self.device)
         masked = N
@@ -1451,35 +1513,35 @@ class Harmon(nn.Module):
             if still_masked == masked:
                 continue
             visible = orders[:, masked:].sort(dim=1).values  # [B, V]
-            painted = orders[:, still_masked:masked]  # [B, P = masked - still_masked]
+            painted = orders[:, still_masked:masked]  # [B, Q = masked - still_masked]
             painted = painted.sort(dim=1).values
             masked = still_masked
-            P = painted.shape[1]
+            Q = painted.shape[1]
 
             # The conditions of the tokens to paint, in both branches.
             conditions = self._conditions(latents, (h, w), visible, cache, in_prompt)
-            z = take(conditions, painted.repeat(branches, 1)).flatten(0, 1)  # [branches*B*P, Dd]
+            z = take(conditions, painted.repeat(branches, 1)).flatten(0, 1)  # [branches*B*Q, Dd]
 
             # All noise of these tokens: to start from, and one for each denoising step.
             if draws is None:
-                noises = rng.normal(1 + c.diffusion_steps, P, C)  # [B, 1 + diffusion steps, P, C]
+                noises = rng.normal(1 + c.diffusion_steps, Q, C)  # [B, 1 + diffusion steps, Q, C]
                 noises = noises.transpose(0, 1).flatten(1, 2)
             else:
-                first = draws[f"iter{k}.init_noise"][None, :B * P]
-                noises = torch.cat([first, draws[f"iter{k}.step_noise"][:, :B * P]])
-            noises = noises.to(self.device)  # [1 + diffusion steps, B*P, C]
+                first = draws[f"iter{k}.init_noise"][None, :B * Q]
+                noises = torch.cat([first, draws[f"iter{k}.step_noise"][:, :B * Q]])
+            noises = noises.to(self.device)  # [1 + diffusion steps, B*Q, C]
 
             scale = guidance_scale
             if guidance_schedule == "linear":
                 scale = 1 + (guidance_scale - 1) * (N - planned) / N
-            tokens = self._denoise(z, scale, temperature, noises)  # [B*P, C]
-            latents.scatter_(1, painted[..., None].expand(-1, -1, C), tokens.view(B, P, C))
+            tokens = self._denoise(z, scale, temperature, noises)  # [B*Q, C]
+            latents.scatter_(1, painted[..., None].expand(-1, -1, C), tokens.view(B, Q, C))
         return latents.unflatten(1, (h, w))
 
     def _conditions(self, latents, grid, visible, cache, in_prompt):
         """A step of the sampler up to MAR's decoder: latents [B, N, C], visible [B, V], the cache
-        of the prompts, in_prompt [branches*B, T], which places of it are no padding -> [branches*B,
-        N, Dd].
+        of the prompts, in_prompt [branches*B, T], which of its positions are no padding ->
+        [branches*B, N, Dd].
 
         Here the padding stays between a prompt and its image tokens, since a cache has one length
         for all. It is masked, and the tokens' positions continue those of their own prompt.
