@@ -506,16 +506,16 @@ class PromptBatch:
     """B prompts of equal length, and who sees whom in them.
 
     Every attention mask of Show-o is the same statement with other numbers: the token at position q
-    sees the positions first_seen[q] .. last_seen[q] (text: up to itself; image tokens: up to the
+    sees the positions sees_from[q] .. sees_to[q] (text: up to itself; image tokens: up to the
     end of their image), besides the columns `seen_by_all` (an image that is to be understood), and
     never the columns `seen_by_none` (padding). These are 4 B L numbers instead of a mask of B L L.
-    first_seen and last_seen hold positions, not columns: they stay right when columns are left out.
+    sees_from and sees_to hold positions, not columns: they stay right when columns are left out.
     """
 
     ids: torch.Tensor  # [B, L] int64; UND where an understanding embedding is put in
     labels: torch.Tensor  # [B, L] int64; IGNORED where nothing is predicted
-    first_seen: torch.Tensor  # [B, L] int64
-    last_seen: torch.Tensor  # [B, L] int64
+    sees_from: torch.Tensor  # [B, L] int64
+    sees_to: torch.Tensor  # [B, L] int64
     seen_by_all: torch.Tensor  # [B, L] bool
     seen_by_none: torch.Tensor  # [B, L] bool
     positions: torch.Tensor  # [L] int64: what the rotary embeddings get
@@ -531,8 +531,8 @@ class PromptBatch:
         return cls(
             ids=ids,
             labels=torch.full_like(ids, IGNORED),
-            first_seen=torch.where(positions >= padding, padding, 0),
-            last_seen=positions.expand_as(ids).clone(),
+            sees_from=torch.where(positions >= padding, padding, 0),
+            sees_to=positions.expand_as(ids).clone(),
             seen_by_all=no_column,
             seen_by_none=no_column.clone(),
             positions=positions,
@@ -564,8 +564,8 @@ class PromptBatch:
 
     def sees(self, b, q, k):
         """Does column q of prompt b attend to column k? For index tensors that broadcast."""
-        after_first = self.first_seen[b, q] <= self.positions[k]
-        before_last = self.positions[k] <= self.last_seen[b, q]
+        after_first = self.sees_from[b, q] <= self.positions[k]
+        before_last = self.positions[k] <= self.sees_to[b, q]
         in_range = after_first & before_last
         return (in_range | self.seen_by_all[b, k]) & ~self.seen_by_none[b, k]
 
@@ -1078,14 +1078,14 @@ class Showo(nn.Module):
         if config.w_clip_vit:
             prompts.seen_by_all = prompts.ids == UND
             prompts.seen_by_none = prompts.ids == config.pad
-            prompts.last_seen[:, last - config.num_tokens:last] = last - 1
+            prompts.sees_to[:, last - config.num_tokens:last] = last - 1
         else:
             # <mmu> is the first column that is no padding; then come <soi>, the codes, <eoi>.
-            mmu = prompts.first_seen[:, -1:]
+            mmu = prompts.sees_from[:, -1:]
             und_end = mmu + 2 + len(images[0])
             is_und = (prompts.positions > mmu) & (prompts.positions <= und_end)
-            prompts.last_seen = torch.where(is_und, und_end, prompts.last_seen)
-            prompts.last_seen[:, last - config.num_tokens - 1:] = last
+            prompts.sees_to = torch.where(is_und, und_end, prompts.sees_to)
+            prompts.sees_to[:, last - config.num_tokens - 1:] = last
         return prompts
 
     def _t2i_batch(self, captions, tokens=None, labels=None, slots=None):
@@ -1110,7 +1110,7 @@ class Showo(nn.Module):
             fronts.append(padding + front)
 
         prompts = self._append_image(fronts, tokens, labels)
-        prompts.last_seen[:, length:] = prompts.ids.shape[1] - 1
+        prompts.sees_to[:, length:] = prompts.ids.shape[1] - 1
         if labels is not None:
             prompts.labels[:, length] = prompts.ids[:, length]
             prompts.labels[:, -1] = prompts.ids[:, -1]
