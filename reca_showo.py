@@ -11,63 +11,81 @@ No caption is needed.
 
 The method. Equation (2) of the paper, the reconstruction loss, and (3), the whole objective:
 
-    (2)   L_recon = l( f_theta( concat(t, h_und) ), I )
-    (3)   L       = lambda_recon * L_recon + lambda_i2t * L_i2t + lambda_t2i * L_t2i
+    (2)   L_recon = L( f_theta( concat(t_template, h_v) ), I_gt )
+    (3)   L_total = lambda_recon * L_recon + lambda_i2t * L_i2t + lambda_t2i * L_t2i
 
-    I           the image, as N codes of the image tokenizer: MagVit2.codes, features["codes"]
-    h_und       its understanding embeddings [C, D]: `understand`, from the frozen CLIP
-    t           a template, one of 360 ways to say "Describe the image in detail."
-    concat      `recon_prompt`, which puts both into the prompt that also asks for a description
-    f_theta     Phi-1.5, a language model with further words for images: `hidden_states`
-    l           cross-entropy at the masked image tokens: `_cross_entropy`
+    I_gt        the image, as N codes of the image tokenizer: MagVit2.codes, features["codes"]
+    h_v         its understanding embeddings [C, D]: `understand`, from the frozen CLIP; in the VQ
+                variant from the embedding table
+    t_template  one of 360 ways to say "Describe the image in detail."
+    concat      `recon_prompt` lays out the prompt: C places for h_v (VQ variant: the codes), then
+                the template; `embed` puts the vectors there
+    f_theta     Phi-1.5, a language model with further words for images: `hidden_states` and, in
+                `_cross_entropy`, its output layer. It also gets those tokens of I_gt that are not
+                masked, which (2) does not show
+    L           cross-entropy at the masked image tokens: `_cross_entropy`
     L_i2t       cross-entropy of answers about images: `i2t_loss`; lambda_i2t = 1 here
     L_t2i       captions to images, as in ordinary training: `t2i_loss`; lambda_t2i = 0 in RecA
     lambda_*    --lambda-recon 1, --lambda-i2t 1, --lambda-t2i 0
 
 What is special about Show-o. An image is 256 tokens (256 px) or 1024 (512 px) out of a codebook of
 8192, and these codes are further words of the language model's vocabulary. The same weights predict
-text from left to right and fill in masked image tokens (MaskGIT); only the attention mask tells the
-two apart. So L_recon is an ordinary cross-entropy over the vocabulary.
+text from left to right and fill in masked image tokens (MaskGIT); only the attention mask and the
+markers <mmu> and <t2i> tell the tasks apart. So L_recon is a cross-entropy over the vocabulary.
 
-RecA, CLIP variant, at 512 px (N = 1024 image tokens, C = 576 embeddings, D = 2048):
+RecA, CLIP variant, at 512 px (N = 1024 image tokens, C = 576 embeddings of CLIP's width 1024, which
+mm_projector brings to Phi's D = 2048):
 
-    image [3,512,512] -+- shrink to 336 -> CLIP (frozen) [C,1024] -> mm_projector -> und [C,D]
-                       |                                                              |
-                       |                                      <mmu> <soi> und <eoi> template
-                       |                                                              |
+    image [3,512,512] -+- to 336 px -> CLIP (frozen) [C,width] -> mm_projector -> h_v [C,D]
+                       |                                                           |
+                       |                                              <mmu> <soi> h_v <eoi> template
+                       |                                                           |
                        +- MAGVIT-v2 (frozen) -> codes [N] -> mask some -> <soi> image tokens <eoi>
-                                                                                      |
-        text is causal and sees the embeddings; image tokens                          v
-        see everything in front of them and each other        Phi-1.5, all of it trained [L,D]
-                                                                                      |
-                                 L_recon = cross-entropy over the vocabulary at the masked tokens
+        text is causal and sees h_v; image tokens                                  |
+        see what is in front of them and each other                                v
+                                      Phi-1.5: trained, but its embedding table not by L_recon [L,D]
+                                                                                   |
+                                    L_recon = cross-entropy over the vocabulary at the masked tokens
 
 RecA, VQ variant (--model showlab/show-o-512x512): there is no CLIP. The model understands an image
 through the same 8192 codes that it writes, so the codes of a smaller image stand in the prompt.
 
 What is frozen, what is trained. CLIP and the image tokenizer are frozen. Phi-1.5 with its embedding
 table and output layer, and the connector mm_projector (two layers between CLIP and Phi), are
-trained. Why the line is there: RecA brings generation in line with an understanding that stays as
-it is. The encoder decides what the prompt says and the tokenizer what the target is; if either
-could move, the loss could fall because the task gets easier. Phi is not divided any further,
-because understanding and generation share each of its weights. In the CLIP variant mm_projector and
-the embedding table learn from L_i2t alone: see recon_loss.
+trained. Why the line is there: RecA brings generation in line with what a fixed encoder says of an
+image. CLIP decides what the prompt says and the tokenizer what the target is; if either could move,
+the loss could fall because the task gets easier. Phi is not divided any further, because
+understanding and generation share each of its weights. In the CLIP variant mm_projector and the
+embedding table learn from L_i2t alone: see recon_loss. In the VQ variant only the codes are fixed:
+h_v are vectors of the embedding table, which L_recon trains.
 
-At which size the image is seen. CLIP gets 336 x 336 pixels, the only size that it accepts, and so
-the smallest; a 512 px image is shrunk to it. The VQ variant gets half the side: 256 for 512. Why
-not larger: larger inputs hold pixel detail (paper, section 2.2), and the model then leans on that
-instead of on meaning, which is all that a text prompt will give it later. The VQ variant shows it
-at the extreme (appendix F.2): at full size the answer stands in the prompt, the model copies it,
-the loss collapses to nearly zero and generation gets worse. The other remedy is --blur 8: as many
-codes as at full size, but of an image without detail.
+At which size the image is seen. In RecA CLIP gets 336 x 336 pixels, the only size that it accepts,
+and so the smallest; a 512 px image is shrunk to it, a 256 px image enlarged. The VQ variant gets
+half the side: 256 for 512. (For L_i2t it sees the whole size.) Why not larger: larger inputs hold
+pixel detail (paper, section 2.2), and the model then leans on that instead of on meaning, which is
+all that a text prompt will give it later. The VQ variant shows it at the extreme (appendix F.2): at
+full size the answer stands in the prompt, the model copies it, the loss collapses to nearly zero
+and generation gets worse. The other remedy is --blur 8: as many codes as at full size, but of an
+image without detail.
 
-What keeps understanding alive. Generation shares all weights with understanding, so training the
-one alone would damage the other: hence lambda_i2t = 1, on conversations about images (the paper:
-LLaVA's 665K). Without --i2t-data the model describes --self-captions (1024) of its own training
-images before the first step, and L_i2t holds it to these answers. That is ours, not the paper's.
+What keeps understanding alive. CLIP stays, but generation shares all of Phi with understanding, and
+training the one alone would damage the other: hence lambda_i2t = 1, on conversations about images
+(the paper: LLaVA's 665K). Without --i2t-data the model describes --self-captions (1024) of its own
+training images before the first step, and L_i2t holds it to these answers. That is ours, not the
+paper's.
 
 Inference is unchanged by RecA. generate() takes a text and no image, with the same prompt and the
 same sampler as before; only the weights are others. reconstruct() merely shows what was learned.
+The sampler (_sample), for one image; g is guidance_scale (6), 1 is none; temperature starts at 1:
+
+    codes = all N masked
+    for ratio in 1/50, 2/50, ... 1:                   # num_steps is 50
+        logits = g * Phi(caption, codes) - (g - 1) * Phi(empty caption, codes)      # [N, K]
+        drawn = for each masked token a code from softmax(logits); the others keep theirs
+        temperature = temperature * (1 - ratio)
+        certainty = log p(drawn) + temperature * Gumbel noise; the others: the largest float
+        codes = drawn, but the N cos(ratio pi/2) least certain are masked again
+    image = MAGVIT-v2's decoder(drawn)
 
 A step, from images to moved weights (common.Trainer.take_step):
 
@@ -76,40 +94,61 @@ A step, from images to moved weights (common.Trainer.take_step):
         for each micro-batch of them:                 # as many as fit into memory at once
             features = model.encode(images)           # frozen: codes, and what CLIP sees
             draws = model.draw("recon", features)     # how much is masked, and where
-            value = model.recon_loss(features, templates, draws)          # or i2t_loss
-            share = targets of this micro-batch / targets of the step
-            (lambda * value * share).backward()       # gradients add up
+            targets = model.count_targets(...)        # masked tokens, or ids of answers
+    for each micro-batch, now that the targets of the whole step are known:
+        value = model.recon_loss(features, templates, draws)          # or i2t_loss
+        weight = lambda * targets / targets of this loss in the step
+        (weight * value / accum).backward()           # gradients add up
     every --accum steps (here 1): AdamW moves the weights at the learning rate of the schedule
 
 A *step* is one evaluation of equation (3); an *update* is one move of the weights. Warm-up and
 schedule count updates.
 
-One example. An image at 512 px, seen by CLIP, and a template of t <= 123 tokens:
+One example. An image at 512 px, seen by CLIP, and a template that with "USER:" before it and
+"ASSISTANT:" behind it has t <= 123 ids:
 
     position      what                                  attends to
     0, 1          <mmu> <soi>                           itself and before, and 2..577
     2..577        576 understanding embeddings          the same
     578           <eoi>                                 the same
     579..580+t    <eot> template <eot>                  the same: text is causal
-    581+t..703    padding, left out of the computation  nobody looks at it; positions count it
+    581+t..703    padding                               nobody looks at it; positions count it
     704           <soi>                                 itself and before
     705..1728     1024 image tokens, some masked        all before, and each other; not 1729
     1729          <eoi>                                 itself and before
 
 128 slots for the template, <mmu>, <soi> and <eoi>, 576 embeddings, 1024 image tokens and their two
 markers make 1730 positions; 962 at 256 px. (VQ variant: 382 slots for padding, <mmu> and template,
-256 codes and 1024 image tokens with two markers each make 1666.) How much is masked is drawn: u is
-uniform in [0, 1), and round(1024 cos(u pi/2)) tokens at random places are replaced by the mask
-token, 724 for u = 0.5. The loss is then the mean of 724 cross-entropies, each at the masked token's
-own position (no shift).
+256 codes and 1024 image tokens with two markers each make 1666.) Columns that are padding in all
+prompts of a micro-batch are left out. How much is masked is drawn: u is uniform in [0, 1), and
+round(1024 cos(u pi/2)) tokens at random places are replaced by the mask token, 724 for u = 0.5. The
+loss is then the mean of 724 cross-entropies, each at the masked token's own position (no shift).
+
+The other prompts at this size (section 4):
+
+    generate    0..128 padding <t2i> <eot> caption <eot>    129 <soi>    130..1153 image    <eoi>
+    t2i_loss    0..576 padding <t2i> <eot> caption <eot>    577 <soi>    578..1601 image    <eoi>
+    i2t_loss    0 <mmu>   1..28 system prompt   29 <soi>    30..605 h_v    <eoi>    conversation
+
+Why RecA's prompt teaches something for that of generate, though it starts with <mmu> and its image
+stands elsewhere: Phi's weights are the same for both. Rotary positions tell distances only, which
+among the image tokens are the same everywhere. And embeddings and words are alike to such a model:
+in its deeper layers those of the same thing agree (paper, appendix D).
 
 Where the numbers come from. Paper, Table 8: learning rate 5e-7, weight decay 0.01, 1000 updates of
-warm-up, 5000 steps, 5 micro-batches of 2 (256 px: 4) images, the lambdas. Public config of the
-original: AdamW's betas and eps, the end of the cosine, no clipping, all sizes and prompt slots, the
-sampler's 50 steps and guidance. Ours: the 5 x 2 images are one step of 10, all targets of a step
-weigh the same, 1024 self-captions, everything about "tiny". Each is marked in section 1. Where a
-comment says "the original", it tells what that does and whether we follow; docs/originals.md has
-the rest.
+warm-up, 5000 steps (updates, see Recipe), 5 micro-batches of 2 (256 px: 4) images, the lambdas.
+Public config of the original: AdamW's betas and eps, the end of the cosine, no clipping, all sizes
+and prompt slots, the sampler's 50 steps and guidance. Ours: the 5 x 2 images are one step of 10,
+all targets of a step weigh the same, 1024 self-captions, everything about "tiny". Each is marked in
+section 1.
+
+Accidents of the original that we follow, as the published weights and numbers were made with them:
+with CLIP, L_recon does not train mm_projector and the embedding table (recon_loss), and RecA does
+not normalize CLIP's pixels as CLIP's (und_view); weight decay takes norms and embeddings, too
+(parameter_groups); padding between template and image (_recon_batch); argsort in the place of ranks
+(_mask_tokens); the sampler's temperature falls as a product (_sample). Where we differ on purpose:
+a loss is one mean over all its targets in a step; the VQ variant has a template for each image;
+guidance_scale is the original's plus 1. docs/originals.md has the rest.
 
 What the loss looks like while it goes well:
 
@@ -132,8 +171,11 @@ Sections 1 and 3 are for looking things up. How a step is taken stands in common
 Words: und, understanding; gen, generation; t2i, text to image; i2t, image to text; marker, an id
 that is no word but tells the model what comes (<mmu>: a question about an image; <t2i>: an image
 for a text; <soi>, <eoi>: start and end of an image; <eot>: begin and end of a text, Phi's only such
-id); connector, the layers that bring CLIP's features to the language model's width; context, the
-prompt as embeddings [B, L, D]; buffer, a tensor of a module that is no weight.
+id); connector, the layers that bring CLIP's features to the language model's width; features, what
+the frozen parts make of an image; embeddings, what `understand` makes of features["und"]; context,
+the prompt as vectors [B, L, D], with the image that is to be written, masked in part, at its end;
+mask, an attention mask; masked, replaced by the mask token; buffer, a tensor of a module that is no
+weight.
 
 Shapes: B images or prompts, N image tokens, C CLIP embeddings, L positions of a prompt, D width of
 the language model, K codes, V vocabulary (text, markers, K codes, mask token), S pixels per side of
