@@ -356,8 +356,10 @@ CONFIGS = {
 class Recipe:
     """The paper's run at 512 px; the fields are the defaults of the flags with the same names.
 
-    Table 8 has micro-batches of 2 images (256 px: 4) and accumulates 5: our step of 10 (20) images
-    for each loss. The original averages the means of its micro-batches; ours is the mean over all
+    Table 8 has micro-batches of 2 images (256 px: 4) for each loss and accumulates 5. The original
+    counts updates, so each of its 5000 steps, and of the 1000 of warm-up, has 5 micro-batches. Our
+    step has the same 10 images (256 px: 20) for each loss and is one update: 5000 steps are 5000
+    updates in both. The original averages the means of its micro-batches; ours is the mean over all
     targets of the step.
     """
 
@@ -376,7 +378,7 @@ class Recipe:
     betas: tuple = (0.9, 0.999)
     eps: float = 1e-8
     horizon: int = 1_000_000
-    clip: float = 0.0  # 0: gradients are not clipped
+    clip: float = 0.0  # limit of the gradients' norm (not the encoder); 0: not clipped
 
     # Ours: the accumulated micro-batches are one step.
     accum: int = 1
@@ -408,8 +410,11 @@ SYSTEM_PROMPT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The original has the same number for both. They never meet: one is a label, the other an id.
 IGNORED = -100  # among labels: nothing is predicted here
 UND = -100  # among ids: the place of an understanding embedding (CLIP variant)
+
 MARKERS = ("<|endoftext|>",)  # kept out of the user's words: it would end the text
 TEXT_DROP = 0.1  # probability that t2i training leaves a caption out (public config)
 LABELS_AT_ONCE = 2048  # targets that meet the output layer at once, to bound its memory
@@ -548,10 +553,13 @@ class PromptBatch:
     """B prompts of equal length, and who sees whom in them.
 
     Every attention mask of Show-o is the same statement with other numbers: the token at position q
-    sees the positions sees_from[q] .. sees_to[q] (text: up to itself; image tokens: up to the
-    end of their image), besides the columns `seen_by_all` (an image that is to be understood), and
-    never the columns `seen_by_none` (padding). These are 4 B L numbers instead of a mask of B L L.
-    sees_from and sees_to hold positions, not columns: they stay right when columns are left out.
+    sees the positions sees_from[q] .. sees_to[q] (text: up to itself; image tokens: up to the end
+    of their image), besides the columns `seen_by_all` (an image that is to be understood), and
+    never the columns `seen_by_none` (padding). With --flex these 4 B L numbers are enough;
+    otherwise dense_mask makes B L L of them. sees_from and sees_to hold positions, not columns:
+    they stay right when columns are left out.
+
+    An image that is to be written stands in the prompt, too, masked in part or in whole.
     """
 
     ids: torch.Tensor  # [B, L] int64; UND where an understanding embedding is put in
@@ -646,7 +654,8 @@ class Showo(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
 
-        self.showo = PhiForCausalLM(PhiConfig(  # rotary embedding and LayerNorm: PhiConfig's own
+        # Named as in the checkpoints: it is Phi alone. Rotary embedding and LayerNorm: PhiConfig's.
+        self.showo = PhiForCausalLM(PhiConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden,
             num_hidden_layers=config.layers,
@@ -668,6 +677,7 @@ class Showo(nn.Module):
                 nn.GELU(),
                 nn.Linear(config.hidden, config.hidden),
             )
+            # The encoder. Recipe.clip is something else, the limit of the gradients.
             self.clip = CLIPVisionModel(CLIPVisionConfig(
                 hidden_size=config.clip_hidden,
                 intermediate_size=config.clip_intermediate,
@@ -774,8 +784,9 @@ class Showo(nn.Module):
     def encode(self, samples, task):
         """What the frozen parts make of images: samples of preprocess -> a dict for each.
 
-        "codes" (recon, t2i): int64 [N], the image itself. "und" (recon, i2t): what the
-        understanding side sees: CLIP's features [C, width], or in the VQ variant int64 codes.
+        "codes" (recon, t2i): int64 [N], the image itself. "und" (recon, i2t): what `understand`
+        makes embeddings of: CLIP's features [C, width], or in the VQ variant int64 codes, in recon
+        of the smaller image, in i2t of all N tokens.
         """
         with_clip = self.config.w_clip_vit
         name = "clip_pixels" if "clip_pixels" in samples[0] else "pixels"
@@ -807,9 +818,10 @@ class Showo(nn.Module):
     def und_view(self, pixels):
         """pixels [B, 3, S, S] -> what the understanding side of RecA sees of it, [B, 3, s, s].
 
-        CLIP variant: 336 px, bilinear without antialiasing, in the tokenizer's range [-1, 1]. The
-        original does not apply CLIP's own mean and deviation here, though it does in captioning. It
-        looks like an oversight, but the released weights were trained with it, so we follow it.
+        CLIP variant: 336 px (512 px are shrunk, 256 px enlarged), bilinear without antialiasing, in
+        the tokenizer's range [-1, 1]. The original does not apply CLIP's own mean and deviation
+        here, though it does in captioning. It looks like an oversight, but the released weights
+        were trained with it, so we follow it.
 
         VQ variant: und_size pixels. Table of F.2: at 512 the model copies, 256 is the best trade,
         128 is outside of what it knows, and a blur leaves as many codes but no detail.
@@ -827,26 +839,26 @@ class Showo(nn.Module):
         return x[:, 1:]  # [B, C, width]
 
     def understand(self, features):
-        """h_und: features of encode -> [B, C, D], the understanding embeddings as Phi gets them.
+        """h_v: features of encode -> [B, C, D], the understanding embeddings as Phi gets them.
 
         CLIP variant: CLIP's features through the connector. VQ variant: the codes' own vectors in
         the embedding table.
         """
-        und = torch.stack([feature["und"] for feature in features])
+        inputs = torch.stack([feature["und"] for feature in features])
         if not self.config.w_clip_vit:
-            return self.showo.model.embed_tokens(und + self.config.first_code)
+            return self.showo.model.embed_tokens(inputs + self.config.first_code)
         dtype = self.mm_projector[0].bias.dtype  # the weight's may be int8
-        return self.mm_projector(und.to(dtype))  # [B, C, D]
+        return self.mm_projector(inputs.to(dtype))  # [B, C, D]
 
-    def embed(self, prompts, und=None):
-        """The context: the vector of each id, and `und` of understand in the places that wait for
-        it -> [B, L, D]. In the VQ variant no place waits, because the codes stand in the prompt as
-        ids, and their vectors are `und`."""
+    def embed(self, prompts, embeddings=None):
+        """The context: the vector of each id, and in the places that wait for them the embeddings
+        of understand -> [B, L, D]. In the VQ variant no place waits: the codes stand in the prompt
+        as ids, and their vectors are the embeddings."""
         context = self.showo.model.embed_tokens(prompts.ids.clamp(min=0))  # [B, L, D]
-        if und is None or not self.config.w_clip_vit:
+        if embeddings is None or not self.config.w_clip_vit:
             return context
         waiting = (prompts.ids == UND)[..., None]  # [B, L, 1]
-        return context.masked_scatter(waiting, und.to(context.dtype))  # [B, L, D]
+        return context.masked_scatter(waiting, embeddings.to(context.dtype))  # [B, L, D]
 
     def hidden_states(self, context, mask, positions, cache=None):
         """f_theta without its output layer: context [B, L, D] -> [B, L, D], after all of Phi's
@@ -1047,8 +1059,8 @@ class Showo(nn.Module):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def recon_prompt(self, template, image):
-        """concat(t, h_und) of equation (2): the ids of one prompt. image: what stands for the image
-        in it, places or codes, as _und_ids makes them."""
+        """concat(t_template, h_v) of equation (2), h_v in front: the ids of one prompt. image: what
+        stands for the image in it, places or codes, as _und_ids makes them."""
         c = self.config
         text = self._between_eot(self._template_ids(template))
         return [c.mmu, c.soi, *image, c.eoi, *text]
@@ -1107,8 +1119,10 @@ class Showo(nn.Module):
                              f"has room for {room}: shorten it")
 
         padded = []
+        padding_lengths = []
         for front in fronts:
             padding = [config.pad] * (length - len(front))
+            padding_lengths.append(len(padding))
             if config.w_clip_vit:
                 padded.append(front + padding)
             else:
@@ -1122,11 +1136,12 @@ class Showo(nn.Module):
             prompts.seen_by_none = prompts.ids == config.pad
             prompts.sees_to[:, last - config.num_tokens:last] = last - 1
         else:
-            # <mmu> is the first column that is no padding; then come <soi>, the codes, <eoi>.
-            mmu = prompts.sees_from[:, -1:]
-            und_end = mmu + 2 + len(images[0])
-            is_und = (prompts.positions > mmu) & (prompts.positions <= und_end)
-            prompts.sees_to = torch.where(is_und, und_end, prompts.sees_to)
+            # Behind the padding stand <mmu>, <soi>, the codes and <eoi>. <soi> to <eoi> see each
+            # other: all of them see up to this <eoi>. One number for each prompt:
+            mmu = torch.tensor(padding_lengths)[:, None]
+            und_eoi = mmu + 1 + len(images[0]) + 1
+            is_und = (prompts.positions > mmu) & (prompts.positions <= und_eoi)
+            prompts.sees_to = torch.where(is_und, und_eoi, prompts.sees_to)
             prompts.sees_to[:, last - config.num_tokens - 1:] = last
         return prompts
 
@@ -1253,15 +1268,16 @@ class Showo(nn.Module):
         # The target is the image itself: its codes, some of them replaced by the mask token.
         tokens, labels = self._mask_tokens(features, draws)
 
-        # The prompt asks for a description, but what follows it is the image.
+        # The prompt is one that asks for a description, because in such prompts Phi has learned to
+        # read embeddings. In the place of the answer stands the image.
         prompts = self._recon_batch(templates, features, tokens, labels)
         prompts, targets = self._find_targets(prompts)
 
         # The context: the prompt with the understanding embeddings in it.
         train_context = not self.config.w_clip_vit or self.train_embeddings_in_recon
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_context):
-            und = self.understand(features)  # [B, C, D]
-            context = self.embed(prompts, und)  # [B, L, D]
+            embeddings = self.understand(features)  # [B, C, D]
+            context = self.embed(prompts, embeddings)  # [B, L, D]
 
         # Phi fills in the image; at a masked token its prediction is compared with the code there.
         mask = self._loss_mask(prompts)
@@ -1348,16 +1364,17 @@ class Showo(nn.Module):
     def _number_masked(self, timesteps):
         """MaskGIT's schedule: at timesteps [B] u, cos(u pi/2) of an image's tokens are masked, at
         least one -> [B], whole numbers as floats."""
-        share = torch.cos(timesteps * math.pi * 0.5)  # [B]
-        return (self.config.num_tokens * share).round().clamp(min=1)  # [B]
+        fraction = torch.cos(timesteps * math.pi * 0.5)  # [B]
+        return (self.config.num_tokens * fraction).round().clamp(min=1)  # [B]
 
     def _mask_tokens(self, features, draws):
         """MaskGIT's corruption -> ids of image tokens, some of them the mask token, and labels,
         IGNORED where not masked: -> [B, N] for both.
 
-        Position i is masked where argsort(scores)[i] is less than the number to mask. (One would
-        expect the rank of scores[i] there. Both are random permutations, so it makes no difference;
-        we follow the original, to draw what it draws.)
+        argsort(scores) is a random order of the numbers 0 .. N-1, and token i is masked where the
+        i-th of them is less than the number to mask. So just that many tokens are masked, at random
+        places. (The tokens with the lowest scores would be others, equally random ones; we follow
+        the original, to mask what it masks.)
         """
         codes = torch.stack([feature["codes"] for feature in features]).cpu()
         tokens = codes + self.config.first_code  # [B, N]
@@ -1372,8 +1389,8 @@ class Showo(nn.Module):
         targets: [prompt, column, label] of each, three tensors of n numbers.
 
         shift: a label is predicted one column before its own (text), else in it (image tokens).
-        The targets are found on the CPU, and everything goes to the device in one transfer: so the
-        host never waits for the device.
+        The targets are found on the CPU, and everything goes to the device in one transfer, so that
+        the host does not wait for the device here.
         """
         prompts = prompts.without_padding(self.config.pad)
         labels = prompts.labels
@@ -1437,10 +1454,10 @@ class Showo(nn.Module):
         features = self.encode(samples, "i2t")
         ids = torch.tensor([self.i2t_prompt(question)] * len(images))  # [B, T]
         prompts = self._i2t_batch(ids, None, features)
-        und = self.understand(features)
+        embeddings = self.understand(features)
 
         answers = []
-        for answer in self._continue(prompts, und, max_new_tokens).tolist():
+        for answer in self._continue(prompts, embeddings, max_new_tokens).tolist():
             if self.config.eot in answer:
                 answer = answer[:answer.index(self.config.eot)]
             words = [i for i in answer if i < self.config.llm_vocab_size]  # no markers, no codes
@@ -1449,12 +1466,12 @@ class Showo(nn.Module):
         return [text.strip() for text in texts]
 
     @torch.no_grad()
-    def _continue(self, prompts, und, max_new_tokens, stop=True):
+    def _continue(self, prompts, embeddings, max_new_tokens, stop=True):
         """Greedy continuation of prompts without padding -> int64 ids, at most max_new_tokens for
         each prompt, out of the whole vocabulary, as in the original. stop: end when every prompt
         has its <eot>. Keys and values of what was read are kept: only the new id is computed."""
         prompts = prompts.to(self.device)
-        context = self.embed(prompts, und)
+        context = self.embed(prompts, embeddings)
         mask = prompts.dense_mask()
         positions = prompts.positions
         cache = DynamicCache()
@@ -1477,10 +1494,10 @@ class Showo(nn.Module):
     def _paint_images(self, prompts, features=None, **settings):
         """Prompts with all image tokens masked -> PIL images. features: of the images that are
         reconstructed."""
-        und = None
+        embeddings = None
         if features is not None:
-            und = self.understand(features)
-        codes = self._sample(prompts, und, **settings)  # [B, N]
+            embeddings = self.understand(features)
+        codes = self._sample(prompts, embeddings, **settings)  # [B, N]
         with torch.autocast(self.device.type, enabled=False):
             pixels = self.magvit.decode(codes).clamp(-1, 1)  # [B, 3, S, S]
         pixels = ((pixels + 1) / 2 * 255).to(torch.uint8)  # truncated, as in the original
@@ -1488,8 +1505,8 @@ class Showo(nn.Module):
         return [Image.fromarray(array) for array in arrays]
 
     @torch.no_grad()
-    def _sample(self, prompts, und=None, num_steps=None, guidance_scale=None, temperature=None,
-                seed=0, draws=None, progress=False, watch=None):
+    def _sample(self, prompts, embeddings=None, num_steps=None, guidance_scale=None,
+                temperature=None, seed=0, draws=None, progress=False, watch=None):
         """MaskGIT's sampler: prompts that end with <soi> N masked tokens <eoi> -> [B, N] codes.
 
         Each step draws all masked tokens at once, each from its own distribution, and masks those
@@ -1501,8 +1518,9 @@ class Showo(nn.Module):
         draws       instead of seed: "drawn_ids" (codes) and "gumbel_uniform", [num_steps, B, N]
         watch       called with (step, codes, probabilities), for tests
 
-        Text never sees the image, so all that stands before <soi> is computed once and its keys and
-        values are kept; each step computes the N + 2 columns of the image only.
+        Nothing in front of the last <soi> sees the tokens that are painted (in reconstruct text
+        does see the embeddings). So it is computed once, and its keys and values are kept; each
+        step computes the N + 2 columns of the painted image only.
         """
         config = self.config
         num_steps = config.num_steps if num_steps is None else num_steps
@@ -1517,12 +1535,12 @@ class Showo(nn.Module):
         # What guidance moves away from: the prompt with an empty caption. It is padded to the same
         # length, so that its image tokens have the same positions. Both go through Phi together.
         if guidance != 0:
-            slots = prompts.ids.shape[1] - config.num_tokens - 3
+            slots = prompts.ids.shape[1] - config.num_tokens - 3  # without <t2i>, <soi> and <eoi>
             prompts = prompts.stack(self._t2i_batch([""] * batch, slots=slots))
 
-        # Everything before <soi>, once.
+        # Everything before the last <soi>, once.
         prompts = prompts.without_padding(config.pad).to(self.device)
-        context = self.embed(prompts, und)  # [B or 2B, L, D]
+        context = self.embed(prompts, embeddings)  # [B or 2B, L, D]
         mask = prompts.dense_mask()  # [B or 2B, L, L]
         soi = context.shape[1] - config.num_tokens - 2
         cache = DynamicCache()
@@ -1552,8 +1570,9 @@ class Showo(nn.Module):
             masked = codes == masked_code  # [B, N]
             drawn = torch.where(masked, drawn, codes)  # [B, N]
 
-            # The temperature falls as a *product* over the steps, so to nearly nothing in a few. It
-            # looks unintended, but it is the sampler of the published numbers.
+            # The temperature falls as a *product* over the steps: of 50 steps, to 0.3 in the first
+            # 10 and below 0.01 in 20. It looks unintended, but it is the sampler of the published
+            # numbers.
             ratio = (step + 1) / num_steps
             temperature = temperature * (1 - ratio)
             certainty = self._certainty(probabilities, drawn, masked, noise, temperature)
@@ -1596,8 +1615,8 @@ class Showo(nn.Module):
         """The draws with as many of them masked again as the schedule leaves after this part of the
         steps, ratio: N cos(ratio pi/2), at least one, fewer than before -> [B, N]."""
         config = self.config
-        share = torch.cos(torch.tensor(ratio) * math.pi * 0.5)
-        number = (config.num_tokens * share).floor().long().to(self.device)
+        fraction = torch.cos(torch.tensor(ratio) * math.pi * 0.5)
+        number = (config.num_tokens * fraction).floor().long().to(self.device)
         fewer = masked.sum(-1, keepdim=True) - 1  # [B, 1]
         number = torch.minimum(fewer, number).clamp(min=1)  # [B, 1]
         threshold = certainty.sort(-1).values.gather(1, number)  # [B, 1]
