@@ -11,63 +11,81 @@ No caption is needed.
 
 The method. Equation (2) of the paper, the reconstruction loss, and (3), the whole objective:
 
-    (2)   L_recon = l( f_theta( concat(t, h_und) ), I )
-    (3)   L       = lambda_recon * L_recon + lambda_i2t * L_i2t + lambda_t2i * L_t2i
+    (2)   L_recon = L( f_theta( concat(t_template, h_v) ), I_gt )
+    (3)   L_total = lambda_recon * L_recon + lambda_i2t * L_i2t + lambda_t2i * L_t2i
 
-    I           the image, as N codes of the image tokenizer: MagVit2.codes, features["codes"]
-    h_und       its understanding embeddings [C, D]: `understand`, from the frozen CLIP
-    t           a template, one of 360 ways to say "Describe the image in detail."
-    concat      `recon_prompt`, which puts both into the prompt that also asks for a description
-    f_theta     Phi-1.5, a language model with further words for images: `hidden_states`
-    l           cross-entropy at the masked image tokens: `_cross_entropy`
+    I_gt        the image, as N codes of the image tokenizer: MagVit2.codes, features["codes"]
+    h_v         its understanding embeddings [C, D]: `understand`, from the frozen CLIP; in the VQ
+                variant from the embedding table
+    t_template  one of 360 ways to say "Describe the image in detail."
+    concat      `recon_prompt` lays out the prompt: C places for h_v (VQ variant: the codes), then
+                the template; `embed` puts the vectors there
+    f_theta     Phi-1.5, a language model with further words for images: `hidden_states` and, in
+                `_cross_entropy`, its output layer. It also gets those tokens of I_gt that are not
+                masked, which (2) does not show
+    L           cross-entropy at the masked image tokens: `_cross_entropy`
     L_i2t       cross-entropy of answers about images: `i2t_loss`; lambda_i2t = 1 here
     L_t2i       captions to images, as in ordinary training: `t2i_loss`; lambda_t2i = 0 in RecA
     lambda_*    --lambda-recon 1, --lambda-i2t 1, --lambda-t2i 0
 
 What is special about Show-o. An image is 256 tokens (256 px) or 1024 (512 px) out of a codebook of
 8192, and these codes are further words of the language model's vocabulary. The same weights predict
-text from left to right and fill in masked image tokens (MaskGIT); only the attention mask tells the
-two apart. So L_recon is an ordinary cross-entropy over the vocabulary.
+text from left to right and fill in masked image tokens (MaskGIT); only the attention mask and the
+markers <mmu> and <t2i> tell the tasks apart. So L_recon is a cross-entropy over the vocabulary.
 
-RecA, CLIP variant, at 512 px (N = 1024 image tokens, C = 576 embeddings, D = 2048):
+RecA, CLIP variant, at 512 px (N = 1024 image tokens, C = 576 embeddings of CLIP's width 1024, which
+mm_projector brings to Phi's D = 2048):
 
-    image [3,512,512] -+- shrink to 336 -> CLIP (frozen) [C,1024] -> mm_projector -> und [C,D]
-                       |                                                              |
-                       |                                      <mmu> <soi> und <eoi> template
-                       |                                                              |
+    image [3,512,512] -+- to 336 px -> CLIP (frozen) [C,width] -> mm_projector -> h_v [C,D]
+                       |                                                           |
+                       |                                              <mmu> <soi> h_v <eoi> template
+                       |                                                           |
                        +- MAGVIT-v2 (frozen) -> codes [N] -> mask some -> <soi> image tokens <eoi>
-                                                                                      |
-        text is causal and sees the embeddings; image tokens                          v
-        see everything in front of them and each other        Phi-1.5, all of it trained [L,D]
-                                                                                      |
-                                 L_recon = cross-entropy over the vocabulary at the masked tokens
+        text is causal and sees h_v; image tokens                                  |
+        see what is in front of them and each other                                v
+                                      Phi-1.5: trained, but its embedding table not by L_recon [L,D]
+                                                                                   |
+                                    L_recon = cross-entropy over the vocabulary at the masked tokens
 
 RecA, VQ variant (--model showlab/show-o-512x512): there is no CLIP. The model understands an image
 through the same 8192 codes that it writes, so the codes of a smaller image stand in the prompt.
 
 What is frozen, what is trained. CLIP and the image tokenizer are frozen. Phi-1.5 with its embedding
 table and output layer, and the connector mm_projector (two layers between CLIP and Phi), are
-trained. Why the line is there: RecA brings generation in line with an understanding that stays as
-it is. The encoder decides what the prompt says and the tokenizer what the target is; if either
-could move, the loss could fall because the task gets easier. Phi is not divided any further,
-because understanding and generation share each of its weights. In the CLIP variant mm_projector and
-the embedding table learn from L_i2t alone: see recon_loss.
+trained. Why the line is there: RecA brings generation in line with what a fixed encoder says of an
+image. CLIP decides what the prompt says and the tokenizer what the target is; if either could move,
+the loss could fall because the task gets easier. Phi is not divided any further, because
+understanding and generation share each of its weights. In the CLIP variant mm_projector and the
+embedding table learn from L_i2t alone: see recon_loss. In the VQ variant only the codes are fixed:
+h_v are vectors of the embedding table, which L_recon trains.
 
-At which size the image is seen. CLIP gets 336 x 336 pixels, the only size that it accepts, and so
-the smallest; a 512 px image is shrunk to it. The VQ variant gets half the side: 256 for 512. Why
-not larger: larger inputs hold pixel detail (paper, section 2.2), and the model then leans on that
-instead of on meaning, which is all that a text prompt will give it later. The VQ variant shows it
-at the extreme (appendix F.2): at full size the answer stands in the prompt, the model copies it,
-the loss collapses to nearly zero and generation gets worse. The other remedy is --blur 8: as many
-codes as at full size, but of an image without detail.
+At which size the image is seen. In RecA CLIP gets 336 x 336 pixels, the only size that it accepts,
+and so the smallest; a 512 px image is shrunk to it, a 256 px image enlarged. The VQ variant gets
+half the side: 256 for 512. (For L_i2t it sees the whole size.) Why not larger: larger inputs hold
+pixel detail (paper, section 2.2), and the model then leans on that instead of on meaning, which is
+all that a text prompt will give it later. The VQ variant shows it at the extreme (appendix F.2): at
+full size the answer stands in the prompt, the model copies it, the loss collapses to nearly zero
+and generation gets worse. The other remedy is --blur 8: as many codes as at full size, but of an
+image without detail.
 
-What keeps understanding alive. Generation shares all weights with understanding, so training the
-one alone would damage the other: hence lambda_i2t = 1, on conversations about images (the paper:
-LLaVA's 665K). Without --i2t-data the model describes --self-captions (1024) of its own training
-images before the first step, and L_i2t holds it to these answers. That is ours, not the paper's.
+What keeps understanding alive. CLIP stays, but generation shares all of Phi with understanding, and
+training the one alone would damage the other: hence lambda_i2t = 1, on conversations about images
+(the paper: LLaVA's 665K). Without --i2t-data the model describes --self-captions (1024) of its own
+training images before the first step, and L_i2t holds it to these answers. That is ours, not the
+paper's.
 
 Inference is unchanged by RecA. generate() takes a text and no image, with the same prompt and the
 same sampler as before; only the weights are others. reconstruct() merely shows what was learned.
+The sampler (_sample), for one image; g is guidance_scale (6), 1 is none; temperature starts at 1:
+
+    codes = all N masked
+    for ratio in 1/50, 2/50, ... 1:                   # num_steps is 50
+        logits = g * Phi(caption, codes) - (g - 1) * Phi(empty caption, codes)      # [N, K]
+        drawn = for each masked token a code from softmax(logits); the others keep theirs
+        temperature = temperature * (1 - ratio)
+        certainty = log p(drawn) + temperature * Gumbel noise; the others: the largest float
+        codes = drawn, but the N cos(ratio pi/2) least certain are masked again
+    image = MAGVIT-v2's decoder(drawn)
 
 A step, from images to moved weights (common.Trainer.take_step):
 
@@ -76,40 +94,61 @@ A step, from images to moved weights (common.Trainer.take_step):
         for each micro-batch of them:                 # as many as fit into memory at once
             features = model.encode(images)           # frozen: codes, and what CLIP sees
             draws = model.draw("recon", features)     # how much is masked, and where
-            value = model.recon_loss(features, templates, draws)          # or i2t_loss
-            share = targets of this micro-batch / targets of the step
-            (lambda * value * share).backward()       # gradients add up
+            targets = model.count_targets(...)        # masked tokens, or ids of answers
+    for each micro-batch, now that the targets of the whole step are known:
+        value = model.recon_loss(features, templates, draws)          # or i2t_loss
+        weight = lambda * targets / targets of this loss in the step
+        (weight * value / accum).backward()           # gradients add up
     every --accum steps (here 1): AdamW moves the weights at the learning rate of the schedule
 
 A *step* is one evaluation of equation (3); an *update* is one move of the weights. Warm-up and
 schedule count updates.
 
-One example. An image at 512 px, seen by CLIP, and a template of t <= 123 tokens:
+One example. An image at 512 px, seen by CLIP, and a template that with "USER:" before it and
+"ASSISTANT:" behind it has t <= 123 ids:
 
     position      what                                  attends to
     0, 1          <mmu> <soi>                           itself and before, and 2..577
     2..577        576 understanding embeddings          the same
     578           <eoi>                                 the same
     579..580+t    <eot> template <eot>                  the same: text is causal
-    581+t..703    padding, left out of the computation  nobody looks at it; positions count it
+    581+t..703    padding                               nobody looks at it; positions count it
     704           <soi>                                 itself and before
     705..1728     1024 image tokens, some masked        all before, and each other; not 1729
     1729          <eoi>                                 itself and before
 
 128 slots for the template, <mmu>, <soi> and <eoi>, 576 embeddings, 1024 image tokens and their two
 markers make 1730 positions; 962 at 256 px. (VQ variant: 382 slots for padding, <mmu> and template,
-256 codes and 1024 image tokens with two markers each make 1666.) How much is masked is drawn: u is
-uniform in [0, 1), and round(1024 cos(u pi/2)) tokens at random places are replaced by the mask
-token, 724 for u = 0.5. The loss is then the mean of 724 cross-entropies, each at the masked token's
-own position (no shift).
+256 codes and 1024 image tokens with two markers each make 1666.) Columns that are padding in all
+prompts of a micro-batch are left out. How much is masked is drawn: u is uniform in [0, 1), and
+round(1024 cos(u pi/2)) tokens at random places are replaced by the mask token, 724 for u = 0.5. The
+loss is then the mean of 724 cross-entropies, each at the masked token's own position (no shift).
+
+The other prompts at this size (section 4):
+
+    generate    0..128 padding <t2i> <eot> caption <eot>    129 <soi>    130..1153 image    <eoi>
+    t2i_loss    0..576 padding <t2i> <eot> caption <eot>    577 <soi>    578..1601 image    <eoi>
+    i2t_loss    0 <mmu>   1..28 system prompt   29 <soi>    30..605 h_v    <eoi>    conversation
+
+Why RecA's prompt teaches something for that of generate, though it starts with <mmu> and its image
+stands elsewhere: Phi's weights are the same for both. Rotary positions tell distances only, which
+among the image tokens are the same everywhere. And embeddings and words are alike to such a model:
+in its deeper layers those of the same thing agree (paper, appendix D).
 
 Where the numbers come from. Paper, Table 8: learning rate 5e-7, weight decay 0.01, 1000 updates of
-warm-up, 5000 steps, 5 micro-batches of 2 (256 px: 4) images, the lambdas. Public config of the
-original: AdamW's betas and eps, the end of the cosine, no clipping, all sizes and prompt slots, the
-sampler's 50 steps and guidance. Ours: the 5 x 2 images are one step of 10, all targets of a step
-weigh the same, 1024 self-captions, everything about "tiny". Each is marked in section 1. Where a
-comment says "the original", it tells what that does and whether we follow; docs/originals.md has
-the rest.
+warm-up, 5000 steps (updates, see Recipe), 5 micro-batches of 2 (256 px: 4) images, the lambdas.
+Public config of the original: AdamW's betas and eps, the end of the cosine, no clipping, all sizes
+and prompt slots, the sampler's 50 steps and guidance. Ours: the 5 x 2 images are one step of 10,
+all targets of a step weigh the same, 1024 self-captions, everything about "tiny". Each is marked in
+section 1.
+
+Accidents of the original that we follow, as the published weights and numbers were made with them:
+with CLIP, L_recon does not train mm_projector and the embedding table (recon_loss), and RecA does
+not normalize CLIP's pixels as CLIP's (und_view); weight decay takes norms and embeddings, too
+(parameter_groups); padding between template and image (_recon_batch); argsort in the place of ranks
+(_mask_tokens); the sampler's temperature falls as a product (_sample). Where we differ on purpose:
+a loss is one mean over all its targets in a step; the VQ variant has a template for each image;
+guidance_scale is the original's plus 1. docs/originals.md has the rest.
 
 What the loss looks like while it goes well:
 
@@ -132,8 +171,11 @@ Sections 1 and 3 are for looking things up. How a step is taken stands in common
 Words: und, understanding; gen, generation; t2i, text to image; i2t, image to text; marker, an id
 that is no word but tells the model what comes (<mmu>: a question about an image; <t2i>: an image
 for a text; <soi>, <eoi>: start and end of an image; <eot>: begin and end of a text, Phi's only such
-id); connector, the layers that bring CLIP's features to the language model's width; context, the
-prompt as embeddings [B, L, D]; buffer, a tensor of a module that is no weight.
+id); connector, the layers that bring CLIP's features to the language model's width; features, what
+the frozen parts make of an image; embeddings, what `understand` makes of features["und"]; context,
+the prompt as vectors [B, L, D], with the image that is to be written, masked in part, at its end;
+mask, an attention mask; masked, replaced by the mask token; buffer, a tensor of a module that is no
+weight.
 
 Shapes: B images or prompts, N image tokens, C CLIP embeddings, L positions of a prompt, D width of
 the language model, K codes, V vocabulary (text, markers, K codes, mask token), S pixels per side of
@@ -314,8 +356,10 @@ CONFIGS = {
 class Recipe:
     """The paper's run at 512 px; the fields are the defaults of the flags with the same names.
 
-    Table 8 has micro-batches of 2 images (256 px: 4) and accumulates 5: our step of 10 (20) images
-    for each loss. The original averages the means of its micro-batches; ours is the mean over all
+    Table 8 has micro-batches of 2 images (256 px: 4) for each loss and accumulates 5. The original
+    counts updates, so each of its 5000 steps, and of the 1000 of warm-up, has 5 micro-batches. Our
+    step has the same 10 images (256 px: 20) for each loss and is one update: 5000 steps are 5000
+    updates in both. The original averages the means of its micro-batches; ours is the mean over all
     targets of the step.
     """
 
@@ -334,7 +378,7 @@ class Recipe:
     betas: tuple = (0.9, 0.999)
     eps: float = 1e-8
     horizon: int = 1_000_000
-    clip: float = 0.0  # 0: gradients are not clipped
+    clip: float = 0.0  # limit of the gradients' norm (not the encoder); 0: not clipped
 
     # Ours: the accumulated micro-batches are one step.
     accum: int = 1
@@ -366,8 +410,11 @@ SYSTEM_PROMPT = (
     "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+# The original has the same number for both. They never meet: one is a label, the other an id.
 IGNORED = -100  # among labels: nothing is predicted here
 UND = -100  # among ids: the place of an understanding embedding (CLIP variant)
+
 MARKERS = ("<|endoftext|>",)  # kept out of the user's words: it would end the text
 TEXT_DROP = 0.1  # probability that t2i training leaves a caption out (public config)
 LABELS_AT_ONCE = 2048  # targets that meet the output layer at once, to bound its memory
@@ -506,16 +553,19 @@ class PromptBatch:
     """B prompts of equal length, and who sees whom in them.
 
     Every attention mask of Show-o is the same statement with other numbers: the token at position q
-    sees the positions first_seen[q] .. last_seen[q] (text: up to itself; image tokens: up to the
-    end of their image), besides the columns `seen_by_all` (an image that is to be understood), and
-    never the columns `seen_by_none` (padding). These are 4 B L numbers instead of a mask of B L L.
-    first_seen and last_seen hold positions, not columns: they stay right when columns are left out.
+    sees the positions sees_from[q] .. sees_to[q] (text: up to itself; image tokens: up to the end
+    of their image), besides the columns `seen_by_all` (an image that is to be understood), and
+    never the columns `seen_by_none` (padding). With --flex these 4 B L numbers are enough;
+    otherwise dense_mask makes B L L of them. sees_from and sees_to hold positions, not columns:
+    they stay right when columns are left out.
+
+    An image that is to be written stands in the prompt, too, masked in part or in whole.
     """
 
     ids: torch.Tensor  # [B, L] int64; UND where an understanding embedding is put in
     labels: torch.Tensor  # [B, L] int64; IGNORED where nothing is predicted
-    first_seen: torch.Tensor  # [B, L] int64
-    last_seen: torch.Tensor  # [B, L] int64
+    sees_from: torch.Tensor  # [B, L] int64
+    sees_to: torch.Tensor  # [B, L] int64
     seen_by_all: torch.Tensor  # [B, L] bool
     seen_by_none: torch.Tensor  # [B, L] bool
     positions: torch.Tensor  # [L] int64: what the rotary embeddings get
@@ -531,8 +581,8 @@ class PromptBatch:
         return cls(
             ids=ids,
             labels=torch.full_like(ids, IGNORED),
-            first_seen=torch.where(positions >= padding, padding, 0),
-            last_seen=positions.expand_as(ids).clone(),
+            sees_from=torch.where(positions >= padding, padding, 0),
+            sees_to=positions.expand_as(ids).clone(),
             seen_by_all=no_column,
             seen_by_none=no_column.clone(),
             positions=positions,
@@ -564,8 +614,8 @@ class PromptBatch:
 
     def sees(self, b, q, k):
         """Does column q of prompt b attend to column k? For index tensors that broadcast."""
-        after_first = self.first_seen[b, q] <= self.positions[k]
-        before_last = self.positions[k] <= self.last_seen[b, q]
+        after_first = self.sees_from[b, q] <= self.positions[k]
+        before_last = self.positions[k] <= self.sees_to[b, q]
         in_range = after_first & before_last
         return (in_range | self.seen_by_all[b, k]) & ~self.seen_by_none[b, k]
 
@@ -604,7 +654,8 @@ class Showo(nn.Module):
         self.config = config
         self.tokenizer = tokenizer
 
-        self.showo = PhiForCausalLM(PhiConfig(  # rotary embedding and LayerNorm: PhiConfig's own
+        # Named as in the checkpoints: it is Phi alone. Rotary embedding and LayerNorm: PhiConfig's.
+        self.showo = PhiForCausalLM(PhiConfig(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden,
             num_hidden_layers=config.layers,
@@ -626,6 +677,7 @@ class Showo(nn.Module):
                 nn.GELU(),
                 nn.Linear(config.hidden, config.hidden),
             )
+            # The encoder. Recipe.clip is something else, the limit of the gradients.
             self.clip = CLIPVisionModel(CLIPVisionConfig(
                 hidden_size=config.clip_hidden,
                 intermediate_size=config.clip_intermediate,
@@ -732,8 +784,9 @@ class Showo(nn.Module):
     def encode(self, samples, task):
         """What the frozen parts make of images: samples of preprocess -> a dict for each.
 
-        "codes" (recon, t2i): int64 [N], the image itself. "und" (recon, i2t): what the
-        understanding side sees: CLIP's features [C, width], or in the VQ variant int64 codes.
+        "codes" (recon, t2i): int64 [N], the image itself. "und" (recon, i2t): what `understand`
+        makes embeddings of: CLIP's features [C, width], or in the VQ variant int64 codes, in recon
+        of the smaller image, in i2t of all N tokens.
         """
         with_clip = self.config.w_clip_vit
         name = "clip_pixels" if "clip_pixels" in samples[0] else "pixels"
@@ -765,9 +818,10 @@ class Showo(nn.Module):
     def und_view(self, pixels):
         """pixels [B, 3, S, S] -> what the understanding side of RecA sees of it, [B, 3, s, s].
 
-        CLIP variant: 336 px, bilinear without antialiasing, in the tokenizer's range [-1, 1]. The
-        original does not apply CLIP's own mean and deviation here, though it does in captioning. It
-        looks like an oversight, but the released weights were trained with it, so we follow it.
+        CLIP variant: 336 px (512 px are shrunk, 256 px enlarged), bilinear without antialiasing, in
+        the tokenizer's range [-1, 1]. The original does not apply CLIP's own mean and deviation
+        here, though it does in captioning. It looks like an oversight, but the released weights
+        were trained with it, so we follow it.
 
         VQ variant: und_size pixels. Table of F.2: at 512 the model copies, 256 is the best trade,
         128 is outside of what it knows, and a blur leaves as many codes but no detail.
@@ -785,26 +839,26 @@ class Showo(nn.Module):
         return x[:, 1:]  # [B, C, width]
 
     def understand(self, features):
-        """h_und: features of encode -> [B, C, D], the understanding embeddings as Phi gets them.
+        """h_v: features of encode -> [B, C, D], the understanding embeddings as Phi gets them.
 
         CLIP variant: CLIP's features through the connector. VQ variant: the codes' own vectors in
         the embedding table.
         """
-        und = torch.stack([feature["und"] for feature in features])
+        inputs = torch.stack([feature["und"] for feature in features])
         if not self.config.w_clip_vit:
-            return self.showo.model.embed_tokens(und + self.config.first_code)
+            return self.showo.model.embed_tokens(inputs + self.config.first_code)
         dtype = self.mm_projector[0].bias.dtype  # the weight's may be int8
-        return self.mm_projector(und.to(dtype))  # [B, C, D]
+        return self.mm_projector(inputs.to(dtype))  # [B, C, D]
 
-    def embed(self, prompts, und=None):
-        """The context: the vector of each id, and `und` of understand in the places that wait for
-        it -> [B, L, D]. In the VQ variant no place waits, because the codes stand in the prompt as
-        ids, and their vectors are `und`."""
+    def embed(self, prompts, embeddings=None):
+        """The context: the vector of each id, and in the places that wait for them the embeddings
+        of understand -> [B, L, D]. In the VQ variant no place waits: the codes stand in the prompt
+        as ids, and their vectors are the embeddings."""
         context = self.showo.model.embed_tokens(prompts.ids.clamp(min=0))  # [B, L, D]
-        if und is None or not self.config.w_clip_vit:
+        if embeddings is None or not self.config.w_clip_vit:
             return context
         waiting = (prompts.ids == UND)[..., None]  # [B, L, 1]
-        return context.masked_scatter(waiting, und.to(context.dtype))  # [B, L, D]
+        return context.masked_scatter(waiting, embeddings.to(context.dtype))  # [B, L, D]
 
     def hidden_states(self, context, mask, positions, cache=None):
         """f_theta without its output layer: context [B, L, D] -> [B, L, D], after all of Phi's
@@ -1005,8 +1059,8 @@ class Showo(nn.Module):
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     def recon_prompt(self, template, image):
-        """concat(t, h_und) of equation (2): the ids of one prompt. image: what stands for the image
-        in it, places or codes, as _und_ids makes them."""
+        """concat(t_template, h_v) of equation (2), h_v in front: the ids of one prompt. image: what
+        stands for the image in it, places or codes, as _und_ids makes them."""
         c = self.config
         text = self._between_eot(self._template_ids(template))
         return [c.mmu, c.soi, *image, c.eoi, *text]
@@ -1065,8 +1119,10 @@ class Showo(nn.Module):
                              f"has room for {room}: shorten it")
 
         padded = []
+        padding_lengths = []
         for front in fronts:
             padding = [config.pad] * (length - len(front))
+            padding_lengths.append(len(padding))
             if config.w_clip_vit:
                 padded.append(front + padding)
             else:
@@ -1078,14 +1134,15 @@ class Showo(nn.Module):
         if config.w_clip_vit:
             prompts.seen_by_all = prompts.ids == UND
             prompts.seen_by_none = prompts.ids == config.pad
-            prompts.last_seen[:, last - config.num_tokens:last] = last - 1
+            prompts.sees_to[:, last - config.num_tokens:last] = last - 1
         else:
-            # <mmu> is the first column that is no padding; then come <soi>, the codes, <eoi>.
-            mmu = prompts.first_seen[:, -1:]
-            und_end = mmu + 2 + len(images[0])
-            is_und = (prompts.positions > mmu) & (prompts.positions <= und_end)
-            prompts.last_seen = torch.where(is_und, und_end, prompts.last_seen)
-            prompts.last_seen[:, last - config.num_tokens - 1:] = last
+            # Behind the padding stand <mmu>, <soi>, the codes and <eoi>. <soi> to <eoi> see each
+            # other: all of them see up to this <eoi>. One number for each prompt:
+            mmu = torch.tensor(padding_lengths)[:, None]
+            und_eoi = mmu + 1 + len(images[0]) + 1
+            is_und = (prompts.positions > mmu) & (prompts.positions <= und_eoi)
+            prompts.sees_to = torch.where(is_und, und_eoi, prompts.sees_to)
+            prompts.sees_to[:, last - config.num_tokens - 1:] = last
         return prompts
 
     def _t2i_batch(self, captions, tokens=None, labels=None, slots=None):
@@ -1110,7 +1167,7 @@ class Showo(nn.Module):
             fronts.append(padding + front)
 
         prompts = self._append_image(fronts, tokens, labels)
-        prompts.last_seen[:, length:] = prompts.ids.shape[1] - 1
+        prompts.sees_to[:, length:] = prompts.ids.shape[1] - 1
         if labels is not None:
             prompts.labels[:, length] = prompts.ids[:, length]
             prompts.labels[:, -1] = prompts.ids[:, -1]
@@ -1211,15 +1268,16 @@ class Showo(nn.Module):
         # The target is the image itself: its codes, some of them replaced by the mask token.
         tokens, labels = self._mask_tokens(features, draws)
 
-        # The prompt asks for a description, but what follows it is the image.
+        # The prompt is one that asks for a description, because in such prompts Phi has learned to
+        # read embeddings. In the place of the answer stands the image.
         prompts = self._recon_batch(templates, features, tokens, labels)
         prompts, targets = self._find_targets(prompts)
 
         # The context: the prompt with the understanding embeddings in it.
         train_context = not self.config.w_clip_vit or self.train_embeddings_in_recon
         with torch.set_grad_enabled(torch.is_grad_enabled() and train_context):
-            und = self.understand(features)  # [B, C, D]
-            context = self.embed(prompts, und)  # [B, L, D]
+            embeddings = self.understand(features)  # [B, C, D]
+            context = self.embed(prompts, embeddings)  # [B, L, D]
 
         # Phi fills in the image; at a masked token its prediction is compared with the code there.
         mask = self._loss_mask(prompts)
@@ -1306,16 +1364,17 @@ class Showo(nn.Module):
     def _number_masked(self, timesteps):
         """MaskGIT's schedule: at timesteps [B] u, cos(u pi/2) of an image's tokens are masked, at
         least one -> [B], whole numbers as floats."""
-        share = torch.cos(timesteps * math.pi * 0.5)  # [B]
-        return (self.config.num_tokens * share).round().clamp(min=1)  # [B]
+        fraction = torch.cos(timesteps * math.pi * 0.5)  # [B]
+        return (self.config.num_tokens * fraction).round().clamp(min=1)  # [B]
 
     def _mask_tokens(self, features, draws):
         """MaskGIT's corruption -> ids of image tokens, some of them the mask token, and labels,
         IGNORED where not masked: -> [B, N] for both.
 
-        Position i is masked where argsort(scores)[i] is less than the number to mask. (One would
-        expect the rank of scores[i] there. Both are random permutations, so it makes no difference;
-        we follow the original, to draw what it draws.)
+        argsort(scores) is a random order of the numbers 0 .. N-1, and token i is masked where the
+        i-th of them is less than the number to mask. So just that many tokens are masked, at random
+        places. (The tokens with the lowest scores would be others, equally random ones; we follow
+        the original, to mask what it masks.)
         """
         codes = torch.stack([feature["codes"] for feature in features]).cpu()
         tokens = codes + self.config.first_code  # [B, N]
@@ -1330,8 +1389,8 @@ class Showo(nn.Module):
         targets: [prompt, column, label] of each, three tensors of n numbers.
 
         shift: a label is predicted one column before its own (text), else in it (image tokens).
-        The targets are found on the CPU, and everything goes to the device in one transfer: so the
-        host never waits for the device.
+        The targets are found on the CPU, and everything goes to the device in one transfer, so that
+        the host does not wait for the device here.
         """
         prompts = prompts.without_padding(self.config.pad)
         labels = prompts.labels
@@ -1395,10 +1454,10 @@ class Showo(nn.Module):
         features = self.encode(samples, "i2t")
         ids = torch.tensor([self.i2t_prompt(question)] * len(images))  # [B, T]
         prompts = self._i2t_batch(ids, None, features)
-        und = self.understand(features)
+        embeddings = self.understand(features)
 
         answers = []
-        for answer in self._continue(prompts, und, max_new_tokens).tolist():
+        for answer in self._continue(prompts, embeddings, max_new_tokens).tolist():
             if self.config.eot in answer:
                 answer = answer[:answer.index(self.config.eot)]
             words = [i for i in answer if i < self.config.llm_vocab_size]  # no markers, no codes
@@ -1407,12 +1466,12 @@ class Showo(nn.Module):
         return [text.strip() for text in texts]
 
     @torch.no_grad()
-    def _continue(self, prompts, und, max_new_tokens, stop=True):
+    def _continue(self, prompts, embeddings, max_new_tokens, stop=True):
         """Greedy continuation of prompts without padding -> int64 ids, at most max_new_tokens for
         each prompt, out of the whole vocabulary, as in the original. stop: end when every prompt
         has its <eot>. Keys and values of what was read are kept: only the new id is computed."""
         prompts = prompts.to(self.device)
-        context = self.embed(prompts, und)
+        context = self.embed(prompts, embeddings)
         mask = prompts.dense_mask()
         positions = prompts.positions
         cache = DynamicCache()
@@ -1435,10 +1494,10 @@ class Showo(nn.Module):
     def _paint_images(self, prompts, features=None, **settings):
         """Prompts with all image tokens masked -> PIL images. features: of the images that are
         reconstructed."""
-        und = None
+        embeddings = None
         if features is not None:
-            und = self.understand(features)
-        codes = self._sample(prompts, und, **settings)  # [B, N]
+            embeddings = self.understand(features)
+        codes = self._sample(prompts, embeddings, **settings)  # [B, N]
         with torch.autocast(self.device.type, enabled=False):
             pixels = self.magvit.decode(codes).clamp(-1, 1)  # [B, 3, S, S]
         pixels = ((pixels + 1) / 2 * 255).to(torch.uint8)  # truncated, as in the original
@@ -1446,8 +1505,8 @@ class Showo(nn.Module):
         return [Image.fromarray(array) for array in arrays]
 
     @torch.no_grad()
-    def _sample(self, prompts, und=None, num_steps=None, guidance_scale=None, temperature=None,
-                seed=0, draws=None, progress=False, watch=None):
+    def _sample(self, prompts, embeddings=None, num_steps=None, guidance_scale=None,
+                temperature=None, seed=0, draws=None, progress=False, watch=None):
         """MaskGIT's sampler: prompts that end with <soi> N masked tokens <eoi> -> [B, N] codes.
 
         Each step draws all masked tokens at once, each from its own distribution, and masks those
@@ -1459,8 +1518,9 @@ class Showo(nn.Module):
         draws       instead of seed: "drawn_ids" (codes) and "gumbel_uniform", [num_steps, B, N]
         watch       called with (step, codes, probabilities), for tests
 
-        Text never sees the image, so all that stands before <soi> is computed once and its keys and
-        values are kept; each step computes the N + 2 columns of the image only.
+        Nothing in front of the last <soi> sees the tokens that are painted (in reconstruct text
+        does see the embeddings). So it is computed once, and its keys and values are kept; each
+        step computes the N + 2 columns of the painted image only.
         """
         config = self.config
         num_steps = config.num_steps if num_steps is None else num_steps
@@ -1475,12 +1535,12 @@ class Showo(nn.Module):
         # What guidance moves away from: the prompt with an empty caption. It is padded to the same
         # length, so that its image tokens have the same positions. Both go through Phi together.
         if guidance != 0:
-            slots = prompts.ids.shape[1] - config.num_tokens - 3
+            slots = prompts.ids.shape[1] - config.num_tokens - 3  # without <t2i>, <soi> and <eoi>
             prompts = prompts.stack(self._t2i_batch([""] * batch, slots=slots))
 
-        # Everything before <soi>, once.
+        # Everything before the last <soi>, once.
         prompts = prompts.without_padding(config.pad).to(self.device)
-        context = self.embed(prompts, und)  # [B or 2B, L, D]
+        context = self.embed(prompts, embeddings)  # [B or 2B, L, D]
         mask = prompts.dense_mask()  # [B or 2B, L, L]
         soi = context.shape[1] - config.num_tokens - 2
         cache = DynamicCache()
@@ -1510,8 +1570,9 @@ class Showo(nn.Module):
             masked = codes == masked_code  # [B, N]
             drawn = torch.where(masked, drawn, codes)  # [B, N]
 
-            # The temperature falls as a *product* over the steps, so to nearly nothing in a few. It
-            # looks unintended, but it is the sampler of the published numbers.
+            # The temperature falls as a *product* over the steps: of 50 steps, to 0.3 in the first
+            # 10 and below 0.01 in 20. It looks unintended, but it is the sampler of the published
+            # numbers.
             ratio = (step + 1) / num_steps
             temperature = temperature * (1 - ratio)
             certainty = self._certainty(probabilities, drawn, masked, noise, temperature)
@@ -1554,8 +1615,8 @@ class Showo(nn.Module):
         """The draws with as many of them masked again as the schedule leaves after this part of the
         steps, ratio: N cos(ratio pi/2), at least one, fewer than before -> [B, N]."""
         config = self.config
-        share = torch.cos(torch.tensor(ratio) * math.pi * 0.5)
-        number = (config.num_tokens * share).floor().long().to(self.device)
+        fraction = torch.cos(torch.tensor(ratio) * math.pi * 0.5)
+        number = (config.num_tokens * fraction).floor().long().to(self.device)
         fewer = masked.sum(-1, keepdim=True) - 1  # [B, 1]
         number = torch.minimum(fewer, number).clamp(min=1)  # [B, 1]
         threshold = certainty.sort(-1).values.gather(1, number)  # [B, 1]
