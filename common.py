@@ -25,11 +25,16 @@ What a script provides
 To write a script for another architecture, start from the nearest of the four. This file uses the
 following, and nothing else.
 
-A model class, a torch.nn.Module. `task` is the name of a loss: "recon", "i2t" or "t2i".
+A model class, a torch.nn.Module. `task` is the name of a loss: "recon", "i2t" or "t2i". What is
+frozen has requires_grad=False from the beginning (by this, and not by parameter_groups, the two are
+told apart), and stays in eval mode when the model's train() is called.
 
   Loading and saving
     Model.from_pretrained(source, device=, dtype=, quantize=)
-        source: a hub id, a folder, or a name in RECIPES. quantize: None or "int8", see `quantize`.
+        source: a hub id, a folder, or a name in RECIPES ("tiny": see tiny_folder). quantize: None
+        or "int8"; the method itself calls `quantize`. The model comes back in eval mode. Buffers
+        that no checkpoint holds (rotary tables, position ids) must be computed again if the model
+        was made on the meta device.
     Model.random(name, device)
         A model of full size with random weights, without a download, for --bench.
     model.save_pretrained(folder)
@@ -38,13 +43,14 @@ A model class, a torch.nn.Module. `task` is the name of a loss: "recon", "i2t" o
   What training asks for
     model.device, model.config.image_size
     model.set_und(size=, blur=)
-        --und-size and --blur: what the understanding side is shown of an image.
+        --und-size and --blur: what the understanding side is shown of an image. None: the default.
+        It is called only where a flag is given, so __init__ calls it as well.
     model.parameter_groups(weight_decay)
         The trained parameters as groups for AdamW.
     model.blocks()
         The repeated layers, a list: each is compiled, and recomputed in the backward pass.
     model.unquantized
-        The beginnings of the names of layers, a tuple: these stay as they are under --quantize.
+        A tuple of beginnings of names: layers with such a name stay as they are under --quantize.
 
   From an image to a loss
     model.preprocess(image, task, rng)
@@ -53,9 +59,12 @@ A model class, a torch.nn.Module. `task` is the name of a loss: "recon", "i2t" o
     model.encode(samples, task)
         A list of such dicts -> what the FROZEN parts compute for each image, a list of dicts of
         tensors: the `features` below. It runs without a graph, and it is all that --cache keeps;
-        whatever is trained belongs into the losses.
+        whatever is trained belongs into the losses. In training the samples are on the device
+        already; generate and describe bring them from the CPU. It runs under autocast in bf16,
+        which a tokenizer that must not round switches off for itself.
     model.draw(task, features, rng)
-        All random numbers of a loss by name, a dict ({} where nothing is drawn). rng: an Rng.
+        All random numbers of a loss by name, on the CPU, a dict ({} where nothing is drawn). rng:
+        an Rng; None: Rng.fresh.
     model.count_targets(task, features, texts, draws)
         The number of terms of which the loss is the mean, an int that the host knows.
     model.recon_loss(features, templates, draws=None, rng=None)
@@ -77,7 +86,30 @@ Recipe is a dataclass whose fields are the defaults of the flags of the same nam
 accum, lr, warmup, horizon, weight_decay, clip, lambda_recon, lambda_i2t, lambda_t2i; and betas and
 eps of AdamW. (BAGEL's has batch_images, too.)
 
-main(), which hands this over: common.run(Model, common.parse_args(__doc__, RECIPES, DEFAULT)).
+main(), which hands this over: common.run(Model, common.parse_args(__doc__, RECIPES, DEFAULT)). Two
+more things may be handed over: flags of the script's own (parse_args' `extend`; what they set in
+args.sampler goes to generate and reconstruct), and `prepare`, see `run`.
+
+What a script may use
+=====================
+  files, models     tiny_folder, find_checkpoint, load_state, load_strictly, load_tokenizer,
+                    tiny_tokenizer, atomic, write, autoencoder_from_original
+  images            normalize, to_uint8, to_pil, random_square, blur, check_blur
+  words             templates, SEED_TEMPLATE, plain (no markers in what a user writes)
+  random numbers    Rng.fresh for losses, Rng.sampling for samplers
+  losses            to_device (one transfer, and no wait), cross_entropy_sum, mean
+
+What a new architecture must decide
+===================================
+  What is frozen. What sets the task is frozen, so that the loss cannot fall by an easier task: the
+      encoder that understands and the tokenizer that makes the targets. Connectors between the two
+      sides are trained where the original trains them.
+  At which size the understanding side sees the image: the smallest at which it was trained. Both
+      sides see the same crop.
+  λ_i2t: 1 where the sides share weights, else 0.
+  The prompt: the one in which the model was trained to describe, system turn included or not.
+  Guidance in `reconstruct`: none, unless the model knows a prompt without the embeddings.
+  That decode(encode(image)) looks like the image: see it before training.
 
 Legend of the shape comments: B images in a batch, H W pixels.
 """
