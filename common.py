@@ -2434,7 +2434,7 @@ def complete_examples(model, args, examples):
 
 
 def open_streams(model, args, examples):
-    """{"recon": examples, ...} -> {"recon": Stream, ...}, each with a cache where --cache is given."""
+    """{"recon": examples, ...} -> {"recon": Stream, ...}; with a cache each where --cache is given."""
     # What is cached depends on these. The frozen weights are told apart by their first numbers.
     first_numbers = []
     for parameter in model.parameters():
