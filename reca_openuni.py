@@ -11,22 +11,23 @@ read.
 
 THE METHOD. Equations (2) and (3) of the paper, with what each symbol is in this file:
 
-    (2)    L_recon = ℓ( f_θ(concat(t, h)), x )
+    (2)    L_recon = ℓ( f_θ(concat(t_template, h_v)), I_gt )
     (3)    L = λ_recon L_recon + λ_i2t L_i2t + λ_t2i L_t2i
 
-    x          the image, as the generator sees it: `latents` [C, h, w], from the autoencoder DC-AE
-    h          the same image, as the language model sees it: its understanding embeddings [N, D].
-               The key "und" stands for understanding, here as in all four scripts; "gen" would be
-               generation.
-    t          the template, an instruction such as "Describe the image in detail.": one of 360
-    f_θ        from prompt to velocity: `recon_prompt`, `_embed`, `_condition`, `_velocity`
-    θ          the trained weights: queries, connector, projector, SANA
-    ℓ          flow matching. With noise ε and a noise level σ, uniform on {0.001, 0.002, ..., 1},
-               SANA gets x_σ = (1 - σ) x + σ ε and σ, and predicts a velocity v:
-                   ℓ = mean over all numbers of the latents of (v - (ε - x))²
-    L_recon    `recon_loss`            λ_recon = 1
-    L_i2t      `i2t_loss`, image to text, on answers about images. λ_i2t = 0 (see below)
-    L_t2i      `t2i_loss`, text to image, from captions. λ_t2i = 0 in RecA; for comparison only
+    I_gt        the image, as the generator sees it: its latents x [C, h, w], made by the
+                autoencoder DC-AE; `latents` in the code
+    h_v         the same image, as the language model sees it: its understanding embeddings [N, D];
+                `und` in the code
+    t_template  the template, an instruction such as "Describe the image in detail.": one of 360
+    concat      `recon_prompt` and `_embed`: one prompt, in which h_v stands in front of t_template
+    f_θ         from this prompt to a velocity: `_condition`, `_velocity`
+    θ           the trained weights: queries, connector, projector, SANA
+    ℓ           flow matching. With noise ε and a noise level σ, uniform on {0.001, 0.002, ..., 1},
+                SANA gets x_σ = (1 - σ) x + σ ε and σ, and predicts a velocity v:
+                    ℓ = mean over all numbers of the latents of (v - (ε - x))²
+    L_recon     `recon_loss`            λ_recon = 1
+    L_i2t       `i2t_loss`, image to text, on answers about images. λ_i2t = 0 (see below)
+    L_t2i       `t2i_loss`, text to image, from captions. λ_t2i = 0 in RecA; for comparison only
 
 THIS ARCHITECTURE. OpenUni (arXiv 2505.23661) joins two finished models. InternVL3 understands; SANA
 generates. Between them stand 256 learnable vectors, the *queries*. They are appended to any prompt
@@ -50,44 +51,57 @@ SANA's cross-attention reads it in the place of the text for which SANA was made
       └── DC-AE, stride 32 ──> x [32, 16, 16] ──> x_σ ──> SANA ──> v [32, 16, 16]   SANA trained
 
 Words like <img> are *markers*: single tokens of the vocabulary that say where an image or a turn
-begins and ends. Attention in Qwen2.5 is causal and all of it is frozen, so nothing in front of the
-queries depends on anything trained. The prompt therefore runs without a graph and leaves only keys
-and values; the backward pass touches the 256 queries and none of the prompt's tokens.
+begins and ends. Qwen2.5 is frozen and its attention is causal, so nothing in front of the queries
+depends on anything trained. The prompt therefore runs without a graph and leaves only keys and
+values; the backward pass touches the 256 queries and none of the prompt's tokens.
 
 WHAT IS TRAINED, AND WHY. Frozen are InternVL3 as a whole (InternViT, mlp1, Qwen2.5) and DC-AE.
-Trained are the queries, the connector, the projector and SANA: 646M of 1.6B parameters in B-512.
-The paper draws the line between understanding and generation wherever a model allows it (section
-2.2): what understands stays as it is, and what generates learns to read it. In OpenUni all of
-InternVL3 understands, and the generator behind it has weights of its own, so nothing stands on both
-sides of the line. Gradients flow through Qwen2.5 to the queries and leave its weights alone. DC-AE
-is frozen because it makes the targets.
+Trained are the queries, the connector, the projector and SANA. In B-512 these are 646M parameters,
+beside InternVL3's 938M: 1.6B in all, which is the paper's name for it. In L-512 they are 1830M
+beside 2089M: 3.9B, which the paper calls 3.6B. DC-AE, in neither sum, has 312M. The paper draws the
+line between understanding and generation wherever a model allows it (section 2.2): what understands
+stays as it is, and what generates learns to read it. In OpenUni all of InternVL3 understands, and
+the generator behind it has weights of its own, so nothing stands on both sides of the line.
+Gradients flow through Qwen2.5 to the queries and leave its weights alone. DC-AE is frozen because
+it makes the targets.
 
-HOW LARGE UNDERSTANDING SEES THE IMAGE, AND WHY NOT LARGER. 448 x 448 pixels, InternViT's own size
-and the smallest that InternVL3 accepts, in one view: 1024 patches, joined to 256 embeddings. More
-pixels would leave more pixel-level detail in the embeddings, and the model would learn to copy that
-in place of reading their meaning. (Paper, section 2.2. Its Table 7 measures it on BAGEL, where a
-larger input gains less.) --und-size and --blur are its ablations.
+HOW LARGE UNDERSTANDING SEES THE IMAGE, AND WHY NOT LARGER. 448 x 448 pixels, in one view: 1024
+patches, joined to 256 embeddings. That is InternViT's native size, and the paper's choice for
+OpenUni (other sizes need interpolated positions: --und-size). More pixels would leave more
+pixel-level detail in the embeddings, and the model would learn to copy that in place of reading
+their meaning. (Paper, section 2.2. Its Table 7 measures it on BAGEL, where a larger input gains
+less.) --und-size and --blur are for such ablations.
 
 WHAT KEEPS UNDERSTANDING ALIVE. That it is frozen: after RecA, InternVL3 gives the same answers as
-before. Hence λ_i2t = 0, and no image-to-text data is needed; `i2t_loss` is there to measure, and a
---lambda-i2t above 0 is refused. (Show-o and Harmon share weights between the two tasks and need
-L_i2t. Without data for it, their scripts first let the model describe as many of its own training
-images as --self-captions says. That is ours and not the paper's.)
+before. Hence λ_i2t = 0, no image-to-text data is needed, and a --lambda-i2t above 0 is refused.
+A run never calls `i2t_loss`; it is there for whoever imports this file. (Show-o and Harmon share
+weights between the two tasks and need L_i2t. Without data for it, their scripts first let the model
+describe as many of its own training images as --self-captions says. That is ours and not the
+paper's.)
 
 INFERENCE IS UNCHANGED by RecA: the same prompt, "Generate an image: {caption}", no image in it, the
-same queries, the same sampler with the same settings. Only the weights differ.
+same queries, the same sampler with the same settings. Only the weights differ. Why does it help to
+learn behind "Describe the image ..."? Both prompts end with <img> and the same queries, and the
+frozen language model reads words and embeddings in one space: what a caption names and what an
+image shows lead to the same kind of states at the queries. (Paper, appendix D: in the deeper layers
+the features of words and of images align.) What connector, projector and SANA learn to make of such
+states, and the queries to gather, therefore holds for captions as well.
 
-A STEP is one evaluation of equation (3), an UPDATE moves the weights (`Trainer` in common.py):
+A STEP is one evaluation of equation (3), an UPDATE moves the weights, a MICRO-BATCH is as many
+images of a step as fit on the GPU at once (`Trainer.take_step` in common.py):
 
-    pixels = square crop of each of `batch` images, 512 x 512, in [-1, 1]
-    und = mlp1(InternViT(resize(pixels, 448)))                                     # frozen
-    latents = DC-AE(pixels)                                                        # frozen
-    keys_values = Qwen2.5(prompt(und, template drawn from 360))                    # frozen
-    condition = projector(connector(Qwen2.5(queries, keys_values)))
-    σ, ε = a noise level and noise for each image
-    v = SANA((1 - σ) latents + σ ε, condition, 1000 σ)
-    loss = mean((v - (ε - latents))²)
-    (loss / accum).backward()
+    crops = a square crop of each of `batch` images, 512 x 512, each with one of 360 templates
+    for micro_batch in crops:
+        pixels = its crops, on the GPU, in [-1, 1]
+        und = mlp1(InternViT(resize(pixels, 448)))                                     # frozen
+        latents = DC-AE(pixels)                                                        # frozen
+        σ, ε = a noise level and noise for each image
+    for micro_batch in crops:
+        keys_values = Qwen2.5(prompt(und, template))                                   # frozen
+        condition = projector(connector(Qwen2.5(queries, keys_values)))
+        v = SANA((1 - σ) latents + σ ε, condition, 1000 σ)
+        loss = mean((v - (ε - latents))²)
+        (λ_recon loss share / accum).backward()       # share: its part of the step's images
     in every accum-th step, an update: clip the gradients, AdamW, gradients to zero
 
 A WORKED EXAMPLE. B-512 (D = 896), the template "Describe the image in detail.":
@@ -109,10 +123,22 @@ the right, so padding stands between prompt and queries; no other token sees it,
 it. In the connector all 256 queries see each other. In SANA the 16 x 16 = 256 places of the latents
 see each other and all 256 vectors of the condition.
 
+THE ORIGINAL, here and in comments, is RecA's public repository, which contains OpenUni's code; its
+config files are "the public config". Followed, though they surprise, because the released weights
+were trained and are sampled so: noise levels have shift 1 in training, by accident, and 3 in
+sampling (`SCHEDULER`); the image for InternViT is normalised before it is resized, and not
+antialiased (`_vit_input`); in sampling, SANA is told 1000 σ cut to an integer (`_sample`). Not
+followed: it runs the prompt with a graph (`_query_states`) and pads RecA's prompts on the left
+(`_pad`), for the same numbers; it rounds σ (`_add_noise`) and the rotary table (`_apply`) to bf16;
+it cuts long text-to-image prompts at the end (`t2i_prompt`). docs/originals.md has the rest.
+
 WHERE THE NUMBERS COME FROM. The paper's Table 8: learning rate, weight decay, warm-up, steps,
-accumulation, batch. The public config of the original: AdamW's betas and eps, clipping, sizes of
-connector and queries, the limit of a caption, and the sampler's 20 steps with guidance 4.5. The
-models' own files on the hub: all sizes of InternVL3, SANA and DC-AE. Ours: `tiny` and its recipe.
+accumulation (the public config has two other numbers for B: see `Recipe`), batch and λ. The public
+config and code: AdamW's betas and eps, clipping, the cosine, the image size, the sizes of connector
+and queries, how σ is drawn, the limit of a text-to-image prompt, the tenth of captions that
+`t2i_loss` leaves out, and the sampler's 20 steps with guidance 4.5. The models' own files on the
+hub: all sizes of InternVL3, SANA and DC-AE. Ours: `tiny` and its recipe, the wording of the
+templates, no guidance in `reconstruct`, and the recipe of L-1024, which has no column in Table 8.
 The paper reports GenEval 56.0 -> 70.4 for B-512 and 61.9 -> 74.1 for L-512 (its tables 2 and 10).
 
 @@LOSS@@
@@ -120,18 +146,19 @@ The paper reports GenEval 56.0 -> 70.4 for B-512 and 61.9 -> 74.1 for L-512 (its
 COMMANDS. OpenUni's weights are under the S-Lab License 1.0: for non-commercial use only.
 
     python reca_openuni.py --model tiny                                 no downloads, CPU, minutes
-    python reca_openuni.py --data ./images                              B-512, 1.6B parameters
-    python reca_openuni.py --data ./images --model openuni-l-512        L-512, 3.6B parameters
-    python reca_openuni.py --model RUN/checkpoint-005000 --steps 0 --generate prompts.txt
+    python reca_openuni.py --data ./images                              B-512, the paper's 1.6B
+    python reca_openuni.py --data ./images --model openuni-l-512        L-512, the paper's 3.6B
+    python reca_openuni.py --model RUN --steps 0 --generate prompts.txt
+
+RUN is the folder of a run, and stands for its newest checkpoint.
 
 READ IT IN THIS ORDER: `recon_loss` in section 5, which is RecA from features to loss; section 4,
 its prompt; in section 2, `_query_states`, the cut between prompt and queries; `_sample` in section
-6. Sections 1 and 3, sizes and files, can wait. Comments that name "the original" say where this
-file follows the authors' code although it surprises, and where it does not.
+6. Sections 1 and 3, sizes and files, can wait.
 
 Legend of the shape comments: B images, S pixels a side, D width of the language model, L prompt
-tokens, N image tokens among them, Q queries, T channels of SANA's condition, C latent channels,
-h x w latent grid (S / 32), A tokens of answers.
+tokens (in L_recon, L_i2t and L_t2i a loss), N image tokens among them, Q queries, T channels of
+SANA's condition, C latent channels, h x w latent grid (S / 32), A tokens of answers.
 """
 import math
 from dataclasses import asdict, dataclass, field, replace
