@@ -193,9 +193,10 @@ class OpenUniConfig:
     connector_heads: int = 14
     connector_intermediate: int = 3072
     num_queries: int = 256
-    # S: the side of what is encoded by DC-AE, generated and shown.
+    # S: the side of what is encoded by DC-AE, generated and shown. It is that of SANA's checkpoint.
     image_size: int = 512
-    # The limit of a text-to-image prompt as a whole, as in the original's data sets.
+    # The limit of a text-to-image prompt as a whole, caption and markers, as in the original's data
+    # sets.
     max_caption_tokens: int = 128
     # Where the frozen parts come from: {"lmm": hub id, "sana": hub id, "vae": hub id}.
     bases: dict = field(default_factory=dict)
@@ -203,7 +204,7 @@ class OpenUniConfig:
     # The sampler's defaults.
     num_steps: int = 20
     guidance_scale: float = 4.5
-    # Reconstructions need no guidance: see reconstruct.
+    # Ours: reconstructions need no guidance, see reconstruct.
     reconstruct_guidance_scale: float = 1.0
 
     def own_settings(self):
@@ -295,7 +296,8 @@ def sana(
     mlp_ratio=2.5,
     qk_norm=None,
 ):
-    """SANA. It has no position embedding: its 3x3 convolutions tell places apart."""
+    """SANA. It has no position embedding: its 3x3 convolutions tell places apart. sample_size, in
+    diffusers' words, is the side of the latents."""
     return dict(
         in_channels=channels,
         out_channels=channels,
@@ -374,7 +376,7 @@ L_1024 = replace(
 )
 
 # A 32 px image is 4 x 4 image tokens for a two-layer ViT, and 4 x 4 latents of a DC-AE of stride 8.
-# Its size is our choice, as is its guidance of 2, in reconstructions as well.
+# Its size is our choice, as is its guidance of 2, in reconstructions as well: see reconstruct.
 TINY = OpenUniConfig(
     lmm=dict(
         internvl3(width=96, layers=3, heads=4, kv_heads=2, intermediate=256),
@@ -480,17 +482,22 @@ TEXT_DROP = 0.1  # the fraction of captions that t2i_loss leaves out, as in the 
 
 @dataclass
 class Recipe:
-    """The paper's run (Table 8). Its 5000 steps are micro-batches of 42 images (L: 20), which are
-    our steps; 16 of them make one update, so there are 312. (The published 2 hours on one A100 fit
-    5000 micro-batches of 42 images, not 80000.) Its warm-up and cosine count micro-batches, too: a
-    warm-up of 50 is 3 updates, and the cosine ends with the run, whatever --steps is."""
+    """The paper's run (Table 8).
+
+    Its 5000 steps are micro-batches of 42 images (L: 20), which are our steps, too. 16 of them make
+    one update, so there are 312; the last 8 steps move nothing, and the last checkpoint is that of
+    step 4992. (Table 8's steps could also be updates, 80000 micro-batches in all, but the 2 hours
+    on one A100 that it gives are too short for that.) Warm-up and cosine of the original count
+    micro-batches, too: a warm-up of 50 is 3 updates, and the cosine ends with the run, whatever
+    --steps is.
+    """
     # From the paper.
-    steps: int = 5000
+    steps: int = 5000  # the public config: 5000 for L, 10000 for B
     batch: int = 42
-    accum: int = 16  # the public configs have 16 for L, and for B 4, with 10000 steps
+    accum: int = 16  # the public config: 16 for L, 4 for B
     lr: float = 1e-5
     weight_decay: float = 0.05
-    warmup: int = 3  # in updates
+    warmup: int = 3  # in updates: 50 micro-batches / 16
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0  # understanding is frozen
     lambda_t2i: float = 0.0
@@ -506,7 +513,7 @@ DEFAULT = "openuni-b-512"
 RECIPES = {
     "openuni-b-512": Recipe(),
     "openuni-l-512": Recipe(batch=20),
-    "openuni-l-1024": Recipe(batch=20),
+    "openuni-l-1024": Recipe(batch=20),  # ours, after L-512: no published run of RecA has it
     "tiny": Recipe(
         steps=150,
         batch=32,
