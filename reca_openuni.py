@@ -581,6 +581,10 @@ class PrefixCache(DynamicCache):
     While `read_only` is False, it keeps what the layers give it: the prompt's. Then it returns the
     prompt's and the queries' together and keeps nothing more, so that activation checkpointing can
     run a layer a second time on the same cache.
+
+    It is a DynamicCache because transformers looks at more of a cache than `update`. The inherited
+    list of layers stays empty, since only `update` would fill it. That has no effect: masks and
+    positions come from _query_states and not from the cache's length.
     """
 
     def __init__(self):
@@ -600,9 +604,18 @@ class PrefixCache(DynamicCache):
 
 
 class OpenUni(nn.Module):
-    """The parts of the picture at the top of this file, under their released names: `lmm`
-    (InternVL3), `vae` (DC-AE), `meta_queries`, `connector`, `projector`, `transformer` (SANA). Made
-    with random weights and without a tokenizer: see from_pretrained and random."""
+    """The parts of the picture at the top of this file, under their released names:
+
+        lmm           InternVL3, a "large multimodal model": InternViT, mlp1 and Qwen2.5. Qwen2.5
+                      alone is `llm` in this class's methods
+        vae           DC-AE
+        meta_queries  the queries
+        connector     the small transformer behind the queries' states
+        projector     the linear layer behind that (not mlp1, which lies in lmm)
+        transformer   SANA
+
+    Made with random weights and without a tokenizer: see from_pretrained and random.
+    """
 
     # What --lmm, --sana and --vae give: see from_pretrained.
     base_overrides = {}
@@ -652,15 +665,15 @@ class OpenUni(nn.Module):
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """All that is frozen and does not depend on the prompt. Samples of preprocess -> a dict for
-        each, its *features*, which --cache stores:
+        """All that is frozen and does not depend on the prompt. A list of dicts of preprocess, the
+        *samples* -> a dict for each, its *features*, which --cache stores:
 
             und      [N, D]     understanding embeddings     "recon", "i2t"   459 kB (L: 786 kB)
             latents  [C, h, w]  DC-AE's latents, float32     "recon", "t2i"   33 kB
 
-        Next would be the keys and values of the image's tokens, the same for all templates, which
-        stand behind them. They are not stored: 3.2 MB an image (L: 7.5), seven times the rest,
-        would save an eighth of the arithmetic that is left.
+        One could also store the keys and values of the image's tokens: they are the same for all
+        templates, which stand behind them. But these 3.2 MB an image (L: 7.5) are more than six
+        times the rest (L: nine), and would save an eighth of the arithmetic that is left.
         """
         features = [{} for _ in samples]
         with_image = [i for i, sample in enumerate(samples) if sample]
@@ -755,7 +768,9 @@ class OpenUni(nn.Module):
         itself = places == places[:, None]  # [L+Q, L+Q]
         visible = (before & mask[:, None]) | itself  # [B, L+Q, L+Q]
 
-        # First pass: the prompt leaves its keys and values. (use_cache would make a second cache.)
+        # First pass: the prompt leaves its keys and values. Each layer gives them to cache.update
+        # and attends to what that returns. use_cache=False does not prevent this; it says that the
+        # model need make no cache of its own and return none.
         cache = PrefixCache()
         with torch.no_grad():
             llm(
@@ -1232,7 +1247,8 @@ class OpenUni(nn.Module):
         """
         draws = draws or self.draw("recon", features, rng)
 
-        # concat(t, h): the template t, and in front of it the image's understanding embeddings h.
+        # concat(t_template, h_v): the template, and in front of it the image's understanding
+        # embeddings.
         ids, mask = self._pad([self.recon_prompt(template) for template in templates])
         und = self.understand(features)  # [B, N, D]
         prompt = self._embed(ids, und)  # [B, L, D]
@@ -1266,7 +1282,8 @@ class OpenUni(nn.Module):
     def _add_noise(self, features, draws):
         """-> the noisy latents x_σ = (1 - σ) x + σ ε, the noise levels σ, and the targets: the
         velocity dx_σ / dσ = ε - x. (The original mixes in bf16, which rounds σ by up to 0.4%, but
-        not the time that SANA is told. It is not followed: that is noise in the target.)"""
+        not the time that SANA is told. It is not followed: SANA would be told a σ that its input
+        does not have.)"""
         latents = torch.stack([item["latents"] for item in features])  # [B, C, h, w]
         noise, u = common.to_device([draws["noise"], draws["u"]], self.device)
         noise = noise.to(latents.dtype)  # [B, C, h, w]
@@ -1286,8 +1303,8 @@ class OpenUni(nn.Module):
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Image to text: the cross-entropy of the answers in B conversations, lists of (question,
         answer), about an image each, or about none where features has {} -> scalar, the mean over
-        all tokens of answers. Nothing is drawn. A measure and no training signal: no trained
-        parameter takes part in it."""
+        all tokens of answers. Nothing is drawn. In RecA a measure and no training signal: nothing
+        that RecA trains takes part in it."""
         ids = []
         labels = []
         for item, turns in zip(features, conversations):
@@ -1395,9 +1412,11 @@ class OpenUni(nn.Module):
         """Image to image: B PIL images -> B PIL images, generated from nothing but the
         understanding embeddings. The rest is as in generate.
 
-        Without guidance by default. RecA never leaves the image out, so there is no prompt without
-        it that guidance could move away from; and the original's demonstration gives both branches
-        the same image and words, which comes to the same.
+        Without guidance by default. It would move away from "Generate an image.", a prompt that
+        RecA never trains, because it leaves out neither image nor template. And the original's
+        demonstration gives both branches the same image and words, which is no guidance either.
+        (`tiny` is guided nevertheless, away from that prompt: a toy of ours, with one scale, 2, for
+        both tasks.)
         """
         if guidance_scale is None:
             guidance_scale = self.config.reconstruct_guidance_scale
@@ -1459,9 +1478,9 @@ class OpenUni(nn.Module):
 
         σ falls from 0.9997 to 0 in num_steps, more slowly where it is high (shift 3). In each step
         SANA predicts the velocity v at x_σ, and x_σ - σ v is what the clean image would be. The
-        solver extrapolates from this and the last step's clean image (second order; only the first
-        and the last step do without), and moves x_σ towards it, to the next σ. The last step lands
-        on the clean image itself.
+        solver extrapolates from the previous step's clean image through this one (second order; the
+        first and the final step take this one as it is), and moves x_σ towards the result, to the
+        next σ. The final step lands on the clean image itself.
         """
         solver = DPMSolverMultistepScheduler.from_config(self.config.scheduler)
         solver.set_timesteps(num_steps, device=noise.device)
@@ -1502,7 +1521,8 @@ def flags(parser):
 
 def prepare(model, args):
     """Called before training. The frozen parts are brought to the working precision once: autocast
-    would cast their float32 weights in every step, because it remembers only trained ones."""
+    would cast their float32 weights in every pass, because it caches casts only of leaves that
+    require a gradient."""
     if args.precision == "bf16":
         model.lmm.to(torch.bfloat16)
         model.vae.to(torch.bfloat16)
