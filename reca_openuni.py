@@ -11,22 +11,23 @@ read.
 
 THE METHOD. Equations (2) and (3) of the paper, with what each symbol is in this file:
 
-    (2)    L_recon = ℓ( f_θ(concat(t, h)), x )
+    (2)    L_recon = ℓ( f_θ(concat(t_template, h_v)), I_gt )
     (3)    L = λ_recon L_recon + λ_i2t L_i2t + λ_t2i L_t2i
 
-    x          the image, as the generator sees it: `latents` [C, h, w], from the autoencoder DC-AE
-    h          the same image, as the language model sees it: its understanding embeddings [N, D].
-               The key "und" stands for understanding, here as in all four scripts; "gen" would be
-               generation.
-    t          the template, an instruction such as "Describe the image in detail.": one of 360
-    f_θ        from prompt to velocity: `recon_prompt`, `_embed`, `_condition`, `_velocity`
-    θ          the trained weights: queries, connector, projector, SANA
-    ℓ          flow matching. With noise ε and a noise level σ, uniform on {0.001, 0.002, ..., 1},
-               SANA gets x_σ = (1 - σ) x + σ ε and σ, and predicts a velocity v:
-                   ℓ = mean over all numbers of the latents of (v - (ε - x))²
-    L_recon    `recon_loss`            λ_recon = 1
-    L_i2t      `i2t_loss`, image to text, on answers about images. λ_i2t = 0 (see below)
-    L_t2i      `t2i_loss`, text to image, from captions. λ_t2i = 0 in RecA; for comparison only
+    I_gt        the image, as the generator sees it: its latents x [C, h, w], made by the
+                autoencoder DC-AE; `latents` in the code
+    h_v         the same image, as the language model sees it: its understanding embeddings [N, D];
+                `und` in the code
+    t_template  the template, an instruction such as "Describe the image in detail.": one of 360
+    concat      `recon_prompt` and `_embed`: one prompt, in which h_v stands in front of t_template
+    f_θ         from this prompt to a velocity: `_condition`, `_velocity`
+    θ           the trained weights: queries, connector, projector, SANA
+    ℓ           flow matching. With noise ε and a noise level σ, uniform on {0.001, 0.002, ..., 1},
+                SANA gets x_σ = (1 - σ) x + σ ε and σ, and predicts a velocity v:
+                    ℓ = mean over all numbers of the latents of (v - (ε - x))²
+    L_recon     `recon_loss`            λ_recon = 1
+    L_i2t       `i2t_loss`, image to text, on answers about images. λ_i2t = 0 (see below)
+    L_t2i       `t2i_loss`, text to image, from captions. λ_t2i = 0 in RecA; for comparison only
 
 THIS ARCHITECTURE. OpenUni (arXiv 2505.23661) joins two finished models. InternVL3 understands; SANA
 generates. Between them stand 256 learnable vectors, the *queries*. They are appended to any prompt
@@ -50,44 +51,57 @@ SANA's cross-attention reads it in the place of the text for which SANA was made
       └── DC-AE, stride 32 ──> x [32, 16, 16] ──> x_σ ──> SANA ──> v [32, 16, 16]   SANA trained
 
 Words like <img> are *markers*: single tokens of the vocabulary that say where an image or a turn
-begins and ends. Attention in Qwen2.5 is causal and all of it is frozen, so nothing in front of the
-queries depends on anything trained. The prompt therefore runs without a graph and leaves only keys
-and values; the backward pass touches the 256 queries and none of the prompt's tokens.
+begins and ends. Qwen2.5 is frozen and its attention is causal, so nothing in front of the queries
+depends on anything trained. The prompt therefore runs without a graph and leaves only keys and
+values; the backward pass touches the 256 queries and none of the prompt's tokens.
 
 WHAT IS TRAINED, AND WHY. Frozen are InternVL3 as a whole (InternViT, mlp1, Qwen2.5) and DC-AE.
-Trained are the queries, the connector, the projector and SANA: 646M of 1.6B parameters in B-512.
-The paper draws the line between understanding and generation wherever a model allows it (section
-2.2): what understands stays as it is, and what generates learns to read it. In OpenUni all of
-InternVL3 understands, and the generator behind it has weights of its own, so nothing stands on both
-sides of the line. Gradients flow through Qwen2.5 to the queries and leave its weights alone. DC-AE
-is frozen because it makes the targets.
+Trained are the queries, the connector, the projector and SANA. In B-512 these are 646M parameters,
+beside InternVL3's 938M: 1.6B in all, which is the paper's name for it. In L-512 they are 1830M
+beside 2089M: 3.9B, which the paper calls 3.6B. DC-AE, in neither sum, has 312M. The paper draws the
+line between understanding and generation wherever a model allows it (section 2.2): what understands
+stays as it is, and what generates learns to read it. In OpenUni all of InternVL3 understands, and
+the generator behind it has weights of its own, so nothing stands on both sides of the line.
+Gradients flow through Qwen2.5 to the queries and leave its weights alone. DC-AE is frozen because
+it makes the targets.
 
-HOW LARGE UNDERSTANDING SEES THE IMAGE, AND WHY NOT LARGER. 448 x 448 pixels, InternViT's own size
-and the smallest that InternVL3 accepts, in one view: 1024 patches, joined to 256 embeddings. More
-pixels would leave more pixel-level detail in the embeddings, and the model would learn to copy that
-in place of reading their meaning. (Paper, section 2.2. Its Table 7 measures it on BAGEL, where a
-larger input gains less.) --und-size and --blur are its ablations.
+HOW LARGE UNDERSTANDING SEES THE IMAGE, AND WHY NOT LARGER. 448 x 448 pixels, in one view: 1024
+patches, joined to 256 embeddings. That is InternViT's native size, and the paper's choice for
+OpenUni (other sizes need interpolated positions: --und-size). More pixels would leave more
+pixel-level detail in the embeddings, and the model would learn to copy that in place of reading
+their meaning. (Paper, section 2.2. Its Table 7 measures it on BAGEL, where a larger input gains
+less.) --und-size and --blur are for such ablations.
 
 WHAT KEEPS UNDERSTANDING ALIVE. That it is frozen: after RecA, InternVL3 gives the same answers as
-before. Hence λ_i2t = 0, and no image-to-text data is needed; `i2t_loss` is there to measure, and a
---lambda-i2t above 0 is refused. (Show-o and Harmon share weights between the two tasks and need
-L_i2t. Without data for it, their scripts first let the model describe as many of its own training
-images as --self-captions says. That is ours and not the paper's.)
+before. Hence λ_i2t = 0, no image-to-text data is needed, and a --lambda-i2t above 0 is refused.
+A run never calls `i2t_loss`; it is there for whoever imports this file. (Show-o and Harmon share
+weights between the two tasks and need L_i2t. Without data for it, their scripts first let the model
+describe as many of its own training images as --self-captions says. That is ours and not the
+paper's.)
 
 INFERENCE IS UNCHANGED by RecA: the same prompt, "Generate an image: {caption}", no image in it, the
-same queries, the same sampler with the same settings. Only the weights differ.
+same queries, the same sampler with the same settings. Only the weights differ. Why does it help to
+learn behind "Describe the image ..."? Both prompts end with <img> and the same queries, and the
+frozen language model reads words and embeddings in one space: what a caption names and what an
+image shows lead to the same kind of states at the queries. (Paper, appendix D: in the deeper layers
+the features of words and of images align.) What connector, projector and SANA learn to make of such
+states, and the queries to gather, therefore holds for captions as well.
 
-A STEP is one evaluation of equation (3), an UPDATE moves the weights (`Trainer` in common.py):
+A STEP is one evaluation of equation (3), an UPDATE moves the weights, a MICRO-BATCH is as many
+images of a step as fit on the GPU at once (`Trainer.take_step` in common.py):
 
-    pixels = square crop of each of `batch` images, 512 x 512, in [-1, 1]
-    und = mlp1(InternViT(resize(pixels, 448)))                                     # frozen
-    latents = DC-AE(pixels)                                                        # frozen
-    keys_values = Qwen2.5(prompt(und, template drawn from 360))                    # frozen
-    condition = projector(connector(Qwen2.5(queries, keys_values)))
-    σ, ε = a noise level and noise for each image
-    v = SANA((1 - σ) latents + σ ε, condition, 1000 σ)
-    loss = mean((v - (ε - latents))²)
-    (loss / accum).backward()
+    crops = a square crop of each of `batch` images, 512 x 512, each with one of 360 templates
+    for micro_batch in crops:
+        pixels = its crops, on the GPU, in [-1, 1]
+        und = mlp1(InternViT(resize(pixels, 448)))                                     # frozen
+        latents = DC-AE(pixels)                                                        # frozen
+        σ, ε = a noise level and noise for each image
+    for micro_batch in crops:
+        keys_values = Qwen2.5(prompt(und, template))                                   # frozen
+        condition = projector(connector(Qwen2.5(queries, keys_values)))
+        v = SANA((1 - σ) latents + σ ε, condition, 1000 σ)
+        loss = mean((v - (ε - latents))²)
+        (λ_recon loss share / accum).backward()       # share: its part of the step's images
     in every accum-th step, an update: clip the gradients, AdamW, gradients to zero
 
 A WORKED EXAMPLE. B-512 (D = 896), the template "Describe the image in detail.":
@@ -109,10 +123,22 @@ the right, so padding stands between prompt and queries; no other token sees it,
 it. In the connector all 256 queries see each other. In SANA the 16 x 16 = 256 places of the latents
 see each other and all 256 vectors of the condition.
 
+THE ORIGINAL, here and in comments, is RecA's public repository, which contains OpenUni's code; its
+config files are "the public config". Followed, though they surprise, because the released weights
+were trained and are sampled so: noise levels have shift 1 in training, by accident, and 3 in
+sampling (`SCHEDULER`); the image for InternViT is normalised before it is resized, and not
+antialiased (`_vit_input`); in sampling, SANA is told 1000 σ cut to an integer (`_sample`). Not
+followed: it runs the prompt with a graph (`_query_states`) and pads RecA's prompts on the left
+(`_pad`), for the same numbers; it rounds σ (`_add_noise`) and the rotary table (`_apply`) to bf16;
+it cuts long text-to-image prompts at the end (`t2i_prompt`). docs/originals.md has the rest.
+
 WHERE THE NUMBERS COME FROM. The paper's Table 8: learning rate, weight decay, warm-up, steps,
-accumulation, batch. The public config of the original: AdamW's betas and eps, clipping, sizes of
-connector and queries, the limit of a caption, and the sampler's 20 steps with guidance 4.5. The
-models' own files on the hub: all sizes of InternVL3, SANA and DC-AE. Ours: `tiny` and its recipe.
+accumulation (the public config has two other numbers for B: see `Recipe`), batch and λ. The public
+config and code: AdamW's betas and eps, clipping, the cosine, the image size, the sizes of connector
+and queries, how σ is drawn, the limit of a text-to-image prompt, the tenth of captions that
+`t2i_loss` leaves out, and the sampler's 20 steps with guidance 4.5. The models' own files on the
+hub: all sizes of InternVL3, SANA and DC-AE. Ours: `tiny` and its recipe, the wording of the
+templates, no guidance in `reconstruct`, and the recipe of L-1024, which has no column in Table 8.
 The paper reports GenEval 56.0 -> 70.4 for B-512 and 61.9 -> 74.1 for L-512 (its tables 2 and 10).
 
 @@LOSS@@
@@ -120,18 +146,19 @@ The paper reports GenEval 56.0 -> 70.4 for B-512 and 61.9 -> 74.1 for L-512 (its
 COMMANDS. OpenUni's weights are under the S-Lab License 1.0: for non-commercial use only.
 
     python reca_openuni.py --model tiny                                 no downloads, CPU, minutes
-    python reca_openuni.py --data ./images                              B-512, 1.6B parameters
-    python reca_openuni.py --data ./images --model openuni-l-512        L-512, 3.6B parameters
-    python reca_openuni.py --model RUN/checkpoint-005000 --steps 0 --generate prompts.txt
+    python reca_openuni.py --data ./images                              B-512, the paper's 1.6B
+    python reca_openuni.py --data ./images --model openuni-l-512        L-512, the paper's 3.6B
+    python reca_openuni.py --model RUN --steps 0 --generate prompts.txt
+
+RUN is the folder of a run, and stands for its newest checkpoint.
 
 READ IT IN THIS ORDER: `recon_loss` in section 5, which is RecA from features to loss; section 4,
 its prompt; in section 2, `_query_states`, the cut between prompt and queries; `_sample` in section
-6. Sections 1 and 3, sizes and files, can wait. Comments that name "the original" say where this
-file follows the authors' code although it surprises, and where it does not.
+6. Sections 1 and 3, sizes and files, can wait.
 
 Legend of the shape comments: B images, S pixels a side, D width of the language model, L prompt
-tokens, N image tokens among them, Q queries, T channels of SANA's condition, C latent channels,
-h x w latent grid (S / 32), A tokens of answers.
+tokens (in L_recon, L_i2t and L_t2i a loss), N image tokens among them, Q queries, T channels of
+SANA's condition, C latent channels, h x w latent grid (S / 32), A tokens of answers.
 """
 import math
 from dataclasses import asdict, dataclass, field, replace
@@ -166,9 +193,10 @@ class OpenUniConfig:
     connector_heads: int = 14
     connector_intermediate: int = 3072
     num_queries: int = 256
-    # S: the side of what is encoded by DC-AE, generated and shown.
+    # S: the side of what is encoded by DC-AE, generated and shown. It is that of SANA's checkpoint.
     image_size: int = 512
-    # The limit of a text-to-image prompt as a whole, as in the original's data sets.
+    # The limit of a text-to-image prompt as a whole, caption and markers, as in the original's data
+    # sets.
     max_caption_tokens: int = 128
     # Where the frozen parts come from: {"lmm": hub id, "sana": hub id, "vae": hub id}.
     bases: dict = field(default_factory=dict)
@@ -176,7 +204,7 @@ class OpenUniConfig:
     # The sampler's defaults.
     num_steps: int = 20
     guidance_scale: float = 4.5
-    # Reconstructions need no guidance: see reconstruct.
+    # Ours: reconstructions need no guidance, see reconstruct.
     reconstruct_guidance_scale: float = 1.0
 
     def own_settings(self):
@@ -268,7 +296,8 @@ def sana(
     mlp_ratio=2.5,
     qk_norm=None,
 ):
-    """SANA. It has no position embedding: its 3x3 convolutions tell places apart."""
+    """SANA. It has no position embedding: its 3x3 convolutions tell places apart. sample_size, in
+    diffusers' words, is the side of the latents."""
     return dict(
         in_channels=channels,
         out_channels=channels,
@@ -347,7 +376,7 @@ L_1024 = replace(
 )
 
 # A 32 px image is 4 x 4 image tokens for a two-layer ViT, and 4 x 4 latents of a DC-AE of stride 8.
-# Its size is our choice, as is its guidance of 2, in reconstructions as well.
+# Its size is our choice, as is its guidance of 2, in reconstructions as well: see reconstruct.
 TINY = OpenUniConfig(
     lmm=dict(
         internvl3(width=96, layers=3, heads=4, kv_heads=2, intermediate=256),
@@ -453,17 +482,22 @@ TEXT_DROP = 0.1  # the fraction of captions that t2i_loss leaves out, as in the 
 
 @dataclass
 class Recipe:
-    """The paper's run (Table 8). Its 5000 steps are micro-batches of 42 images (L: 20), which are
-    our steps; 16 of them make one update, so there are 312. (The published 2 hours on one A100 fit
-    5000 micro-batches of 42 images, not 80000.) Its warm-up and cosine count micro-batches, too: a
-    warm-up of 50 is 3 updates, and the cosine ends with the run, whatever --steps is."""
+    """The paper's run (Table 8).
+
+    Its 5000 steps are micro-batches of 42 images (L: 20), which are our steps, too. 16 of them make
+    one update, so there are 312; the last 8 steps move nothing, and the last checkpoint is that of
+    step 4992. (Table 8's steps could also be updates, 80000 micro-batches in all, but the 2 hours
+    on one A100 that it gives are too short for that.) Warm-up and cosine of the original count
+    micro-batches, too: a warm-up of 50 is 3 updates, and the cosine ends with the run, whatever
+    --steps is.
+    """
     # From the paper.
-    steps: int = 5000
+    steps: int = 5000  # the public config: 5000 for L, 10000 for B
     batch: int = 42
-    accum: int = 16  # the public configs have 16 for L, and for B 4, with 10000 steps
+    accum: int = 16  # the public config: 16 for L, 4 for B
     lr: float = 1e-5
     weight_decay: float = 0.05
-    warmup: int = 3  # in updates
+    warmup: int = 3  # in updates: 50 micro-batches / 16
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0  # understanding is frozen
     lambda_t2i: float = 0.0
@@ -479,7 +513,7 @@ DEFAULT = "openuni-b-512"
 RECIPES = {
     "openuni-b-512": Recipe(),
     "openuni-l-512": Recipe(batch=20),
-    "openuni-l-1024": Recipe(batch=20),
+    "openuni-l-1024": Recipe(batch=20),  # ours, after L-512: no published run of RecA has it
     "tiny": Recipe(
         steps=150,
         batch=32,
@@ -547,6 +581,10 @@ class PrefixCache(DynamicCache):
     While `read_only` is False, it keeps what the layers give it: the prompt's. Then it returns the
     prompt's and the queries' together and keeps nothing more, so that activation checkpointing can
     run a layer a second time on the same cache.
+
+    It is a DynamicCache because transformers looks at more of a cache than `update`. The inherited
+    list of layers stays empty, since only `update` would fill it. That has no effect: masks and
+    positions come from _query_states and not from the cache's length.
     """
 
     def __init__(self):
@@ -566,9 +604,18 @@ class PrefixCache(DynamicCache):
 
 
 class OpenUni(nn.Module):
-    """The parts of the picture at the top of this file, under their released names: `lmm`
-    (InternVL3), `vae` (DC-AE), `meta_queries`, `connector`, `projector`, `transformer` (SANA). Made
-    with random weights and without a tokenizer: see from_pretrained and random."""
+    """The parts of the picture at the top of this file, under their released names:
+
+        lmm           InternVL3, a "large multimodal model": InternViT, mlp1 and Qwen2.5. Qwen2.5
+                      alone is `llm` in this class's methods
+        vae           DC-AE
+        meta_queries  the queries
+        connector     the small transformer behind the queries' states
+        projector     the linear layer behind that (not mlp1, which lies in lmm)
+        transformer   SANA
+
+    Made with random weights and without a tokenizer: see from_pretrained and random.
+    """
 
     # What --lmm, --sana and --vae give: see from_pretrained.
     base_overrides = {}
@@ -618,15 +665,15 @@ class OpenUni(nn.Module):
 
     @torch.no_grad()
     def encode(self, samples, task):
-        """All that is frozen and does not depend on the prompt. Samples of preprocess -> a dict for
-        each, its *features*, which --cache stores:
+        """All that is frozen and does not depend on the prompt. A list of dicts of preprocess, the
+        *samples* -> a dict for each, its *features*, which --cache stores:
 
             und      [N, D]     understanding embeddings     "recon", "i2t"   459 kB (L: 786 kB)
             latents  [C, h, w]  DC-AE's latents, float32     "recon", "t2i"   33 kB
 
-        Next would be the keys and values of the image's tokens, the same for all templates, which
-        stand behind them. They are not stored: 3.2 MB an image (L: 7.5), seven times the rest,
-        would save an eighth of the arithmetic that is left.
+        One could also store the keys and values of the image's tokens: they are the same for all
+        templates, which stand behind them. But these 3.2 MB an image (L: 7.5) are more than six
+        times the rest (L: nine), and would save an eighth of the arithmetic that is left.
         """
         features = [{} for _ in samples]
         with_image = [i for i, sample in enumerate(samples) if sample]
@@ -721,7 +768,9 @@ class OpenUni(nn.Module):
         itself = places == places[:, None]  # [L+Q, L+Q]
         visible = (before & mask[:, None]) | itself  # [B, L+Q, L+Q]
 
-        # First pass: the prompt leaves its keys and values. (use_cache would make a second cache.)
+        # First pass: the prompt leaves its keys and values. Each layer gives them to cache.update
+        # and attends to what that returns. use_cache=False does not prevent this; it says that the
+        # model need make no cache of its own and return none.
         cache = PrefixCache()
         with torch.no_grad():
             llm(
@@ -1198,7 +1247,8 @@ class OpenUni(nn.Module):
         """
         draws = draws or self.draw("recon", features, rng)
 
-        # concat(t, h): the template t, and in front of it the image's understanding embeddings h.
+        # concat(t_template, h_v): the template, and in front of it the image's understanding
+        # embeddings.
         ids, mask = self._pad([self.recon_prompt(template) for template in templates])
         und = self.understand(features)  # [B, N, D]
         prompt = self._embed(ids, und)  # [B, L, D]
@@ -1232,7 +1282,8 @@ class OpenUni(nn.Module):
     def _add_noise(self, features, draws):
         """-> the noisy latents x_σ = (1 - σ) x + σ ε, the noise levels σ, and the targets: the
         velocity dx_σ / dσ = ε - x. (The original mixes in bf16, which rounds σ by up to 0.4%, but
-        not the time that SANA is told. It is not followed: that is noise in the target.)"""
+        not the time that SANA is told. It is not followed: SANA would be told a σ that its input
+        does not have.)"""
         latents = torch.stack([item["latents"] for item in features])  # [B, C, h, w]
         noise, u = common.to_device([draws["noise"], draws["u"]], self.device)
         noise = noise.to(latents.dtype)  # [B, C, h, w]
@@ -1252,8 +1303,8 @@ class OpenUni(nn.Module):
     def i2t_loss(self, features, conversations, draws=None, rng=None):
         """Image to text: the cross-entropy of the answers in B conversations, lists of (question,
         answer), about an image each, or about none where features has {} -> scalar, the mean over
-        all tokens of answers. Nothing is drawn. A measure and no training signal: no trained
-        parameter takes part in it."""
+        all tokens of answers. Nothing is drawn. In RecA a measure and no training signal: nothing
+        that RecA trains takes part in it."""
         ids = []
         labels = []
         for item, turns in zip(features, conversations):
@@ -1361,9 +1412,11 @@ class OpenUni(nn.Module):
         """Image to image: B PIL images -> B PIL images, generated from nothing but the
         understanding embeddings. The rest is as in generate.
 
-        Without guidance by default. RecA never leaves the image out, so there is no prompt without
-        it that guidance could move away from; and the original's demonstration gives both branches
-        the same image and words, which comes to the same.
+        Without guidance by default. It would move away from "Generate an image.", a prompt that
+        RecA never trains, because it leaves out neither image nor template. And the original's
+        demonstration gives both branches the same image and words, which is no guidance either.
+        (`tiny` is guided nevertheless, away from that prompt: a toy of ours, with one scale, 2, for
+        both tasks.)
         """
         if guidance_scale is None:
             guidance_scale = self.config.reconstruct_guidance_scale
@@ -1425,9 +1478,9 @@ class OpenUni(nn.Module):
 
         σ falls from 0.9997 to 0 in num_steps, more slowly where it is high (shift 3). In each step
         SANA predicts the velocity v at x_σ, and x_σ - σ v is what the clean image would be. The
-        solver extrapolates from this and the last step's clean image (second order; only the first
-        and the last step do without), and moves x_σ towards it, to the next σ. The last step lands
-        on the clean image itself.
+        solver extrapolates from the previous step's clean image through this one (second order; the
+        first and the final step take this one as it is), and moves x_σ towards the result, to the
+        next σ. The final step lands on the clean image itself.
         """
         solver = DPMSolverMultistepScheduler.from_config(self.config.scheduler)
         solver.set_timesteps(num_steps, device=noise.device)
@@ -1468,7 +1521,8 @@ def flags(parser):
 
 def prepare(model, args):
     """Called before training. The frozen parts are brought to the working precision once: autocast
-    would cast their float32 weights in every step, because it remembers only trained ones."""
+    would cast their float32 weights in every pass, because it caches casts only of leaves that
+    require a gradient."""
     if args.precision == "bf16":
         model.lmm.to(torch.bfloat16)
         model.vae.to(torch.bfloat16)
