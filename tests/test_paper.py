@@ -91,7 +91,8 @@ def run_script(module, arguments, sides):
         rows = common.read_json(out / "log.jsonl", lines=True)
         losses = {name for name in common.LOSSES if getattr(args, f"lambda_{name}")}
         assert len(rows) == 2 and all(row.keys() & set(common.LOSSES) == losses for row in rows)
-        (out / "checkpoint-000002").rename(out / f"checkpoint-{args.steps:06d}")
+        last_update = args.steps - args.steps % args.accum
+        (out / "checkpoint-000002").rename(out / f"checkpoint-{last_update:06d}")
 
 
 def run_eval(arguments, models, url, sides):
