@@ -384,8 +384,9 @@ class Recipe:
     accum: int = 1
 
 
-# Ours, for the toy world.
-RECIPE_TINY = Recipe(steps=200, batch=32, lr=2e-4, warmup=20, horizon=0, clip=1.0)
+# Ours, for the toy world. With this large eps Adam hardly moves a weight whose gradient is small:
+# what the tiny model can do already, reading words, stays as it is.
+RECIPE_TINY = Recipe(steps=150, batch=32, lr=2e-4, eps=5e-4, warmup=20, horizon=0, clip=1.0)
 
 RECIPE_OF_SIZE = {512: Recipe(), 256: Recipe(batch=20, horizon=10_000), 64: RECIPE_TINY}
 RECIPES = {name: RECIPE_OF_SIZE[config.image_size] for name, config in CONFIGS.items()}
