@@ -11,61 +11,76 @@ the language model can already read them as it reads words (paper, sections 1 an
 The method. RecA puts the understanding embeddings of an image where a prompt stands, and trains the
 model, with the loss that it was always trained with, to paint that image again:
 
-    (2)   L_recon = loss( f( template, h ), I )
-    (3)   L = lambda_recon L_recon + lambda_i2t L_i2t + lambda_t2i L_t2i
+    (2)   L_recon = L( f_θ( concat( t_template, h_v ) ), I_gt )
+    (3)   L_total = λ_recon L_recon + λ_i2t L_i2t + λ_t2i L_t2i
 
-    h         the understanding embeddings of the image: `Bagel.understand`, [B, M, D]
-    template  one of 360 requests to describe an image, as token ids: `Bagel.recon_prompt`
-    f         the decoder, which reads both and predicts a velocity: `_read_images`, `_read_texts`
-              and `_velocities`. What is trained of it is its generation expert
-    I         the same image as latents z of the FLUX autoencoder, [h, w, C]
-    loss      BAGEL's own, rectified flow: at a random time t between 0 and 1 the decoder is shown
-              x_t = (1 - t) z + t noise, and predicts the velocity noise - z. The loss is the mean
-              squared error over all latent tokens and their C channels: `_generation_loss`
-    lambda    lambda_recon = 1. The other two are 0 for BAGEL (Table 8)
+    h_v         the understanding embeddings of the image: `Bagel.understand`, [B, M, D]
+    t_template  one of 360 requests to describe an image, as token ids: `Bagel.recon_prompt`
+    f_θ         the decoder, which reads both (in BAGEL the image first) and predicts a velocity:
+                `_read_images`, `_read_texts` and `_velocities`
+    θ           what is trained: the generation expert, the time MLP and the two projections between
+                latents and decoder
+    I_gt        the same image, as latents z of the FLUX autoencoder, [h, w, C]
+    L           BAGEL's own loss, rectified flow. t, the time, is the sigmoid of a standard normal
+                number. The decoder is shown x_t = (1 - t) z + t noise, and predicts the velocity
+                noise - z. L is the mean squared error over all latent tokens and their C channels:
+                `_generation_loss`
+    λ           λ_recon = 1. The other two are 0 for BAGEL (Table 8)
 
 `Bagel.recon_loss` is equation (2), `common.objective` is equation (3). No caption is read.
 
 What is special about BAGEL. One decoder of 28 layers carries two complete sets of weights, the
 *experts*. The understanding expert, in this file *und*, computes text and ViT tokens. The
-generation expert, *gen*, computes image latents. A token meets the other expert only in attention,
-which is joint: every query may look at keys and values that either expert has made. A sample is a
-sequence of *blocks* (an image, a text, an image's latents). Each block stands between two
-*markers*, special tokens that say where it begins and ends; they are words, and so always und. The
-*context* is what has been read so far: the keys and values of its blocks, in every layer. (The
-*connector* is the two-layer perceptron that brings ViT features to the width of the decoder.)
+generation expert, *gen*, computes image latents. (Only in the names `und_size`, `und_blur` and
+`set_und`, which all four scripts share, "und" means the image that the ViT sees.) A token meets the
+other expert only in attention, which is joint: every query may look at keys and values that either
+expert has made. A sample is a sequence of *blocks* (an image, a text, an image's latents). Each
+block stands between two *markers*, special tokens that say where it begins and ends; they are
+words, and so always und. The *context* is what has been read so far: the keys and values of its
+blocks, in every layer. (The *connector* is the two-layer perceptron that brings ViT features to the
+width of the decoder.)
 
-    photo, longest side 224 px -> SigLIP ViT -> [B, M, 1152] -> connector -> [B, M, D] --.
-                                                                                         |
-    "Describe the image in detail." -> ids -> word embeddings [B, L, D] -----------------+
-                                                                                         v
-                                                       und expert, frozen, without a graph
-                                                                                         |
-                                                   context: keys and values of every layer
-                                                                                         v
-    photo, 512 to 1024 px -> FLUX VAE -> z [B, h, w, C]                            attention
-                                         |                                               ^
-                                         '--> x_t [B, N, D] -----------> gen expert, trained
-                                                                                         |
-                    mean squared error against noise - z <-- velocity [B, h, w, C] <-----'
+    photo, longest side 224 px                        photo, 512 to 1024 px
+      | SigLIP ViT [B, M, 1152]                         | FLUX VAE
+      | connector                                       v
+      v                                         z [B, h, w, C]         noise       t [B]
+    h_v [B, M, D]   template, ids [B, L]                |                |           |
+      |               | word embeddings [B, L, D]       '------> x_t <---'       time MLP
+      v               v                                           | vae2llm          |
+    image block    text block                                     v                  v
+      |               |                                         [B, N, D] + [B, 1, D] + positions
+      v               v                                                   v
+    +-----------------------------+     keys and values     +-----------------------------+
+    | und expert, frozen,         | ----------------------> | gen expert, trained         |
+    | computed without a graph    |     in every layer      |                             |
+    +-----------------------------+                         +-----------------------------+
+               28 layers                                              28 layers
+                                                                          | llm2vae
+                                                                          v
+                 mean squared error against noise - z <------ velocity [B, h, w, C]
 
 What is frozen, what is trained, and why. Trained are the gen expert, the time MLP and the two
-projections between latents and decoder: 6.54 of 14.61 billion weights. Frozen are the und expert,
-the words' embedding and output head, the ViT with its connector, and the VAE. The line is there
-because BAGEL's two sides share no weights. The und expert already says what is in an image; what is
-missing is that the gen expert follows it, so only the gen expert moves. Freezing the other side
-keeps understanding as it is without holding generation back, and it keeps words and image
-embeddings in one space: what the gen expert learns from embeddings, it can use when it reads words.
-The VAE is frozen because it defines the target.
+projections between latents and decoder: 6.54 of 14.66 billion weights. Frozen are the und expert,
+the words' embedding and output head, the ViT with its connector (8.04 billion), and the VAE (0.08).
+The line is there because BAGEL's two sides share no weights. The und expert already says what is in
+an image; what is missing is that the gen expert follows it, so only the gen expert moves. Freezing
+the other side keeps understanding as it is without holding generation back, and it keeps words and
+image embeddings in one space: what the gen expert learns from embeddings, it can use when it reads
+words. The VAE is frozen because it defines the target.
 
 At which size the understanding side sees the image. Its longest side is 224 pixels (`UND_SIZE`), at
-most 16 x 16 patches, the smallest size of the recipe. Not larger, because larger inputs keep more
-detail of the pixels in the embeddings, and the gen expert would learn to copy that instead of
-reading what the image shows (paper, section 2.2). At 518 pixels the paper measures 79.2 instead of
-82.4 on GenEval and 84.61 instead of 85.29 on DPG-Bench (Table 7; `--und-size 518`).
+most 16 x 16 patches. That is the least side of an image at which the release describes images
+(`vit_limits`), what the paper calls the minimum that the encoder accepts. Not larger, because
+larger inputs keep more detail of the pixels in the embeddings, and the gen expert would learn to
+copy that instead of reading what the image shows (paper, section 2.2). From the paper's Table 7, in
+which the larger size is taken to be the 518 pixels of the authors' notebook (`--und-size 518`):
+
+    before RecA          GenEval 78.8    DPG-Bench 84.03
+    RecA, 224 pixels             82.4              85.29
+    RecA, larger size            79.2              84.61
 
 What keeps understanding alive. Nothing has to: no weight of it moves, so describing an image gives
-the same answer after RecA as before, and lambda_i2t = 0. Image-to-text data is not needed and not
+the same answer after RecA as before, and λ_i2t = 0. Image-to-text data is not needed and not
 accepted: L_i2t would train nothing here. (Harmon and Show-o share weights between both sides and
 need it. Where a user has none, their models first describe `--self-captions` of the training images
 themselves. That is this project's way, not the paper's.)
@@ -75,16 +90,18 @@ embeddings, editing takes a photo as before. A checkpoint replaces the released 
 
 A step, from images to moved weights (`common.Trainer.take_step` and the functions named here):
 
-    images = next(loader)                           # 48, divided over all GPUs
-    for micro_batch in images:                      # as many images as fit at once
-        pixels = preprocess(image)                  # 224 px for the ViT, to 1024 px for the VAE
-        features = encode(pixels)                   # frozen parts; --cache keeps them on disk
-        draws = draw(features)                      # text dropped?, t, noise: on the CPU, by seed
-        context = understand(features), template    # und expert, without a graph
+    samples = next(loader)          # 48, divided over all GPUs. Its workers ran preprocess: 224 px
+                                    # for the ViT, 512 to 1024 px for the VAE
+    for each micro-batch (as many images as fit at once):
+        features = encode(samples)  # frozen ViT and VAE; --cache keeps the result on disk
+        draws = draw(features)      # text dropped?, t, noise: on the CPU, by seed
+    for each micro-batch:           # `recon_loss`, and its gradients
+        h_v = understand(features)
+        context = und expert(h_v, t_template)                   # without a graph
         velocity = gen expert(x_t, t, context)
-        loss = mean((velocity - (noise - z)) ** 2)  # recon_loss
-        (lambda_recon * loss * share).backward()    # share: its part of the step's latent tokens
-    clip_grad_norm(1.0), AdamW                      # the update
+        loss = mean((velocity - (noise - z)) ** 2)
+        (λ_recon * loss * share).backward()     # share: its part of the step's latent tokens
+    clip_grad_norm(1.0), AdamW      # the update
 
 A *step* is one evaluation of equation (3). An *update* moves the weights; it comes every `--accum`
 steps. BAGEL's recipe has accum 1, so every step is an update.
@@ -103,12 +120,25 @@ by a sine-cosine table that is added to its embedding. In a text every token has
 Nobody outside sees the block of noisy latents. For one image in ten the text block is left out; its
 latents then have position 1. The image block is never left out.
 
+The *original* is the authors' public code: ByteDance's BAGEL with RecA's changes. Its *launch line*
+holds the flags of the published training run; its *inferencer* is the class that samples, its
+*notebook* shows how; its GenEval and ImgEdit scripts make the pictures of those benchmarks.
+
 Where the numbers come from. The paper's Table 8: learning rate, weight decay, warm-up, steps,
-batch, frozen parts, lambdas. The original's public code and launch line: betas, eps, clipping, text
-dropping, time distribution, image sizes, sampler. Public configs of Qwen2.5-7B, SigLIP and FLUX.1:
-the sizes of the parts. Ours: everything of `tiny`, `batch_images`, and what fits into memory. Where
-a line deliberately differs from the original, or follows an accident of it, a comment there says
-so; docs/originals.md has the rest.
+batch, frozen parts, λ. The original: betas, eps, clipping, constant rate after the warm-up, text
+dropping, distribution of t, image sizes (the ViT's 224 is the paper's, too), sampler. Public
+configs of Qwen2.5-7B, SigLIP and FLUX.1: the sizes of the parts. Ours: everything of `tiny`,
+`batch_images`, and what fits into memory.
+
+Where this file deliberately differs from the original. What cannot move is frozen; the original
+gives it gradients and moments, all zero. The context is read once; there it is in one masked
+sequence with the noisy latents. Images of different sizes are not padded to one before the VAE. t,
+noise and target stay float32; there FSDP makes them bf16. There is no average of the weights (EMA).
+A guided velocity is shrunk by the norm of its own image; there, by the batch's.
+
+Which accidents of the original it follows. All 1000 updates are warm-up. At 224 the *long* side of a photo
+becomes 224. Large images weigh more in the loss. 50 sampling steps are 49 moves. A text scale of 1
+also switches off guidance by images. docs/originals.md lists everything.
 
 @@LOSS@@
 
@@ -123,10 +153,10 @@ In which order to read: `Bagel.recon_loss` (section 5), which is RecA; the promp
 (section 4); `MoTLayer` and `Context` (section 2), which are BAGEL; `_sample` (section 6). Loading
 and saving (section 3) and sharding (section 7) are needed by nobody who only wants to understand.
 
-Letters in shapes: B images of equal shapes, D width of the decoder, H query heads, K key and value
-heads, d size of a head, M ViT patches, L text ids, h and w sides of an image in latent tokens and
-N = h w their number, C = 64 channels of a latent token, n und tokens of a block, R tokens of an
-expert in one packed matrix, S keys that a query can see.
+Letters in shapes: B images of equal shapes, D width of the decoder, Dv that of the ViT, H query
+heads, K key and value heads, d size of a head, M ViT patches, L text ids, h and w sides of an image
+in latent tokens and N = h w their number, C = 64 channels of a latent token, n und tokens of a
+block, R tokens of an expert in one packed matrix, S keys that a query can see.
 """
 import shutil
 import warnings
