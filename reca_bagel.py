@@ -11,61 +11,76 @@ the language model can already read them as it reads words (paper, sections 1 an
 The method. RecA puts the understanding embeddings of an image where a prompt stands, and trains the
 model, with the loss that it was always trained with, to paint that image again:
 
-    (2)   L_recon = loss( f( template, h ), I )
-    (3)   L = lambda_recon L_recon + lambda_i2t L_i2t + lambda_t2i L_t2i
+    (2)   L_recon = L( f_θ( concat( t_template, h_v ) ), I_gt )
+    (3)   L_total = λ_recon L_recon + λ_i2t L_i2t + λ_t2i L_t2i
 
-    h         the understanding embeddings of the image: `Bagel.understand`, [B, M, D]
-    template  one of 360 requests to describe an image, as token ids: `Bagel.recon_prompt`
-    f         the decoder, which reads both and predicts a velocity: `_read_images`, `_read_texts`
-              and `_velocities`. What is trained of it is its generation expert
-    I         the same image as latents z of the FLUX autoencoder, [h, w, C]
-    loss      BAGEL's own, rectified flow: at a random time t between 0 and 1 the decoder is shown
-              x_t = (1 - t) z + t noise, and predicts the velocity noise - z. The loss is the mean
-              squared error over all latent tokens and their C channels: `_generation_loss`
-    lambda    lambda_recon = 1. The other two are 0 for BAGEL (Table 8)
+    h_v         the understanding embeddings of the image: `Bagel.understand`, [B, M, D]
+    t_template  one of 360 requests to describe an image, as token ids: `Bagel.recon_prompt`
+    f_θ         the decoder, which reads both (in BAGEL the image first) and predicts a velocity:
+                `_read_images`, `_read_texts` and `_velocities`
+    θ           what is trained: the generation expert, the time MLP and the two projections between
+                latents and decoder
+    I_gt        the same image, as latents z of the FLUX autoencoder, [h, w, C]
+    L           BAGEL's own loss, rectified flow. t, the time, is the sigmoid of a standard normal
+                number. The decoder is shown x_t = (1 - t) z + t noise, and predicts the velocity
+                noise - z. L is the mean squared error over all latent tokens and their C channels:
+                `_generation_loss`
+    λ           λ_recon = 1. The other two are 0 for BAGEL (Table 8)
 
 `Bagel.recon_loss` is equation (2), `common.objective` is equation (3). No caption is read.
 
 What is special about BAGEL. One decoder of 28 layers carries two complete sets of weights, the
 *experts*. The understanding expert, in this file *und*, computes text and ViT tokens. The
-generation expert, *gen*, computes image latents. A token meets the other expert only in attention,
-which is joint: every query may look at keys and values that either expert has made. A sample is a
-sequence of *blocks* (an image, a text, an image's latents). Each block stands between two
-*markers*, special tokens that say where it begins and ends; they are words, and so always und. The
-*context* is what has been read so far: the keys and values of its blocks, in every layer. (The
-*connector* is the two-layer perceptron that brings ViT features to the width of the decoder.)
+generation expert, *gen*, computes image latents. (Only in the names `und_size`, `und_blur` and
+`set_und`, which all four scripts share, "und" means the image that the ViT sees.) A token meets the
+other expert only in attention, which is joint: every query may look at keys and values that either
+expert has made. A sample is a sequence of *blocks* (an image, a text, an image's latents). Each
+block stands between two *markers*, special tokens that say where it begins and ends; they are
+words, and so always und. The *context* is what has been read so far: the keys and values of its
+blocks, in every layer. (The *connector* is the two-layer perceptron that brings ViT features to the
+width of the decoder.)
 
-    photo, longest side 224 px -> SigLIP ViT -> [B, M, 1152] -> connector -> [B, M, D] --.
-                                                                                         |
-    "Describe the image in detail." -> ids -> word embeddings [B, L, D] -----------------+
-                                                                                         v
-                                                       und expert, frozen, without a graph
-                                                                                         |
-                                                   context: keys and values of every layer
-                                                                                         v
-    photo, 512 to 1024 px -> FLUX VAE -> z [B, h, w, C]                            attention
-                                         |                                               ^
-                                         '--> x_t [B, N, D] -----------> gen expert, trained
-                                                                                         |
-                    mean squared error against noise - z <-- velocity [B, h, w, C] <-----'
+    photo, longest side 224 px                        photo, 512 to 1024 px
+      | SigLIP ViT [B, M, 1152]                         | FLUX VAE
+      | connector                                       v
+      v                                         z [B, h, w, C]         noise       t [B]
+    h_v [B, M, D]   template, ids [B, L]                |                |           |
+      |               | word embeddings [B, L, D]       '------> x_t <---'       time MLP
+      v               v                                           | vae2llm          |
+    image block    text block                                     v                  v
+      |               |                                         [B, N, D] + [B, 1, D] + positions
+      v               v                                                   v
+    +-----------------------------+     keys and values     +-----------------------------+
+    | und expert, frozen,         | ----------------------> | gen expert, trained         |
+    | computed without a graph    |     in every layer      |                             |
+    +-----------------------------+                         +-----------------------------+
+               28 layers                                              28 layers
+                                                                          | llm2vae
+                                                                          v
+                 mean squared error against noise - z <------ velocity [B, h, w, C]
 
 What is frozen, what is trained, and why. Trained are the gen expert, the time MLP and the two
-projections between latents and decoder: 6.54 of 14.61 billion weights. Frozen are the und expert,
-the words' embedding and output head, the ViT with its connector, and the VAE. The line is there
-because BAGEL's two sides share no weights. The und expert already says what is in an image; what is
-missing is that the gen expert follows it, so only the gen expert moves. Freezing the other side
-keeps understanding as it is without holding generation back, and it keeps words and image
-embeddings in one space: what the gen expert learns from embeddings, it can use when it reads words.
-The VAE is frozen because it defines the target.
+projections between latents and decoder: 6.54 of 14.66 billion weights. Frozen are the und expert,
+the words' embedding and output head, the ViT with its connector (8.04 billion), and the VAE (0.08).
+The line is there because BAGEL's two sides share no weights. The und expert already says what is in
+an image; what is missing is that the gen expert follows it, so only the gen expert moves. Freezing
+the other side keeps understanding as it is without holding generation back, and it keeps words and
+image embeddings in one space: what the gen expert learns from embeddings, it can use when it reads
+words. The VAE is frozen because it defines the target.
 
 At which size the understanding side sees the image. Its longest side is 224 pixels (`UND_SIZE`), at
-most 16 x 16 patches, the smallest size of the recipe. Not larger, because larger inputs keep more
-detail of the pixels in the embeddings, and the gen expert would learn to copy that instead of
-reading what the image shows (paper, section 2.2). At 518 pixels the paper measures 79.2 instead of
-82.4 on GenEval and 84.61 instead of 85.29 on DPG-Bench (Table 7; `--und-size 518`).
+most 16 x 16 patches. That is the least side of an image at which the release describes images
+(`vit_limits`), what the paper calls the minimum that the encoder accepts. Not larger, because
+larger inputs keep more detail of the pixels in the embeddings, and the gen expert would learn to
+copy that instead of reading what the image shows (paper, section 2.2). From the paper's Table 7, in
+which the larger size is taken to be the 518 pixels of the authors' notebook (`--und-size 518`):
+
+    before RecA          GenEval 78.8    DPG-Bench 84.03
+    RecA, 224 pixels             82.4              85.29
+    RecA, larger size            79.2              84.61
 
 What keeps understanding alive. Nothing has to: no weight of it moves, so describing an image gives
-the same answer after RecA as before, and lambda_i2t = 0. Image-to-text data is not needed and not
+the same answer after RecA as before, and λ_i2t = 0. Image-to-text data is not needed and not
 accepted: L_i2t would train nothing here. (Harmon and Show-o share weights between both sides and
 need it. Where a user has none, their models first describe `--self-captions` of the training images
 themselves. That is this project's way, not the paper's.)
@@ -75,16 +90,18 @@ embeddings, editing takes a photo as before. A checkpoint replaces the released 
 
 A step, from images to moved weights (`common.Trainer.take_step` and the functions named here):
 
-    images = next(loader)                           # 48, divided over all GPUs
-    for micro_batch in images:                      # as many images as fit at once
-        pixels = preprocess(image)                  # 224 px for the ViT, to 1024 px for the VAE
-        features = encode(pixels)                   # frozen parts; --cache keeps them on disk
-        draws = draw(features)                      # text dropped?, t, noise: on the CPU, by seed
-        context = understand(features), template    # und expert, without a graph
+    samples = next(loader)          # 48, divided over all GPUs. Its workers ran preprocess: 224 px
+                                    # for the ViT, 512 to 1024 px for the VAE
+    for each micro-batch (as many images as fit at once):
+        features = encode(samples)  # frozen ViT and VAE; --cache keeps the result on disk
+        draws = draw(features)      # text dropped?, t, noise: on the CPU, by seed
+    for each micro-batch:           # `recon_loss`, and its gradients
+        h_v = understand(features)
+        context = und expert(h_v, t_template)                   # without a graph
         velocity = gen expert(x_t, t, context)
-        loss = mean((velocity - (noise - z)) ** 2)  # recon_loss
-        (lambda_recon * loss * share).backward()    # share: its part of the step's latent tokens
-    clip_grad_norm(1.0), AdamW                      # the update
+        loss = mean((velocity - (noise - z)) ** 2)
+        (λ_recon * loss * share).backward()     # share: its part of the step's latent tokens
+    clip_grad_norm(1.0), AdamW      # the update
 
 A *step* is one evaluation of equation (3). An *update* moves the weights; it comes every `--accum`
 steps. BAGEL's recipe has accum 1, so every step is an update.
@@ -103,12 +120,25 @@ by a sine-cosine table that is added to its embedding. In a text every token has
 Nobody outside sees the block of noisy latents. For one image in ten the text block is left out; its
 latents then have position 1. The image block is never left out.
 
+The *original* is the authors' public code: ByteDance's BAGEL with RecA's changes. Its *inferencer*
+is the class that samples, its *notebook* shows how, and its GenEval and ImgEdit scripts make the
+pictures of those benchmarks.
+
 Where the numbers come from. The paper's Table 8: learning rate, weight decay, warm-up, steps,
-batch, frozen parts, lambdas. The original's public code and launch line: betas, eps, clipping, text
-dropping, time distribution, image sizes, sampler. Public configs of Qwen2.5-7B, SigLIP and FLUX.1:
-the sizes of the parts. Ours: everything of `tiny`, `batch_images`, and what fits into memory. Where
-a line deliberately differs from the original, or follows an accident of it, a comment there says
-so; docs/originals.md has the rest.
+batch, frozen parts, λ. The original: betas, eps, clipping, constant rate after the warm-up, text
+dropping, distribution of t, image sizes (the ViT's 224 is the paper's, too), sampler. Public
+configs of Qwen2.5-7B, SigLIP and FLUX.1: the sizes of the parts. Ours: everything of `tiny`,
+`batch_images`, and what fits into memory.
+
+Where this file deliberately differs from the original. What cannot move is frozen; the original
+gives it gradients and moments, all zero. The context is read once; there it is in one masked
+sequence with the noisy latents. Images of different sizes are not padded to one before the VAE. t,
+noise and target stay float32; there FSDP makes them bf16. There is no average of the weights (EMA).
+A guided velocity is shrunk by the norm of its own image; there, by the batch's.
+
+Which accidents of the original it follows. All 1000 updates are warm-up. At 224 the *long* side of
+a photo becomes 224. Large images weigh more in the loss. 50 sampling steps are 49 moves. A text
+scale of 1 also switches off guidance by images. docs/originals.md lists everything.
 
 @@LOSS@@
 
@@ -123,10 +153,10 @@ In which order to read: `Bagel.recon_loss` (section 5), which is RecA; the promp
 (section 4); `MoTLayer` and `Context` (section 2), which are BAGEL; `_sample` (section 6). Loading
 and saving (section 3) and sharding (section 7) are needed by nobody who only wants to understand.
 
-Letters in shapes: B images of equal shapes, D width of the decoder, H query heads, K key and value
-heads, d size of a head, M ViT patches, L text ids, h and w sides of an image in latent tokens and
-N = h w their number, C = 64 channels of a latent token, n und tokens of a block, R tokens of an
-expert in one packed matrix, S keys that a query can see.
+Letters in shapes: B images of equal shapes, D width of the decoder, Dv that of the ViT, H query
+heads, K key and value heads, d size of a head, M ViT patches, L text ids, h and w sides of an image
+in latent tokens and N = h w their number, C = 64 channels of a latent token, n und tokens of a
+block, R tokens of an expert in one packed matrix, S keys that a query can see.
 """
 import shutil
 import warnings
@@ -198,7 +228,7 @@ class BagelConfig:
     vit: dict = field(default_factory=VIT.copy)
     vit_max_num_patch_per_side: int = 70
     latent_patch_size: int = 2  # a latent token is 2 x 2 places of the VAE's latent
-    max_latent_size: int = 64  # the original's flag has 32, which the release exceeds
+    max_latent_size: int = 64  # the release was trained with 64; the original's flag has default 32
 
     # The FLUX.1 autoencoder. No file of the release holds these.
     vae_ch: int = 128
@@ -211,30 +241,29 @@ class BagelConfig:
     # How images are resized: (longest side, shortest side), see `fit`. RecA itself gives the ViT
     # und_size for both.
     vae_limits: tuple = (1024, 512)
-    vit_limits: tuple = (980, 224)  # for questions about an image
+    vit_limits: tuple = (980, 224)  # for questions about an image; UND_SIZE is its least side
     edit_limits: tuple = (980, 378)  # for editing, as in the original's ImgEdit script
     image_size: int = 1024  # side of an image that is painted from a prompt
 
-    # The markers' ids. They are read from the tokenizer (MARKERS).
-    bos_token_id: int = 151644  # begins a text block
-    eos_token_id: int = 151645  # ends a text block
+    # The markers' ids. They are read from the tokenizer (MARKERS). The names are the original's.
+    bos_token_id: int = 151644  # begins each text block, wherever it stands
+    eos_token_id: int = 151645  # ends it
     start_of_image: int = 151652
     end_of_image: int = 151653
 
-    # The sampler's defaults. These are the original's for text to image, from its notebook.
+    # The sampler's defaults. These are for text to image, from the original's notebook.
     num_steps: int = 50  # points of time, so 49 moves: the original counts this way
-    guidance_scale: float = 4.0  # of the text; 1: no guidance at all
+    guidance_scale: float = 4.0  # of the text; 1: no guidance at all, not by images either
     timestep_shift: float = 3.0  # above 1: more of the moves at high noise
     interval: tuple = (0.4, 1.0)  # guidance acts where t is in it (GenEval script: 0 to 1)
     renorm: str = "global"  # how a guided velocity is shrunk, see Bagel.guide
-    renorm_min: float = 0.0
+    renorm_min: float = 0.0  # ByteDance's notebook; RecA's has 1, which switches renorm off
 
-    # Where they differ when an image is in the prompt, to edit or reconstruct it (the original's
-    # ImgEdit script), and when it is reconstructed (its notebook: 1, no renormalisation).
-    image_guidance_scale: float = 2.0  # of the image; 1: none
-    edit_interval: tuple = (0.0, 1.0)
-    edit_renorm: str = "text_channel"
-    reconstruct_renorm_min: float = 1.0
+    # What replaces them where an image is in the prompt: to edit it or to reconstruct it.
+    image_guidance_scale: float = 2.0  # of the image; 1: none (notebook; ImgEdit script: 1.5)
+    edit_interval: tuple = (0.0, 1.0)  # ImgEdit script and notebook
+    edit_renorm: str = "text_channel"  # ImgEdit script and notebook
+    reconstruct_renorm_min: float = 1.0  # to reconstruct only: renorm is off (notebook)
 
     @property
     def head_dim(self):
@@ -289,20 +318,20 @@ CONFIGS = {DEFAULT: BagelConfig(), "bagel-reca": BagelConfig(), "tiny": TINY}
 
 @dataclass
 class Recipe:
-    """How RecA trains: Table 8 of the paper where nothing else is said.
+    """How RecA trains: Table 8 of the paper where a comment names no other source.
 
     *All of the published run is warm-up*: the learning rate rises to 4e-5 at the very last update.
     """
 
     lr: float = 4e-5
-    betas: tuple = (0.9, 0.95)  # public code, like the next
-    eps: float = 1e-15
+    betas: tuple = (0.9, 0.95)  # the original's
+    eps: float = 1e-15  # the original's
     weight_decay: float = 0.0
-    clip: float = 1.0  # public code
+    clip: float = 1.0  # the original's
     warmup: int = 1000
-    horizon: int = 0  # no decay: constant after the warm-up
+    horizon: int = 0  # no decay, constant after the warm-up: the original's
     steps: int = 1000
-    batch: int = 48  # 6 GPUs with packs of about 8 images of 1024 px
+    batch: int = 48  # 8 on each of 6 GPUs, says Table 8: about what a pack of the original holds
     accum: int = 1
     lambda_recon: float = 1.0
     lambda_i2t: float = 0.0  # understanding is frozen, so nothing has to preserve it
@@ -315,7 +344,7 @@ RECIPES = {DEFAULT: Recipe(), "tiny": TINY_RECIPE, "bagel-reca": Recipe()}
 
 IGNORED = -100  # the label of a token that is not to be predicted
 UND_SIZE = 224  # longest side of what the ViT sees in RecA (paper, section 2.2 and Table 7)
-TEXT_DROP = 0.1  # the text is left out for one image in ten (public code)
+TEXT_DROP = 0.1  # the text is left out for one image in ten (the original's)
 
 # Begin and end of a text, start and end of an image: in the order of the config's four ids.
 MARKERS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -350,7 +379,8 @@ NEEDED = ("language_model.model.embed_tokens.weight", "llm2vae.weight")
 #     each other, is one dense call for each group of images with equal shapes. (The original
 #     sorts every layer's tokens by expert and back about ten times.)
 #   * Attention knows only differences of rotary positions. Counted from the noisy block's own
-#     position, its 4098 tokens need no rotation; the few keys of the context are rotated instead.
+#     position, its 4098 tokens have position 0 and need no rotation; the few keys of the context
+#     are rotated back instead, once (`Context.recentred`).
 
 
 def fit(width, height, longest, shortest, stride, max_pixels=14 * 14 * 9 * 1024):
@@ -431,8 +461,8 @@ def rotate(x, cos, sin):
 def attend(q, k, v, causal):
     """Dense attention of one group: q [B, n, H, d], k [B, S, K, d], v [B, S, K, d] -> [B*n, H*d].
 
-    The last n of the S keys are the queries' own. causal: a query sees none of those behind it.
-    Otherwise every query sees every key, and there is no mask.
+    causal (a text): the last n of the S keys are the queries' own, and a query sees none of those
+    behind it. Otherwise every query sees every key, whatever their order, and there is no mask.
     """
     mask = None
     queries = q.shape[1]
@@ -518,11 +548,12 @@ class MoTLayer(nn.Module):
             return hidden + checkpoint(down, gate, up, use_reentrant=False)
         return hidden + down(gate, up)
 
-    def forward(self, und, gen, past, shapes, und_rope=None, gen_rope=None, causal=False,
-                needed=("und", "gen")):
+    def forward(self, und_hidden, gen_hidden, past, shapes, und_rope=None, gen_rope=None,
+                causal=False, needed=("und", "gen")):
         """One block of every image through this layer.
 
-        und, gen  hidden states of the two experts' tokens, packed: [R, D] each; gen may be None
+        und_hidden, gen_hidden   hidden states of the two experts' tokens, packed: [R, D] each; the
+                  second may be None
         past      per group of images its context in this layer, (keys, values) [B, S, K, d] each,
                   or None where nothing has been read
         shapes    (B, n, N) of each group: its images, and the und and gen tokens of one of them
@@ -530,51 +561,56 @@ class MoTLayer(nn.Module):
         causal    the block is a text
         needed    whose hidden states are read by the next layer, or after the last one
 
-        Returns und, gen, and per group the keys and values of context and block together.
+        Returns both hidden states, and per group the keys and values of its context extended by
+        this block.
         """
         und_shapes = [(images, und_tokens) for images, und_tokens, _ in shapes]
         gen_shapes = [(images, gen_tokens) for images, _, gen_tokens in shapes]
 
         # While the und expert is frozen its tokens have no graph. (The original detaches them at
-        # six places of every layer, to the same effect.) What they see of the latents still counts:
-        # the markers' hidden states follow it, as constants.
+        # six places of every layer, to the same effect.) Around noisy latents two of them are
+        # markers. In the forward pass these do see the latents; no gradient flows back through
+        # that.
         und_graph = torch.is_grad_enabled() and self.input_layernorm.weight.requires_grad
 
         # Every token gets query, key and value from its own expert.
         with torch.set_grad_enabled(und_graph):
-            q, k, v = self.project(und, "", und_rope)
+            q, k, v = self.project(und_hidden, "", und_rope)
             und_q = unpack(q, und_shapes)
             und_k = unpack(k, und_shapes)
             und_v = unpack(v, und_shapes)
-        if gen is not None:
-            q, k, v = self.project(gen, "_moe_gen", gen_rope)
+        if gen_hidden is not None:
+            q, k, v = self.project(gen_hidden, "_moe_gen", gen_rope)
             gen_q = unpack(q, gen_shapes)
             gen_k = unpack(k, gen_shapes)
             gen_v = unpack(v, gen_shapes)
 
-        # What a group's queries can see: its context and this block. Both markers stand before the
-        # latents here; inside an image block all have one position, so their order means nothing.
-        seen = []
+        # What a group's queries can see: its context, then this block. In a block of latents both
+        # markers stand before the latents here; all have one position, so their order means
+        # nothing.
+        extended = []
         for group, context in enumerate(past):
-            keys = [und_k[group]]
-            values = [und_v[group]]
+            keys = []
+            values = []
             if context is not None:
-                keys.insert(0, context[0])
-                values.insert(0, context[1])
-            if gen is not None:
+                keys.append(context[0])
+                values.append(context[1])
+            keys.append(und_k[group])
+            values.append(und_v[group])
+            if gen_hidden is not None:
                 keys.append(gen_k[group])
                 values.append(gen_v[group])
-            seen.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
+            extended.append((torch.cat(keys, dim=1), torch.cat(values, dim=1)))
 
         # Attention is joint, what follows is again each expert's own.
         if "und" in needed:
             with torch.set_grad_enabled(und_graph):
-                attended = [attend(q, k, v, causal) for q, (k, v) in zip(und_q, seen)]
-                und = self.finish(und, torch.cat(attended), "")
-        if gen is not None and "gen" in needed:
-            attended = [attend(q, k, v, causal=False) for q, (k, v) in zip(gen_q, seen)]
-            gen = self.finish(gen, torch.cat(attended), "_moe_gen")
-        return und, gen, seen
+                attended = [attend(q, k, v, causal) for q, (k, v) in zip(und_q, extended)]
+                und_hidden = self.finish(und_hidden, torch.cat(attended), "")
+        if gen_hidden is not None and "gen" in needed:
+            attended = [attend(q, k, v, causal=False) for q, (k, v) in zip(gen_q, extended)]
+            gen_hidden = self.finish(gen_hidden, torch.cat(attended), "_moe_gen")
+        return und_hidden, gen_hidden, extended
 
 
 class PositionTable(nn.Module):
@@ -636,8 +672,8 @@ class Context:
 
 
 class Bagel(nn.Module):
-    """BAGEL. Names are those of ema.safetensors: its 1223 keys are the state_dict() without `vae.`
-    and the two tables."""
+    """BAGEL. Names are those of ema.safetensors. Its 1223 keys are the 1221 of the state_dict()
+    that do not begin with `vae.`, and the two position tables, which are computed here."""
 
     # What RecA conditions on: "vit", or "vae" for the paper's Table 7. --condition sets it for the
     # class, since common.run makes the model.
@@ -736,7 +772,8 @@ class Bagel(nn.Module):
 
     def set_und(self, size=None, blur=None):
         """The paper's ablations: the longest side of what the ViT sees in RecA, and by which factor
-        that is blurred. None keeps what is set. Raises InputError."""
+        that is blurred. None keeps what is set. Any size from one patch on is possible; 224 is only
+        the least that the original uses (`vit_limits`). Raises InputError."""
         patch = self.config.vit["patch_size"]
         largest = self.config.vit_max_num_patch_per_side * patch
         size = size or self.und_size
@@ -790,6 +827,7 @@ class Bagel(nn.Module):
     def encode(self, samples, task):
         """What the frozen encoders make of images: list of preprocess() -> list of dicts.
 
+        task is not needed here: a sample holds what is to be encoded. (Other scripts need it.)
         "vit" [rows, columns, width of the ViT] where the sample has "vit"; "mean" and "logvar"
         [channels, 2h, 2w] of the VAE's posterior where it has "vae". That is 2.7 MB for a photo of
         1024 px.
@@ -851,16 +889,16 @@ class Bagel(nn.Module):
             logvars.append(posterior.logvar)
         return {"mean": torch.cat(means).float(), "logvar": torch.cat(logvars).float()}
 
-    def _sample_latents(self, features, noises):
-        """A sample of each image's posterior, normalised: list of [h, w, C]. (RecA draws it anew in
-        every step, as the original does.) noises: list of [channels, 2h, 2w]."""
+    def _draw_latents(self, features, noises):
+        """Each image's latents, drawn from its posterior and normalised: list of [h, w, C]. (RecA
+        draws them anew in every step, as the original does.) noises: list of [channels, 2h, 2w]."""
         c = self.config
         latents = []
-        for image, noise in zip(features, noises):
-            deviation = (0.5 * image["logvar"]).exp()
-            sample = image["mean"] + deviation * noise.to(self.device)
-            sample = c.vae_scale_factor * (sample - c.vae_shift_factor)
-            latents.append(self.patchify(sample))
+        for feature, noise in zip(features, noises):
+            deviation = (0.5 * feature["logvar"]).exp()
+            latent = feature["mean"] + deviation * noise.to(self.device)
+            latent = c.vae_scale_factor * (latent - c.vae_shift_factor)
+            latents.append(self.patchify(latent))
         return latents
 
     def patchify(self, latent):
@@ -906,16 +944,16 @@ class Bagel(nn.Module):
         layers = len(self.blocks())
         return [Context(images, [None] * layers) for images in equal_groups(keys)]
 
-    def _read_block(self, contexts, und, gen=None, causal=False, final=False):
+    def _read_block(self, contexts, und_embeddings, gen_embeddings=None, causal=False, final=False):
         """Reads one block of every image: its keys and values join the contexts.
 
-        und: per context the embeddings of the block's und tokens, [B, n, D]; gen: of its gen
+        und_embeddings: of the block's und tokens, per context [B, n, D]; gen_embeddings: of its gen
         tokens, [B, N, D], or None. causal: the block is a text, whose tokens have a position each
         and see only what is before them. Otherwise it is an image, which has one position, and in
         which every token sees every other. final: whether to return the und tokens' hidden states
         after the last norm, per context [B, n, D].
         """
-        shapes = self._shapes(und, gen)
+        shapes = self._shapes(und_embeddings, gen_embeddings)
         und_positions = []
         gen_positions = []
         for context, (images, und_tokens, gen_tokens) in zip(contexts, shapes):
@@ -925,11 +963,12 @@ class Bagel(nn.Module):
             und_positions.append(positions.repeat(images))
             gen_positions.append(torch.full((images * gen_tokens,), context.position))
 
-        und = pack(und)  # [R, D]
+        und = pack(und_embeddings)  # [R, D]
         und_rope = self._rope(und_positions)
+        gen = None
         gen_rope = None
-        if gen is not None:
-            gen = pack(gen)
+        if gen_embeddings is not None:
+            gen = pack(gen_embeddings)
             gen_rope = self._rope(gen_positions)
 
         last = len(self.blocks()) - 1
@@ -938,8 +977,8 @@ class Bagel(nn.Module):
             if number == last:
                 needed = ("und",) if final else ()  # keys and values are already made
             past = [context.keys_values[number] for context in contexts]
-            und, gen, seen = layer(und, gen, past, shapes, und_rope, gen_rope, causal, needed)
-            for context, keys_values in zip(contexts, seen):
+            und, gen, extended = layer(und, gen, past, shapes, und_rope, gen_rope, causal, needed)
+            for context, keys_values in zip(contexts, extended):
                 context.keys_values[number] = keys_values
 
         for context, (_, und_tokens, _) in zip(contexts, shapes):
@@ -949,16 +988,16 @@ class Bagel(nn.Module):
         und_shapes = [(images, und_tokens) for images, und_tokens, _ in shapes]
         return unpack(self.language_model["model"]["norm"](und), und_shapes)
 
-    def _noisy_block(self, contexts, und, gen):
+    def _noisy_block(self, contexts, und_embeddings, gen_embeddings):
         """The block of noisy latents. It sees its context and itself, and nobody else sees it.
 
-        contexts: recentred, so that the block has position 0; they are not extended. und: per
-        context the embeddings of its two markers, [B, 2, D]; gen: of its latents, [B, N, D].
-        Returns the latents' hidden states after the last norm, per context [B, N, D].
+        contexts: recentred, so that the block has position 0; they are not extended.
+        und_embeddings: of its two markers, per context [B, 2, D]; gen_embeddings: of its latents,
+        [B, N, D]. Returns the latents' hidden states after the last norm, per context [B, N, D].
         """
-        shapes = self._shapes(und, gen)
-        und = pack(und)
-        gen = pack(gen)
+        shapes = self._shapes(und_embeddings, gen_embeddings)
+        und = pack(und_embeddings)
+        gen = pack(gen_embeddings)
         last = len(self.blocks()) - 1
         for number, layer in enumerate(self.blocks()):
             needed = ("gen",) if number == last else ("und", "gen")
@@ -969,11 +1008,11 @@ class Bagel(nn.Module):
         return unpack(self.language_model["model"]["norm_moe_gen"](gen), gen_shapes)
 
     @staticmethod
-    def _shapes(und, gen):
+    def _shapes(und_embeddings, gen_embeddings):
         """(B, n, N) of each group: images, und tokens and gen tokens of an image."""
         shapes = []
-        for group, block in enumerate(und):
-            gen_tokens = gen[group].shape[1] if gen is not None else 0
+        for group, block in enumerate(und_embeddings):
+            gen_tokens = gen_embeddings[group].shape[1] if gen_embeddings is not None else 0
             shapes.append((block.shape[0], block.shape[1], gen_tokens))
         return shapes
 
@@ -1245,7 +1284,7 @@ class Bagel(nn.Module):
     def understand(self, features):
         """Features of images with equal grids of patches -> their understanding embeddings
         [B, M, D], as the language model gets them: connector, then positions."""
-        vit = torch.stack([image["vit"] for image in features])  # [B, rows, columns, Dv]
+        vit = torch.stack([feature["vit"] for feature in features])  # [B, rows, columns, Dv]
         rows, columns = vit.shape[1:3]
         fc1 = self.connector["fc1"]
         fc2 = self.connector["fc2"]
@@ -1289,11 +1328,11 @@ class Bagel(nn.Module):
         if not contexts:
             return
         blocks = []
-        for context, image in zip(contexts, embeddings):
+        for context, h_v in zip(contexts, embeddings):
             markers = self._markers(len(context.images))  # [B, 2, D]
             start = markers[:, :1]
             end = markers[:, 1:]
-            blocks.append(torch.cat([start, image.to(markers.dtype), end], dim=1))
+            blocks.append(torch.cat([start, h_v.to(markers.dtype), end], dim=1))
         self._read_block(contexts, blocks)
 
     def _read_latents(self, contexts, latents):
@@ -1311,15 +1350,23 @@ class Bagel(nn.Module):
         after the last norm, per context [B, L, D].
         """
         with_text = [context for context in contexts if ids[context.images[0]]]
-        if not with_text and dist.is_initialized():
-            # All texts of this process were dropped. With sharded weights the other processes are
-            # now gathering the layers for theirs, and wait for this one: it reads two markers.
-            self._read_block([Context([0], [None] * len(self.blocks()))], [self._markers(1)])
         if not with_text:
-            return with_text, []
+            self._visit_layers()
+            return [], []
 
         embeddings = [self._embed_ids(context.pick(ids)) for context in with_text]
         return with_text, self._read_block(with_text, embeddings, causal=True, final=final)
+
+    def _visit_layers(self):
+        """Goes through all layers with two markers, for nothing but other processes. (One process
+        does nothing here.)
+
+        With sharded weights all processes gather each layer together. Where every text of this
+        process was dropped, the others still read theirs, and would wait for this one forever.
+        """
+        if dist.is_initialized():
+            unused = Context([0], [None] * len(self.blocks()))
+            self._read_block([unused], [self._markers(1)])
 
     # ==== 5. The losses ===========================================================================
 
@@ -1340,17 +1387,17 @@ class Bagel(nn.Module):
         draws = common.to_device(draws, self.device)
 
         # What is to be painted: the image as latents.
-        z = self._sample_latents(features, draws["vae_noise"])
+        z = self._draw_latents(features, draws["vae_noise"])
 
         # The context: the image as understanding sees it, then the template. Neither has a graph,
         # since the und expert is frozen. The text may be dropped, the image never is.
         if self.condition == "vit":
-            contexts = self._group_images(ids, [image["vit"] for image in features], z)
+            contexts = self._group_images(ids, [feature["vit"] for feature in features], z)
             embeddings = [self.understand(context.pick(features)) for context in contexts]
             self._read_images(contexts, embeddings)
         else:
             # The paper's Table 7: the generation side's own view of the image, clean latents.
-            clean = self._sample_latents(features, draws["condition_noise"])
+            clean = self._draw_latents(features, draws["condition_noise"])
             contexts = self._group_images(ids, z)
             self._read_latents(contexts, clean)
         self._read_texts(contexts, ids)
@@ -1370,9 +1417,9 @@ class Bagel(nn.Module):
         t = draws["timestep_normal"].sigmoid()  # [B]
         x = []
         targets = []
-        for time, image, noise in zip(t, z, draws["flow_noise"]):
-            x.append((1 - time) * image + time * noise)
-            targets.append(noise - image)
+        for time, latents, noise in zip(t, z, draws["flow_noise"]):
+            x.append((1 - time) * latents + time * noise)
+            targets.append(noise - latents)
 
         # The gen expert predicts the direction. This is where gradients come from.
         contexts = [context.recentred(self.config) for context in contexts]
@@ -1393,7 +1440,7 @@ class Bagel(nn.Module):
         ids = self.t2i_prompt(captions, draws["text_dropped"])
         draws = common.to_device(draws, self.device)
 
-        z = self._sample_latents(features, draws["vae_noise"])
+        z = self._draw_latents(features, draws["vae_noise"])
         contexts = self._group_images(ids, z)
         self._read_texts(contexts, ids)
         return self._generation_loss(contexts, z, draws)
@@ -1412,7 +1459,7 @@ class Bagel(nn.Module):
             labels.append(text_labels)
 
         # The image block, where there is an image, then all turns of the conversation.
-        contexts = self._group_images(ids, [image.get("vit") for image in features])
+        contexts = self._group_images(ids, [feature.get("vit") for feature in features])
         seeing = [context for context in contexts if "vit" in features[context.images[0]]]
         self._read_images(seeing, [self.understand(context.pick(features)) for context in seeing])
         contexts, hidden = self._read_texts(contexts, ids, final=True)
@@ -1422,12 +1469,12 @@ class Bagel(nn.Module):
         count = 0
         for context, states in zip(contexts, hidden):
             target = torch.tensor(context.pick(labels))
-            image, token = (target != IGNORED).nonzero(as_tuple=True)
-            count += len(image)
-            places = [image, token, target[image, token]]
-            image, token, target = common.to_device(places, self.device)
+            row, token = (target != IGNORED).nonzero(as_tuple=True)
+            count += len(row)
+            places = [row, token, target[row, token]]
+            row, token, target = common.to_device(places, self.device)
             head = self.language_model["lm_head"]
-            total = total + common.cross_entropy_sum(head, states[image, token], target)
+            total = total + common.cross_entropy_sum(head, states[row, token], target)
         return common.mean(total, count)
 
     def draw(self, task, features, rng=None):
@@ -1450,10 +1497,10 @@ class Bagel(nn.Module):
             "vae_noise": [],
             "flow_noise": [],
         }
-        for image, generator in zip(features, rng.images):
-            shape = image["mean"].shape
+        for feature, generator in zip(features, rng.images):
+            shape = feature["mean"].shape
             draws["vae_noise"].append(torch.randn(shape, generator=generator))
-            grid = self._grid(image["mean"])
+            grid = self._grid(feature["mean"])
             draws["flow_noise"].append(torch.randn(grid, generator=generator))
             if task == "recon" and self.condition == "vae":
                 noise = torch.randn(shape, generator=generator)
@@ -1468,8 +1515,8 @@ class Bagel(nn.Module):
                 _, labels = self.conversation(turns)
                 count += sum(label != IGNORED for label in labels)
             return count
-        for image in features:
-            h, w, _ = self._grid(image["mean"])
+        for feature in features:
+            h, w, _ = self._grid(feature["mean"])
             count += h * w
         return count
 
@@ -1564,7 +1611,7 @@ class Bagel(nn.Module):
         """Image block, question, answer -> lists of the answers' ids without begin and end. All
         images decode together until the last one has ended."""
         end = self.config.eos_token_id
-        contexts = self._group_images(ids, [image["vit"] for image in features])
+        contexts = self._group_images(ids, [feature["vit"] for feature in features])
         self._read_images(contexts, [self.understand(c.pick(features)) for c in contexts])
         self._read_texts(contexts, ids)
 
@@ -1633,17 +1680,18 @@ class Bagel(nn.Module):
         pixels = []
         for sample in samples:
             pixels.append({name: sample[name] for name in encoders})
+        # What they encode is in the samples: none for generate, whatever the task is called here.
         features = self.encode(pixels, "edit")
         clean = [None] * len(texts)
-        vits = [image.get("vit") for image in features]
+        vits = [feature.get("vit") for feature in features]
         draws = {"noise": noise} | (draws or {})
         if "vae" in encoders:
             if "vae_noise" not in draws:
                 draws["vae_noise"] = [
-                    torch.randn(image["mean"].shape, generator=generator)
-                    for image, generator in zip(features, rng.images)
+                    torch.randn(feature["mean"].shape, generator=generator)
+                    for feature, generator in zip(features, rng.images)
                 ]
-            clean = self._sample_latents(features, draws["vae_noise"])
+            clean = self._draw_latents(features, draws["vae_noise"])
 
         # Three contexts for guidance: everything; all but the text; all but the images.
         ids = [self.tokenize(text) for text in texts]
@@ -1686,9 +1734,10 @@ class Bagel(nn.Module):
             raise InputError(
                 f"num_steps {num_steps}: the sampler goes from step to step, give 2 or more")
 
-        # The contexts of a set become those of further images: set k has the numbers from
-        # k * count on. So the network computes the two or three passes of a guided move as one
-        # batch, each at its own context's position.
+        # The network computes the two or three passes of a guided move as one batch, each at its
+        # own context's position: image i is there once with each set of contexts, in set k under
+        # the number k * count + i. Of 4 images, image 1 is number 1 with everything, 5 without the
+        # text, 9 without images, and velocities[1::4] are its three.
         count = len(noise)
         passes = []
         for k, contexts in enumerate(context_sets):
@@ -1703,7 +1752,7 @@ class Bagel(nn.Module):
         times = (timestep_shift * times / (1 + (timestep_shift - 1) * times)).tolist()
         moves = list(zip(times[:-1], times[1:]))
 
-        x = [image.to(self.device) for image in noise]
+        x = [start.to(self.device) for start in noise]
         for t, next_t in tqdm(moves, disable=not progress, desc="sample", leave=False):
             # A text scale of 1 or less switches all guidance off, that of the image too, as in the
             # original.
@@ -1724,7 +1773,7 @@ class Bagel(nn.Module):
 
             if trace is not None:
                 trace.append((t, x, velocities, scales))
-            x = [image - velocity * (t - next_t) for image, velocity in zip(x, velocities)]
+            x = [state - velocity * (t - next_t) for state, velocity in zip(x, velocities)]
         return x
 
     @staticmethod
@@ -1760,22 +1809,27 @@ class Bagel(nn.Module):
 
 # ==== 7. main() ===================================================================================
 #
+# Before main() stand: the division of the weights over GPUs, the trainer whose checkpoints are
+# divided likewise, the flags of this script, and editing from files.
+#
 # Where the bytes go when one 80 GB card (79.6 GiB = 85.5 GB) trains 6.54 billion weights beside
-# 8.07 billion frozen ones:
+# 8.12 billion frozen ones:
 #
 #                                      float32 AdamW    bf16, stochastic rounding
-#     frozen weights, bf16                 16.5 GB           16.5 GB     (the VAE in float32)
+#     frozen weights, bf16                 16.5 GB           16.5 GB     (VAE and tables in float32)
 #     trained weights                      26.2 GB           13.1 GB     (float32 masters, or none)
 #     gradients                            26.2 GB           13.1 GB
 #     first and second moments             52.3 GB           26.2 GB
 #     sum                                 121.2 GB           68.9 GB
 #
-#     an image of 1024 px with checkpointing    0.9 GB    (28 layers x 4100 tokens x 3584 x 2 bytes)
-#     a layer while it is recomputed            1.5 GB    an image (MLP: 7 x 4100 x 18944 x 2 bytes)
+#     an image of 1024 px with checkpointing    0.8 GB    (28 layers x 4098 tokens x 3584 x 2 bytes)
+#     MLP of the layer that is recomputed       1.1 GB    an image (7 x 4098 x 18944 x 2 bytes)
 #
-# So one card takes bf16. Float32 AdamW needs sharding over 2 cards of 80 GB or 8 of 48 GB, each of
-# which first holds the whole model, 43 GB. (The original also gives gradients and moments in
-# float32 to 7.1 billion parameters that cannot move: 283 GB.)
+# With attention and all else it is 2.7 GB an image (docs/memory.md). So one card takes bf16.
+# Float32 AdamW needs sharding over 2 cards of 80 GB or 8 of 48 GB, each of which first holds the
+# whole model, 43 GB. (The original gives float32 masters, gradients, two moments and an average, 20
+# bytes, to each of 14.2 billion parameters, of which only 6.54 billion can move: 283 GB over its
+# GPUs together.)
 
 
 def shard(model):
@@ -1789,7 +1843,7 @@ def shard(model):
     Sharded are the decoder layers, one by one, with both experts: most of the bytes, of which only
     one layer needs to be whole at a time. The trained weights outside of them (time MLP,
     projections, last norm) form one more unit. What is frozen outside stays whole on every GPU:
-    ViT, VAE, embedding and head, 3.2 GB. So encoding images needs no communication, and each
+    ViT, VAE, embedding and head, 3.4 GB. So encoding images needs no communication, and each
     process may encode as many as it has.
     """
     inside = {p for layer in model.blocks() for p in layer.parameters()}
@@ -1916,7 +1970,7 @@ def flags(parser):
     group.add_argument(
         "--image-guidance-scale",
         type=common.number(0),
-        help="of --edit (default 2; the original's command line: 1.5)",
+        help="of --edit (default 2; the original's ImgEdit script: 1.5)",
     )
 
     # The sampler. What is not given is the config's.

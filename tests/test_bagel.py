@@ -159,7 +159,7 @@ def test_parity_bagel_loss(model, golden, case, monkeypatch):
         with torch.no_grad():
             total = generation_loss(model, features, ids, draws, condition)
         close(torch.cat([v.flatten(0, 1) for v in caught["v"]]), golden[f"{case}.velocity"])
-        z = model._sample_latents(features, draws["vae_noise"])
+        z = model._draw_latents(features, draws["vae_noise"])
         errors = [(v - (n - zi)).square().mean(-1).flatten() for v, n, zi in zip(caught["v"], draws["flow_noise"], z)]
         close(torch.cat(errors), golden[f"{case}.loss_per_token"])
         assert total.item() == pytest.approx(torch.cat(errors).mean().item(), rel=1e-6)
@@ -285,7 +285,7 @@ def test_parity_bagel_encoders(model, golden, case):
             close(torch.stack([f["mean"] for f in features]), golden[f"{case}.vae_mean"])
             close(torch.stack([f["logvar"] for f in features]), golden[f"{case}.vae_logvar"])
         for f, noise, full in zip(features, draws["vae_noise"], golden[f"{case}.latents"]):
-            latent = model.unpatchify(model._sample_latents([f], [noise])[0])
+            latent = model.unpatchify(model._draw_latents([f], [noise])[0])
             close(latent, full[:, : latent.shape[1], : latent.shape[2]])
             assert torch.equal(model.unpatchify(model.patchify(latent)), latent)
         if condition:
@@ -571,7 +571,7 @@ def test_bagel_condition_on_the_vae(model, golden):
         total, count = 0, 0
         for i, (f, text) in enumerate(zip(features, ids)):
             t = draws["timestep_normal"][i].sigmoid()
-            z, clean = (model._sample_latents([f], [draws[name][i]])[0] for name in ("vae_noise", "condition_noise"))
+            z, clean = (model._draw_latents([f], [draws[name][i]])[0] for name in ("vae_noise", "condition_noise"))
             noise = draws["flow_noise"][i]
             embed = lambda x, t: model._embed_latents(x[None], t[None])[0]  # noqa: E731
             hidden, gen = plain_sequence(
