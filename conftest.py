@@ -1,5 +1,9 @@
 """Puts the root on the path, so that tests can `import common`, `import reca_harmon`, ... Where
-pytest-xdist is installed (requirements-dev.txt has it), two files of tests run side by side."""
+pytest-xdist is installed (requirements-dev.txt has it), two files of tests run side by side.
+
+    python -m pytest --slow     also runs the tests that are marked slow: minutes for what another
+                                test shows on a smaller case
+"""
 import os
 import sys
 from pathlib import Path
@@ -25,3 +29,19 @@ def pytest_cmdline_main(config):
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that are marked slow")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: runs with --slow only")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.option.slow:
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="slow: python -m pytest --slow"))

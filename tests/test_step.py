@@ -237,7 +237,8 @@ def test_bf16_weights_learn_as_float32_weights_do(name):
     assert abs(exact[-4:].mean() - low[-4:].mean()) < 2 * noise
 
 
-@pytest.mark.parametrize("name", ["harmon", "showo", "openuni", "bagel"])
+@pytest.mark.parametrize("name", ["harmon", "showo", pytest.param("openuni", marks=pytest.mark.slow),
+                                  pytest.param("bagel", marks=pytest.mark.slow)])
 def test_blocks_are_compiled_under_checkpointing(name, monkeypatch):
     """Compiled first, wrapped then: a compiled graph cannot hold the call of a checkpoint, and none was compiled."""
     compiler = torch.compile
