@@ -2534,7 +2534,7 @@ def shape_replies(items):
 
 
 def shapes(out, args, problems):
-    """The toy world (common.py, section 7): pictures are read back exactly, so there is no detector
+    """The toy world (common.py, section 11): pictures are read back exactly, so there is no detector
     and no error. --prompts: the caption file of --generate, OUT/<line, 5 digits>[_k].png. All:
     everything said is there; GenEval-like columns need captions of one and of two objects that say
     everything. --sources: all must come back as it was. Neither: OUT is a finished run of --model

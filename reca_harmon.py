@@ -159,7 +159,10 @@ tokens go through the diffusion head, in float32. docs/originals.md has all of i
 
 What the loss looks like.
 
-@@LOSS@@
+L_recon falls slowly: most of it is noise that nobody can predict. The tiny run (seed 0), means of
+steps 1-25, 26-50, 51-75, 76-100 and 126-150: 0.073, 0.068, 0.063, 0.061, 0.056. Meanwhile the
+colors of text to image go from 30 to 80 percent. L_i2t, on the model's own descriptions, stays
+below 0.001.
 
 Commands. The weights of Harmon are under the S-Lab License 1.0: for non-commercial use only.
 

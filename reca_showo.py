@@ -998,10 +998,6 @@ class Showo(nn.Module):
                 llm_vocab_size=given["llm_vocab_size"],
                 max_text=576 if given["w_clip_vit"] else 381,
             )
-            if config.image_size == TINY.image_size:
-                # A tiny model that was saved when the sampler's settings were not yet among them.
-                config.num_steps = TINY.num_steps
-                config.guidance_scale = TINY.guidance_scale
             config = dataclasses.replace(config, **given.get("sizes", {}))
             found = given["vocab_size"]
             expected = config.vocab_size

@@ -474,7 +474,7 @@ def test_showo_released_config_needs_nothing_of_ours(tmp_path):
 
 
 def test_showo_sampler_defaults_come_with_the_checkpoint(tiny, tmp_path, monkeypatch):
-    """Ours are saved with it; a released file has the published ones, a tiny one without any the tiny ones."""
+    """Ours are saved with it; a file without them, as the released ones, gets the published ones."""
     monkeypatch.setattr(tiny.config, "guidance_scale", 4.5)
     monkeypatch.setattr(tiny.config, "num_steps", 3)
     tiny.save_pretrained(tmp_path)
@@ -486,7 +486,7 @@ def test_showo_sampler_defaults_come_with_the_checkpoint(tiny, tmp_path, monkeyp
         del written["sizes"][name]
     (tmp_path / "config.json").write_text(json.dumps(written))
     config = Showo._read_config(tmp_path)
-    assert (config.num_steps, config.guidance_scale, config.temperature) == (8, 2.0, 1.0)
+    assert (config.num_steps, config.guidance_scale, config.temperature) == (50, 6.0, 1.0)
     released = reca_showo.CONFIGS[reca_showo.DEFAULT]
     assert (released.num_steps, released.guidance_scale, released.temperature) == (50, 6.0, 1.0)
 

@@ -4,7 +4,7 @@
     python tiny/pretrain.py openuni --seed 1 --out other     (or harmon, showo, showo-vq, bagel)
 
 Nobody needs to run this: what it makes lies here, and `--model tiny` of the scripts reads it. The
-world of pictures in which all this happens (scenes, captions, scores) is section 7 of common.py.
+world of pictures in which all this happens (scenes, captions, scores) is section 11 of common.py.
 
 Each model is brought up in the order of its published counterpart: an autoencoder; a language model
 that describes; an encoder whose embeddings say words; generation from captions that leave things
