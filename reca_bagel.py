@@ -140,7 +140,10 @@ Which accidents of the original it follows. All 1000 updates are warm-up. At 224
 a photo becomes 224. Large images weigh more in the loss. 50 sampling steps are 49 moves. A text
 scale of 1 also switches off guidance by images. docs/originals.md lists everything.
 
-@@LOSS@@
+What L_recon looks like while it goes well: it falls at first, then it is noisy, since most of it is
+noise that nobody can predict. The tiny run (seed 0), means of steps 1-25, 26-50, 51-75, 76-100 and
+126-150: 0.73, 0.46, 0.38, 0.37, 0.34. Meanwhile the colors of text to image go from
+12 to 55 percent.
 
 Commands:
 
