@@ -29,6 +29,7 @@ def pytest_cmdline_main(config):
     if config.pluginmanager.hasplugin("xdist") and config.option.numprocesses is None:
         config.option.numprocesses = 2
         config.option.dist = "loadfile"
+        config.option.loadscopereorder = False  # the order below, not by the number of tests
 
 
 def pytest_addoption(parser):
@@ -39,7 +40,15 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "slow: runs with --slow only")
 
 
+# These files take longest. They come first, so that neither process waits for the other at the end.
+LONGEST = ("test_paper", "test_fakegpu", "test_step", "test_users", "test_run", "test_bagel")
+
+
 def pytest_collection_modifyitems(config, items):
+    def place(item):
+        return LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST)
+
+    items.sort(key=place)
     if config.option.slow:
         return
     for item in items:

@@ -397,7 +397,7 @@ def test_another_kind_is_refused(tmp_path, capsys):
 # ---- scores -----------------------------------------------------------------------------------------
 
 
-SCORED = [pytest.param(*variant, marks=() if variant[0] in ("openuni", "harmon") else pytest.mark.slow)
+SCORED = [pytest.param(*variant, marks=() if variant[0] == "openuni" else pytest.mark.slow)
           for variant in VARIANTS]
 
 

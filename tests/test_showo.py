@@ -768,7 +768,7 @@ def run(*arguments):
                 signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("name", ["tiny", "tiny-vq"])
+@pytest.mark.parametrize("name", ["tiny", pytest.param("tiny-vq", marks=pytest.mark.slow)])
 def test_showo_end_to_end(name, tmp_path):
     """RecA, scores; an interrupted run resumes to the same numbers and weights; inference on the checkpoint."""
     tiny = ["--model", name, *SHORT]

@@ -213,7 +213,8 @@ def test_out_of_memory_halves_the_micro_batch_once_and_loses_nothing(tmp_path, m
         run(tmp_path / "hopeless", limit=1)
 
 
-@pytest.mark.parametrize("name", ["harmon", "showo", "openuni", "bagel"])
+@pytest.mark.parametrize("name", [pytest.param("harmon", marks=pytest.mark.slow),
+                                  pytest.param("showo", marks=pytest.mark.slow), "openuni", "bagel"])
 def test_bf16_weights_learn_as_float32_weights_do(name):
     """The same steps with StochasticAdamW and with AdamW: the losses stay within the noise of a batch."""
     def curve(optimizer):

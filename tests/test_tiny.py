@@ -73,11 +73,12 @@ def test_a_shipped_model_is_small_and_stored_in_16_bits(name):
     assert all(value.isfinite().all() for value in tensors.values())
 
 
-SCORED = [pytest.param(name, marks=pytest.mark.slow if name == "bagel" else ())
-          for name in documented_scores()]
+def slow_but(*fast):
+    """Parameters: the names in `fast` always, the others with --slow."""
+    return [pytest.param(name, marks=() if name in fast else pytest.mark.slow) for name in NAMES]
 
 
-@pytest.mark.parametrize("name", SCORED)
+@pytest.mark.parametrize("name", slow_but("openuni", "showo"))
 def test_a_shipped_model_scores_what_is_written(name):
     """Loading is strict in every script; the scores are those of a toy run before its training."""
     model_class, size, _ = pretrain.MODELS[name]
@@ -138,10 +139,7 @@ def test_what_is_said_about_text_to_image():
     assert "-10 points" in common.effect_sentence({"overall": 0.5}, {"overall": 0.4})
 
 
-EXPECTED = [path.parent.parent.name for path in sorted((ROOT / "tiny").glob("*/expected/losses.json"))]
-
-
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", slow_but("openuni", "showo"))
 def test_the_first_fifth_of_a_run_is_as_expected(name, tmp_path, monkeypatch):
     """The losses of the first steps beside those that were written down, and the scores before them
     beside the README's. (The whole run takes minutes.)"""
