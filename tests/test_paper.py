@@ -227,8 +227,7 @@ def session(tmp_path_factory, tiny):                                            
         yield run
 
 
-@pytest.mark.parametrize("title", [
-    pytest.param(title, marks=pytest.mark.slow if title == "tables 5, 6" else ()) for title in BLOCKS])
+@pytest.mark.parametrize("title", BLOCKS)
 def test_the_commands_run(session, title):
     session(title)
 
