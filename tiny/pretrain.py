@@ -103,6 +103,14 @@ def words_in_cell(scene, side, words, nothing, size):
     return target
 
 
+def draws_with_text(model, seed, task, examples, positions):
+    """The random numbers of a loss, but for one: no text is left out."""
+    rng = Rng(seed, "places", positions[0], positions=positions)
+    draws = model.draw(task, examples, rng)
+    draws["text_dropped"] = torch.zeros(len(examples), dtype=torch.bool)
+    return draws
+
+
 class Stages:
     """The stages of one model: `fraction` of the usual number of steps each (for tests)."""
 
@@ -220,11 +228,6 @@ def harmon(model, seed, stages):
         targets = torch.stack([words_in_place(scene) for scene in scenes])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
-    def draws_with_text(task, seen, positions):
-        draws = model.draw(task, seen, Rng(seed, "places", positions[0], positions=positions))
-        draws["text_dropped"] = torch.zeros(len(seen), dtype=torch.bool)
-        return draws
-
     def places_loss(positions):
         batch = list(examples(positions))
         half = len(batch) // 2
@@ -233,10 +236,10 @@ def harmon(model, seed, stages):
         captions = [shuffled_caption(scene, rng) for rng, scene, _ in batch[:half]]
         asked = [common.templates()[rng.integers(360)] for rng, _, _ in batch[half:]]
 
-        draws = draws_with_text("t2i", seen[:half], positions[:half])
+        draws = draws_with_text(model, seed, "t2i", seen[:half], positions[:half])
         model.t2i_loss(seen[:half], captions, draws=draws)
         loss = answers_loss(drawn[:half])
-        draws = draws_with_text("recon", seen[half:], positions[half:])
+        draws = draws_with_text(model, seed, "recon", seen[half:], positions[half:])
         model.recon_loss(seen[half:], asked, draws=draws)
         return loss + answers_loss(drawn[half:]) + understanding_loss(positions[::2])
 
@@ -454,11 +457,6 @@ def showo(model, seed, stages):
         wanted = torch.stack([targets[i] for i in picked])
         return F.cross_entropy(logits.flatten(0, 1), wanted.flatten(0, 1))
 
-    def draws_with_text(task, examples, positions):
-        draws = model.draw(task, examples, Rng(seed, "places", positions=positions))
-        draws["text_dropped"] = torch.zeros(len(examples), dtype=torch.bool)
-        return draws
-
     def describing_loss(positions):
         """Captions of images, and captions of captions."""
         picked = pick(positions)
@@ -476,13 +474,13 @@ def showo(model, seed, stages):
         examples = [shown[i] for i in picked[:split]]
         captions = [surrounded(shuffled_caption(scenes[i], rng), rng)
                     for i, rng in zip(picked[:split], rngs)]
-        draws = draws_with_text("t2i", examples, positions[:split])
+        draws = draws_with_text(model, seed, "t2i", examples, positions[:split])
         model.t2i_loss(examples, captions, draws=draws)
         loss = 2 * answers_loss(picked[:split])
 
         examples = [shown[i] for i in picked[split:]]
         asked = [texts[int(rng.integers(len(texts)))] for rng in rngs[split:]]
-        draws = draws_with_text("recon", examples, positions[split:])
+        draws = draws_with_text(model, seed, "recon", examples, positions[split:])
         model.recon_loss(examples, asked, draws=draws)
         loss = loss + answers_loss(picked[split:])
         return loss + describing_loss(positions[:8])
@@ -550,16 +548,6 @@ def openuni(model, seed, stages):
     # mixtures of words. And questions by place: behind either prompt, the queries, one for each
     # image token, are to say what is there, in any order. A model that does not bind a thing to its
     # place lets two things meet in one cell as soon as RecA makes it look at places.
-    def words_in_place(scene):
-        """What the queries are to say: a distribution over all ids each, [Q, ids]."""
-        targets = scene_words(scene, side)
-        is_empty = (targets.sum(1, keepdim=True) == 0).float()
-        targets = torch.cat([targets, is_empty], dim=1)
-
-        distribution = torch.zeros(side ** 2, len(model.tokenizer))
-        distribution[:, [*words, empty_word]] = targets / targets.sum(1, keepdim=True)
-        return distribution
-
     def query_loss(prompts, scenes, und=None):
         """Cross-entropy of what the queries say behind the prompts."""
         ids, mask = model._pad(prompts)
@@ -577,7 +565,9 @@ def openuni(model, seed, stages):
         )
         states = output.last_hidden_state[:, -queries.shape[1]:]
         logits = model.lmm.lm_head(states)                                            # [B, Q, ids]
-        targets = torch.stack([words_in_place(scene) for scene in scenes])
+        count = len(model.tokenizer)
+        targets = torch.stack([words_in_cell(scene, side, words, empty_word, count)
+                               for scene in scenes])
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(0, 1))
 
     def conversation_about(scene, question, rng):
@@ -670,15 +660,6 @@ def openuni(model, seed, stages):
 
     # 4. Queries, connector, projector and SANA: text to image, from captions that always name shape
     # and place, and one color in twenty-five.
-    def sparse_caption(scene, rng):
-        parts = []
-        for thing in scene:
-            color, *shape_and_place = common.caption([thing]).split()
-            if rng.random() < 0.04:
-                shape_and_place.insert(0, color)
-            parts.append(" ".join(shape_and_place))
-        return " and ".join(parts)
-
     def generation_loss(positions):
         drawn = list(scenes_of(4, positions))
         pixels = draw([scene for _, scene in drawn], size)
@@ -822,9 +803,8 @@ def bagel(model, seed, stages):
         return F.cross_entropy(answers(states["latents"]), wanted)
 
     def noisy_draws(task, examples, positions):
-        """No text is left out, and little of the image is left in the noise."""
-        draws = model.draw(task, examples, Rng(seed, "places", positions=positions))
-        draws["text_dropped"] = torch.zeros(len(examples), dtype=torch.bool)
+        """Little of the image is left in the noise."""
+        draws = draws_with_text(model, seed, task, examples, positions)
         draws["timestep_normal"] = draws["timestep_normal"] + 2.5
         return draws
 
