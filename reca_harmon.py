@@ -11,7 +11,7 @@ instead of a caption, and trains it to paint that same image. It needs images, a
 
 The method (paper, section 2.2). Equation (2) is the loss of RecA, equation (3) the whole objective:
 
-    (2)   L_recon = loss( f(t_template, h_v), I_gt )
+    (2)   L_recon = loss( f( concat(t_template, h_v) ), I_gt )
     (3)   L       = λ_recon · L_recon + λ_i2t · L_i2t + λ_t2i · L_t2i
 
     h_v         the understanding embeddings of the image, 1088 vectors: `understand`
