@@ -442,6 +442,11 @@ class Judge:
                     judge.peak, number = max(judge.peak, judge.active), len(judge.requests)
                 try:
                     answer = behave(number, payload)
+                finally:
+                    # Before the reply is written: whoever has read it may ask again at once.
+                    with judge.lock:
+                        judge.active -= 1
+                try:
                     if callable(answer):
                         return answer(self)
                     status, body, headers = answer if isinstance(answer, tuple) else (
@@ -453,9 +458,6 @@ class Judge:
                     self.wfile.write(body.encode())
                 except OSError:
                     pass                                                                       # the client gave up
-                finally:
-                    with judge.lock:
-                        judge.active -= 1
         self.server = ThreadingHTTPServer(("127.0.0.1", port), Handler)
         self.server.daemon_threads = True
         self.port = self.server.server_port
