@@ -122,6 +122,7 @@ import datetime
 import difflib
 import functools
 import hashlib
+import importlib.metadata
 import io
 import itertools
 import json
@@ -574,7 +575,7 @@ def load_training(folder, mmap=False):
                          f"{brief(error)})") from error
 
     if not isinstance(state, dict) or not {"step", "updates", "seen"} <= state.keys():
-        raise InputError(f"{path} is not a readable checkpoint: no step is told in it")
+        raise InputError(f"{path} is not a readable checkpoint: it does not tell its step")
     return state
 
 
@@ -2984,15 +2985,17 @@ def record_run(args, device, again=False):
     --micro-batch auto are decided."""
     if world()[0] != 0:
         return
-    import diffusers
-    import transformers
 
     history = past_runs(args.out)
     if again:
         history.pop()
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__,
-                "diffusers": diffusers.__version__, "numpy": np.__version__,
-                "python": sys.version.split()[0]}
+    versions = {
+        "torch": torch.__version__,
+        "transformers": importlib.metadata.version("transformers"),
+        "diffusers": importlib.metadata.version("diffusers"),
+        "numpy": np.__version__,
+        "python": sys.version.split()[0],
+    }
     write(Path(args.out) / "run.json", {
         "script": Path(sys.argv[0]).stem,
         "arguments": vars(args),

@@ -59,9 +59,7 @@ def train(name, card, flags, passes):
     its memory before the next. FLOPs and synchronisations are scaled to the whole batch.
     """
     module, model_class = find_script(name)
-    argv = ["--bench", "--model", name, *flags]
-    args = common.parse_args("", module.RECIPES, module.DEFAULT, argv=argv,
-                             extend=getattr(module, "flags", None))
+    args = arguments(module, name, flags)
     model = model_class.random(name, DEVICE)
     model.train()
 
@@ -72,9 +70,7 @@ def train(name, card, flags, passes):
         if weight:
             rows = [("none", picture, "")]
             streams[loss] = common.Stream(loss, rows, model.preprocess, args.seed)
-    prepare = getattr(module, "prepare", no_preparation)
-    trainer_class = getattr(module, "BagelTrainer", common.Trainer)
-    trainer = common.set_up_training(model, streams, args, prepare, trainer_class)
+    trainer = common.set_up_training(model, streams, args, *ways_of(module))
     fitted = card.peak
 
     draw = model.draw
@@ -116,8 +112,27 @@ def train(name, card, flags, passes):
             "peak_while_fitting": fitted, **figures}
 
 
-def no_preparation(model, args):
-    return {}
+def arguments(module, name, flags):
+    """What the script makes of `--bench --model name`, and of the flags."""
+    argv = ["--bench", "--model", name, *flags]
+    extend = getattr(module, "flags", None)
+    return common.parse_args("", module.RECIPES, module.DEFAULT, argv=argv, extend=extend)
+
+
+def ways_of(module):
+    """How a script prepares a model for training, and its trainer."""
+    prepare = getattr(module, "prepare", lambda model, args: {})
+    return prepare, getattr(module, "BagelTrainer", common.Trainer)
+
+
+def bench(name, card, flags):
+    """What --bench itself says -> its figures, and the peak in bytes that it is based on."""
+    module, model_class = find_script(name)
+    args = arguments(module, name, flags)
+    # torch's own counter of FLOPs does not work on this device, which counts them itself.
+    common.flops_of_an_image = lambda trainer: 0
+    figures = common.bench(model_class, args, DEVICE, *ways_of(module))
+    return {**figures, "peak": card.peak, "peak_lines": card.peak_table()}
 
 
 def measured(card, began):
@@ -187,7 +202,7 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+")
     parser.add_argument("--jobs", nargs="+", default=["train"],
-                        choices=("train", "generate", "reconstruct", "describe", "edit"))
+                        choices=("train", "bench", "generate", "reconstruct", "describe", "edit"))
     parser.add_argument("--cards", nargs="+", type=int, choices=fakecuda.CARDS, default=[80],
                         help="GB, to train on each; inference is on the first")
     parser.add_argument("--flags", default="", help="of the training script")
@@ -197,9 +212,12 @@ def main():
     options = parser.parse_args()
 
     for name in options.models:
-        # Only BAGEL edits; no model has a method "train" of this meaning.
+        # Only BAGEL edits.
         model_class = find_script(name)[1]
-        inference = [job for job in options.jobs if job != "train" and hasattr(model_class, job)]
+        inference = []
+        for job in options.jobs:
+            if job not in ("train", "bench") and hasattr(model_class, job):
+                inference.append(job)
         if inference:
             card = fakecuda.Card(options.cards[0])
             model = load_for_inference(name)
@@ -208,10 +226,14 @@ def main():
                 attempt(what, card, infer, model, job, card, options.images, options.steps)
             del model
 
-        for gigabytes in options.cards if "train" in options.jobs else ():
+        flags = options.flags.split()
+        for gigabytes in options.cards:
             card = fakecuda.Card(gigabytes)
-            what = {"model": name, "card": gigabytes, "job": "train"}
-            attempt(what, card, train, name, card, options.flags.split(), options.passes)
+            what = {"model": name, "card": gigabytes}
+            if "train" in options.jobs:
+                attempt(what | {"job": "train"}, card, train, name, card, flags, options.passes)
+            if "bench" in options.jobs:
+                attempt(what | {"job": "bench"}, card, bench, name, card, flags)
 
 
 if __name__ == "__main__":

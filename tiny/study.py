@@ -1,0 +1,120 @@
+"""Draws the picture of docs/toy-study.md: a panel for each claim of the paper, with what the tiny
+models say of it.
+
+    python tiny/study.py out/toy assets/study.png
+
+The first folder holds the finished runs of that page, out/toy/MODEL/RUN/seed0, seed1, ...
+"""
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+
+GREY = "#9e9e9e"        # before
+BLUE = "#1565c0"        # RecA
+ORANGE = "#ef6c00"      # fine-tuning on captions
+PALE_BLUE = "#90caf9"   # RecA, changed
+
+# A picture's layout, in pixels.
+LABEL = 210     # left of the bars
+SCALE = 3       # of one percent
+NUMBER = 90     # right of them
+LINE = 24       # from bar to bar
+HEAD = 66       # above them
+FOOT = 46       # below them
+
+
+@dataclass
+class Panel:
+    """A claim, the score that says something about it, and the bars: (label, folder of the runs,
+    "before" or "after" their training, color)."""
+    claim: str
+    score: str
+    unit: str
+    bars: list
+
+
+def before_and_after(score):
+    """Two bars for each model: what its runs began with, and what RecA led to."""
+    bars = []
+    for name, model in (("OpenUni", "openuni"), ("Harmon", "harmon"), ("Show-o", "showo"),
+                        ("Show-o, no CLIP", "showo-vq"), ("BAGEL", "bagel")):
+        bars.append((f"{name}, before", f"{model}/reca", "before", GREY))
+        bars.append((f"{name}, RecA", f"{model}/reca", "after", BLUE))
+    return bars
+
+
+def text_to_image(model):
+    """RecA beside fine-tuning on captions, the same images and steps."""
+    return [
+        ("before", f"{model}/reca", "before", GREY),
+        ("RecA, no caption", f"{model}/reca", "after", BLUE),
+        ("SFT, sparse captions", f"{model}/sparse", "after", ORANGE),
+        ("SFT, captions that say all", f"{model}/full", "after", ORANGE),
+    ]
+
+
+def read_scores(folder, moment, score):
+    """Percent, one number for each seed's run."""
+    runs = sorted(folder.glob("seed*"))
+    if not runs:
+        raise common.InputError(f"no runs in {folder}: docs/toy-study.md has their commands")
+    return [100 * common.read_json(run / "scores.json")[moment][score] for run in runs]
+
+
+def draw_panel(panel, runs):
+    """-> an image"""
+    width = LABEL + 100 * SCALE + NUMBER
+    height = HEAD + LINE * len(panel.bars) + FOOT
+    image = Image.new("RGB", (width, height), "white")
+    draw = ImageDraw.Draw(image)
+    small = ImageFont.load_default(13)
+    draw.text((12, 12), panel.claim, "black", ImageFont.load_default(16))
+
+    # The axis.
+    bottom = HEAD + LINE * len(panel.bars)
+    for percent in (0, 25, 50, 75, 100):
+        x = LABEL + percent * SCALE
+        draw.line((x, HEAD - 4, x, bottom + 4), "#dddddd")
+        draw.text((x, bottom + 6), str(percent), "#555555", small, anchor="ma")
+    middle = LABEL + 50 * SCALE
+    draw.text((middle, bottom + 24), panel.unit, "#555555", small, anchor="ma")
+
+    for k, (label, folder, moment, color) in enumerate(panel.bars):
+        values = read_scores(runs / folder, moment, panel.score)
+        mean = sum(values) / len(values)
+        top = HEAD + LINE * k
+        end = LABEL + mean * SCALE
+        draw.text((LABEL - 8, top + LINE // 2 - 2), label, "black", small, anchor="rm")
+        draw.rectangle((LABEL, top, end, top + LINE - 6), color)
+
+        # The whole range of the seeds: with five of them it says more than a deviation.
+        y = top + (LINE - 6) // 2
+        low = LABEL + min(values) * SCALE
+        high = LABEL + max(values) * SCALE
+        if max(values) - min(values) > 0.5:
+            draw.line((low, y, high, y), "black")
+            draw.line((low, y - 4, low, y + 4), "black")
+            draw.line((high, y - 4, high, y + 4), "black")
+        draw.text((max(end, high) + 8, y), f"{mean:.0f}", "black", small, anchor="lm")
+    return image
+
+
+def draw_study(panels, runs):
+    """All panels, two beside each other."""
+    drawn = [draw_panel(panel, runs) for panel in panels]
+    rows = [drawn[k:k + 2] for k in range(0, len(drawn), 2)]
+    heights = [max(panel.height for panel in row) for row in rows]
+    sheet = Image.new("RGB", (2 * drawn[0].width, sum(heights)), "white")
+    top = 0
+    for row, height in zip(rows, heights):
+        for column, panel in enumerate(row):
+            sheet.paste(panel, (column * panel.width, top))
+        top += height
+    return sheet
