@@ -1532,7 +1532,7 @@ class Harmon(nn.Module):
             else:
                 first = draws[f"iter{k}.init_noise"][None, :B * Q]
                 noises = torch.cat([first, draws[f"iter{k}.step_noise"][:, :B * Q]])
-            noises = noises.to(self.device)  # [1 + diffusion steps, B*Q, C]
+            noises = common.to_device(noises, self.device)  # [1 + diffusion steps, B*Q, C]
 
             scale = guidance_scale
             if guidance_schedule == "linear":

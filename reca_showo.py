@@ -1565,8 +1565,8 @@ class Showo(nn.Module):
             if draws is None:
                 drawn, noise = self._draw_codes(probabilities, rng)
             else:
-                drawn = draws["drawn_ids"][step].to(self.device)
-                noise = draws["gumbel_uniform"][step].to(self.device)
+                given = [draws["drawn_ids"][step], draws["gumbel_uniform"][step]]
+                drawn, noise = common.to_device(given, self.device)
             masked = codes == masked_code  # [B, N]
             drawn = torch.where(masked, drawn, codes)  # [B, N]
 
@@ -1591,14 +1591,16 @@ class Showo(nn.Module):
     def _draw_codes(self, probabilities, rng):
         """A code for each token from probabilities [B, N, K], and a uniform number for each, the
         noise of its certainty: -> [B, N] for both."""
+        uniform = rng.uniform(self.config.num_tokens, 1)  # [B, N, 1]
+        noise = rng.uniform(self.config.num_tokens)  # [B, N]
+        uniform, noise = common.to_device([uniform, noise], self.device)
+
         # A uniform number falls into one of the intervals that the cumulated probabilities make.
         # Scaled with their sum, which rounding may leave a little beside 1.
         cumulated = probabilities.cumsum(-1)  # [B, N, K]
-        uniform = rng.uniform(self.config.num_tokens, 1).to(self.device)  # [B, N, 1]
         point = uniform * cumulated[..., -1:]  # [B, N, 1]
         drawn = torch.searchsorted(cumulated, point, right=True)[..., 0]  # [B, N]
         drawn = drawn.clamp(max=self.config.codebook_size - 1)  # [B, N]
-        noise = rng.uniform(self.config.num_tokens).to(self.device)  # [B, N]
         return drawn, noise
 
     def _certainty(self, probabilities, drawn, masked, noise, temperature):
@@ -1616,9 +1618,9 @@ class Showo(nn.Module):
         steps, ratio: N cos(ratio pi/2), at least one, fewer than before -> [B, N]."""
         config = self.config
         fraction = torch.cos(torch.tensor(ratio) * math.pi * 0.5)
-        number = (config.num_tokens * fraction).floor().long().to(self.device)
+        number = int((config.num_tokens * fraction).floor())
         fewer = masked.sum(-1, keepdim=True) - 1  # [B, 1]
-        number = torch.minimum(fewer, number).clamp(min=1)  # [B, 1]
+        number = fewer.clamp(max=number).clamp(min=1)  # [B, 1]
         threshold = certainty.sort(-1).values.gather(1, number)  # [B, 1]
         return torch.where(certainty < threshold, config.codebook_size, drawn)  # [B, N]
 

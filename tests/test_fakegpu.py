@@ -145,6 +145,12 @@ def test_a_weight_on_the_wrong_device_fails_a_step(examples, script):
     assert "same device" in wrong and "on the CPU" in wrong
 
 
+@pytest.mark.parametrize("script", ("harmon", "showo", "openuni", "bagel"))
+def test_no_step_of_a_sampler_waits(examples, script):
+    few, many = examples[f"waits of {script}'s sampler"]
+    assert 0 < few == many
+
+
 # ---- The released sizes --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("model, card", STEPS)

@@ -103,4 +103,17 @@ for script, name in driver.CLASSES.items():
         steps.append(message(step))
     figures[f"step of {script}"] = steps
 
+# ---- The sampler of each tiny model: how often the host waits in 3 steps, and in 7. Not the first
+# time, when tables come to the GPU that stay there.
+for script, name in driver.CLASSES.items():
+    module = driver.importlib.import_module(f"reca_{script}")
+    model = getattr(module, name).random("tiny", driver.DEVICE).eval()
+    waits = []
+    for steps in (3, 3, 7):
+        card.reset()
+        with torch.no_grad():
+            model.generate(["red circle", "blue square"], seed=[0, 1], num_steps=steps)
+        waits.append(sum(card.synchronisations.values()))
+    figures[f"waits of {script}'s sampler"] = waits[1:]
+
 print(json.dumps(figures))
