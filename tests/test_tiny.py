@@ -10,6 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import common
+from test_comments import Watch
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tiny"))
@@ -107,6 +108,20 @@ def test_pretraining_runs_and_makes_the_layout_that_is_shipped(name, tmp_path):
     moved = [key for key, value in loaded.state_dict().items()
              if value.is_floating_point() and not torch.equal(value, drawn[key].half().float())]
     assert len(moved) > 0.5 * len(drawn)
+
+
+@pytest.mark.slow
+def test_shape_comments_of_the_pretraining_hold(tmp_path):
+    """A few steps of every stage of every model, under a trace."""
+    watch = Watch(Path(pretrain.__file__))
+    sys.settrace(watch)
+    try:
+        for name in NAMES:
+            pretrain.pretrain(name, tmp_path / name, seed=0, fraction=0.004)
+    finally:
+        sys.settrace(None)
+    assert not watch.wrong, "\n".join(sorted(watch.wrong))
+    assert len(watch.seen) > 70
 
 
 def test_a_missing_tiny_model_is_one_line_with_what_to_do(monkeypatch, tmp_path):
