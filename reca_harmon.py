@@ -391,6 +391,9 @@ MAX_T2I_IDS = 1024
 MAX_I2T_IDS = 1472  # written 2048 - 576 there
 # So many labels meet the language model's head at a time: their float32 logits are 78 MB.
 LABELS_AT_ONCE = 128
+# So many tokens go through the diffusion head at a time. With checkpointing, the backward pass
+# computes all activations of one such piece again: 2 GB in Harmon-1.5B.
+TOKENS_AT_ONCE = 4096
 
 
 # ==== 2. The model ================================================================================
@@ -1333,8 +1336,15 @@ class Harmon(nn.Module):
         net = self.mar.diffloss["net"]
         total = 0
         for k in range(repeats):
-            mse, vb = diffusion_terms(net, x_0, z, t[k].flatten(), noise[k].flatten(0, 1))  # [P]
-            total = total + (mse + vb).sum()
+            pieces = zip(
+                x_0.split(TOKENS_AT_ONCE),
+                z.split(TOKENS_AT_ONCE),
+                t[k].flatten().split(TOKENS_AT_ONCE),
+                noise[k].flatten(0, 1).split(TOKENS_AT_ONCE),
+            )
+            for x_0_piece, z_piece, t_piece, noise_piece in pieces:
+                mse, vb = diffusion_terms(net, x_0_piece, z_piece, t_piece, noise_piece)
+                total = total + (mse + vb).sum()
         return common.mean(total, repeats * B * M)
 
     def draw(self, task, features, rng=None):
