@@ -2496,6 +2496,7 @@ SHAPE_COLUMNS = {
     "color_attribution": "Attri.",
     "overall": "Overall",
     "reconstruction": "Recon.",
+    "understanding": "Underst.",
 }
 
 

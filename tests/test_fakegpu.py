@@ -179,3 +179,13 @@ def test_bagel_leaves_memory_free_at_two_images(runs):
     run = runs[BAGEL, 80, "train"]
     an_image = (run["peak"] - run["resident"]) / run["micro_batch"]["recon"]
     assert run["resident"] + 2 * an_image <= 76.9 * GB, told(run)
+
+
+def test_bench_says_what_a_step_needs(examples):
+    """The peak that --bench prints beside that of a step in the middle of an accumulation."""
+    flags = "--flags=--batch 2 --micro-batch 2 --accum 2"
+    lines = lines_of_json(start("driver.py", OPENUNI, "--jobs", "train", "bench", flags))
+    step, bench = [line for line in lines if "job" in line]
+    assert "error" not in step, told(step)
+    assert "error" not in bench, told(bench)
+    assert bench["peak_memory_gb"] == pytest.approx(step["peak"] / GB, rel=0.03)

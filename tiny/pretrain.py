@@ -435,7 +435,7 @@ class ShowoStages(Stages):
     def __init__(self, model, seed, fraction):
         super().__init__(model, seed, fraction)
         self.with_clip = self.config.w_clip_vit
-        self.scenes = self.random_scenes(2000)
+        self.scenes = self.random_scenes(4000)
         self.pictures = [common.draw_scene(scene, self.size) for scene in self.scenes]
         # The ids of the words, and of the comma that stands where there is nothing to say.
         self.known = [model.tokenize(word)[0] for word in WORDS]
@@ -462,7 +462,7 @@ class ShowoStages(Stages):
         codes; that takes longer.)"""
         self.kinds = self.kinds_of_patches()
         magvit = self.model.magvit.requires_grad_(True)
-        self.train("image tokenizer", magvit.parameters(), self.tokenizer_loss, steps=400,
+        self.train("image tokenizer", magvit.parameters(), self.tokenizer_loss, steps=800,
                    lr=2e-3, batch=16)
         magvit.requires_grad_(False)
 
@@ -508,7 +508,7 @@ class ShowoStages(Stages):
         """A description with its objects in any order and with gaps, then the canonical one. The
         description stands where a caption stands, or in the places of the embeddings."""
         self.trained = trained_by_reca(self.model)
-        self.train("language", self.trained, self.language_loss, steps=300, lr=2e-3)
+        self.train("language", self.trained, self.language_loss, steps=600, lr=2e-3)
 
     def language_loss(self, positions):
         scenes = [common.random_scene(rng) for rng in self.generators(3, positions)]
@@ -583,7 +583,7 @@ class ShowoStages(Stages):
         self.views = [model.und_view(draw(self.scenes, self.size)), asked]
 
         trained = [*model.clip.requires_grad_(True).parameters(), *model.mm_projector.parameters()]
-        self.train("CLIP and projector", trained, self.clip_loss, steps=300, lr=2e-3)
+        self.train("CLIP and projector", trained, self.clip_loss, steps=600, lr=2e-3)
         model.clip.requires_grad_(False)
 
     def clip_loss(self, positions):
@@ -637,7 +637,7 @@ class ShowoStages(Stages):
         layer = self.model.showo.model.layers[-2]
         hook = layer.register_forward_hook(self.remember_image)
         self.model.train_embeddings_in_recon = True
-        self.train("places", trained, self.places_loss, steps=600, lr=1.5e-3, batch=36)
+        self.train("places", trained, self.places_loss, steps=1200, lr=1.5e-3, batch=36)
         self.model.train_embeddings_in_recon = False
         hook.remove()
 
@@ -692,7 +692,7 @@ class ShowoStages(Stages):
         phi = self.model.showo.model
         last = nn.ModuleList([phi.layers[-1], phi.final_layernorm, self.model.showo.lm_head])
         last.requires_grad_(True)
-        self.train("generation", last.parameters(), self.generation_loss, steps=600, lr=2e-3)
+        self.train("generation", last.parameters(), self.generation_loss, steps=1200, lr=2e-3)
 
     def generation_loss(self, positions):
         picked = self.pick(positions)
@@ -916,7 +916,7 @@ class BagelStages(Stages):
         self.words = model.tokenizer.convert_tokens_to_ids(list(WORDS))
         # The ViT sees side x side patches.
         self.side = self.config.vit["image_size"] // self.config.vit["patch_size"]
-        self.scenes = self.random_scenes(2048)
+        self.scenes = self.random_scenes(4096)
         drawn = [common.draw_scene(scene, self.size) for scene in self.scenes]
         self.pictures = [model.preprocess(picture, "recon") for picture in drawn]
 
@@ -940,8 +940,8 @@ class BagelStages(Stages):
             spread.bias[self.config.vae_z_channels:] = -6
 
         vae = list(self.model.vae.requires_grad_(True).parameters())
-        self.train("autoencoder, quarters", vae, self.quarters_loss, steps=300, lr=2e-3, batch=16)
-        self.train("autoencoder", vae, self.wholes_loss, steps=200, lr=1e-3, batch=4)
+        self.train("autoencoder, quarters", vae, self.quarters_loss, steps=600, lr=2e-3, batch=16)
+        self.train("autoencoder", vae, self.wholes_loss, steps=400, lr=1e-3, batch=4)
 
     def quarters_loss(self, positions):
         """One cell of each picture, another one in the next batch."""
@@ -981,7 +981,7 @@ class BagelStages(Stages):
         model.understand = self.mix_words
         named = model.language_model.named_parameters()
         expert = [parameter for name, parameter in named if "_moe_gen" not in name]
-        self.train("language", expert, self.language_loss, steps=1000, lr=1e-3)
+        self.train("language", expert, self.language_loss, steps=2000, lr=1e-3)
         # This brings back the method of the class.
         del model.understand
         model.freeze()
@@ -1018,7 +1018,7 @@ class BagelStages(Stages):
         connector = self.model.connector
         set_to_words(connector["fc2"], self.table[self.words])
         eyes = nn.ModuleList([self.model.vit_model, connector["fc1"]]).requires_grad_(True)
-        self.train("vision", eyes.parameters(), self.vision_loss, steps=600, lr=2e-3)
+        self.train("vision", eyes.parameters(), self.vision_loss, steps=1200, lr=2e-3)
 
     def vision_loss(self, positions):
         picked = [position % len(self.scenes) for position in positions]
@@ -1051,7 +1051,7 @@ class BagelStages(Stages):
         trained = [*trained_by_reca(self.model), *self.answers.parameters()]
 
         hook = self.model.blocks()[-2].register_forward_hook(self.remember_latents)
-        self.train("places and generation", trained, self.places_and_generation_loss, steps=1000,
+        self.train("places and generation", trained, self.places_and_generation_loss, steps=2000,
                    lr=2e-3, batch=48)
         hook.remove()
 

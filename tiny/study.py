@@ -32,32 +32,73 @@ FOOT = 46       # below them
 
 @dataclass
 class Panel:
-    """A claim, the score that says something about it, and the bars: (label, folder of the runs,
-    "before" or "after" their training, color)."""
+    """A claim and what is to show it."""
+
     claim: str
-    score: str
+    score: str  # the name of a score in the runs' scores.json
     unit: str
-    bars: list
+    bars: list  # (label, folder of the runs, "before" or "after" their training, color)
 
 
-def before_and_after(score):
+NAMES = {"openuni": "OpenUni", "harmon": "Harmon", "showo": "Show-o",
+         "showo-vq": "Show-o, no CLIP", "bagel": "BAGEL"}
+
+
+def before_and_after():
     """Two bars for each model: what its runs began with, and what RecA led to."""
     bars = []
-    for name, model in (("OpenUni", "openuni"), ("Harmon", "harmon"), ("Show-o", "showo"),
-                        ("Show-o, no CLIP", "showo-vq"), ("BAGEL", "bagel")):
+    for model, name in NAMES.items():
         bars.append((f"{name}, before", f"{model}/reca", "before", GREY))
-        bars.append((f"{name}, RecA", f"{model}/reca", "after", BLUE))
+        bars.append(("RecA", f"{model}/reca", "after", BLUE))
     return bars
 
 
-def text_to_image(model):
-    """RecA beside fine-tuning on captions, the same images and steps."""
-    return [
-        ("before", f"{model}/reca", "before", GREY),
-        ("RecA, no caption", f"{model}/reca", "after", BLUE),
-        ("SFT, sparse captions", f"{model}/sparse", "after", ORANGE),
-        ("SFT, captions that say all", f"{model}/full", "after", ORANGE),
-    ]
+def beside_captions():
+    """RecA beside fine-tuning on captions (SFT), on the same images for as many steps."""
+    bars = []
+    for model in ("openuni", "bagel"):
+        bars += [
+            (f"{NAMES[model]}, before", f"{model}/reca", "before", GREY),
+            ("SFT, sparse captions", f"{model}/sparse", "after", ORANGE),
+            ("RecA, no caption", f"{model}/reca", "after", BLUE),
+            ("SFT, full captions", f"{model}/full", "after", ORANGE),
+        ]
+    return bars
+
+
+def of_understanding():
+    """Understanding with L_i2t and without it, where it shares weights with generation."""
+    bars = []
+    for model in ("harmon", "showo"):
+        bars += [
+            (f"{NAMES[model]}, before", f"{model}/reca", "before", GREY),
+            ("RecA", f"{model}/reca", "after", BLUE),
+            ("RecA, λ_i2t = 0", f"{model}/i2t0", "after", PALE_BLUE),
+        ]
+    return bars
+
+
+# What BAGEL reads of an image: its ViT, as RecA has it, or the VAE of its generation side.
+CONDITIONS = [
+    ("BAGEL, before", "bagel/reca", "before", GREY),
+    ("RecA from the ViT", "bagel/reca", "after", BLUE),
+    ("RecA from the VAE", "bagel/vae", "after", PALE_BLUE),
+]
+
+TEXT = "text to image, percent of what was asked"
+WHOLE = "percent of images that come back whole"
+PANELS = [
+    Panel("Words are followed better after RecA, which reads none", "overall", TEXT,
+          before_and_after()),
+    Panel("Most so what captions had left out: colors", "colors", TEXT, before_and_after()),
+    Panel("What a model understands, it learns to paint", "reconstruction", WHOLE,
+          before_and_after()),
+    Panel("It goes beyond fine-tuning on captions that say little", "overall", TEXT,
+          beside_captions()),
+    Panel("Understanding embeddings, not generation's (Table 7)", "overall", TEXT, CONDITIONS),
+    Panel("L_i2t preserves understanding", "understanding", "percent of images described rightly",
+          of_understanding()),
+]
 
 
 def read_scores(folder, moment, score):
@@ -118,3 +159,16 @@ def draw_study(panels, runs):
             sheet.paste(panel, (column * panel.width, top))
         top += height
     return sheet
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("runs", type=Path)
+    parser.add_argument("picture", type=Path)
+    args = parser.parse_args()
+    common.write(args.picture, draw_study(PANELS, args.runs))
+    print(args.picture)
+
+
+if __name__ == "__main__":
+    common.cli(main)
