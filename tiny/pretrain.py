@@ -743,7 +743,7 @@ class OpenUniStages(Stages):
         """DC-AE: reconstruct, also from slightly disturbed latents, as the generator will leave
         some disturbance."""
         vae = self.model.vae.requires_grad_(True)
-        self.train("autoencoder", vae.parameters(), self.vae_loss, steps=1200, lr=3e-3, batch=8)
+        self.train("autoencoder", vae.parameters(), self.vae_loss, steps=1800, lr=3e-3, batch=8)
         vae.requires_grad_(False)
 
     def vae_loss(self, positions):
@@ -768,8 +768,8 @@ class OpenUniStages(Stages):
         each image token, are to say what is there, in any order."""
         language = nn.ModuleList([self.llm, self.model.lmm.lm_head]).requires_grad_(True)
         trained = [*language.parameters(), self.model.meta_queries]
-        self.train("language", trained, self.language_loss, steps=700, lr=1.5e-3, batch=16)
-        self.train("places", trained, self.binding_loss, steps=450, lr=1.5e-3, batch=24)
+        self.train("language", trained, self.language_loss, steps=1050, lr=1.5e-3, batch=16)
+        self.train("places", trained, self.binding_loss, steps=675, lr=1.5e-3, batch=24)
         self.model.lmm.requires_grad_(False)
 
     def language_loss(self, positions):
@@ -868,7 +868,7 @@ class OpenUniStages(Stages):
             projector.linear_1,
         ])
         eyes.requires_grad_(True)
-        self.train("vision", eyes.parameters(), self.vision_loss, steps=400, lr=2e-3)
+        self.train("vision", eyes.parameters(), self.vision_loss, steps=600, lr=2e-3)
         self.model.lmm.requires_grad_(False)
         hook.remove()
 
@@ -892,7 +892,7 @@ class OpenUniStages(Stages):
         """Queries, connector, projector and SANA: text to image, from captions that always name
         shape and place, and one color in twenty-five."""
         trained = trained_by_reca(self.model)
-        self.train("generation", trained, self.generation_loss, steps=800, lr=1.5e-3)
+        self.train("generation", trained, self.generation_loss, steps=1200, lr=1.5e-3)
 
     def generation_loss(self, positions):
         drawn = self.scenes_of(4, positions)
