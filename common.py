@@ -4451,10 +4451,9 @@ def effect_sentence(before, after):
     if points >= 5:
         return f"text to image {points:+d} points, and no caption was read"
     return (
-        f"text to image {points:+d} points: it is not better at this size. A model this small\n"
-        "forgets how to follow words while it is trained to paint from embeddings alone. The\n"
-        "default run of reca_openuni.py --model tiny shows the gain: its language model is\n"
-        "frozen, and reads words and embeddings alike.")
+        f"text to image {points:+d} points: not better in this run. A model this small soon forgets\n"
+        "how to follow words while it is trained to paint from embeddings alone. The defaults of\n"
+        "--model tiny go around that; tiny/README.md says how.")
 
 
 def effect_picture(asked, shown, cell=96, gap=6):

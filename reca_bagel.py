@@ -142,8 +142,8 @@ scale of 1 also switches off guidance by images. docs/originals.md lists everyth
 
 What L_recon looks like while it goes well: it falls at first, then it is noisy, since most of it is
 noise that nobody can predict. The tiny run (seed 0), means of steps 1-25, 26-50, 51-75, 76-100 and
-126-150: 0.73, 0.46, 0.38, 0.37, 0.34. Meanwhile the colors of text to image go from
-12 to 55 percent.
+126-150: 0.50, 0.31, 0.25, 0.24, 0.23. Meanwhile the colors of text to image go from
+20 to 69 percent.
 
 Commands:
 

@@ -143,8 +143,8 @@ The paper reports GenEval 56.0 -> 70.4 for B-512 and 61.9 -> 74.1 for L-512 (its
 
 What L_recon looks like while it goes well: it falls slowly and is noisy, since most of it is noise
 that nobody can predict and since it depends on the drawn noise levels. The tiny run (seed 0), means
-of steps 1-25, 26-50, 51-75, 76-100 and 126-150: 0.258, 0.267, 0.221, 0.199, 0.158. Meanwhile the
-colors of text to image go from 11 to 98 percent.
+of steps 1-25, 26-50, 51-75, 76-100 and 126-150: 0.203, 0.228, 0.204, 0.180, 0.126. Meanwhile the
+colors of text to image go from 14 to 100 percent.
 
 COMMANDS. OpenUni's weights are under the S-Lab License 1.0: for non-commercial use only.
 
