@@ -3559,6 +3559,32 @@ def in_batches(title, rows, size, same=lambda row: None):
     return tqdm(batches, desc=title, unit="batch", dynamic_ncols=True)
 
 
+def what_fits(args, work, *columns):
+    """work(*columns) -> its results, one for each row of the columns, which are lists of one length.
+
+    Where so many at once are too much for the GPU's memory, args.batch_images is halved, here and
+    for what follows. No result depends on it. OutOfMemoryError where a single row is too much.
+    """
+    results = []
+    while len(results) < len(columns[0]):
+        begin = len(results)
+        piece = [column[begin:begin + args.batch_images] for column in columns]
+        count = len(piece[0])
+        try:
+            results += work(*piece)
+            continue
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+
+        # Here, and not in the except clause: the error would keep alive what was in memory.
+        args.batch_images = count // 2
+        tqdm.write(f"out of memory with {count} at once: from now on {args.batch_images} "
+                   "(--batch-images)")
+        torch.cuda.empty_cache()
+    return results
+
+
 def readable(rows):
     """Yields (name, image, ...) for rows (name, source, ...). A row whose image cannot be read is
     left out, and a line names it."""
@@ -3775,11 +3801,14 @@ def generate_files(model, args, jobs):
     for path, made_from in outputs.todo:
         rows += [(path, made_from, seed) for seed in made_from["seeds"]]
 
+    def generate(prompts, seeds):
+        return model.generate(prompts, seed=seeds, **sampler_options(args))
+
     made = {}       # {path: the images of its picture that are there already}
     for batch in in_batches("generate", rows, args.batch_images):
         prompts = [made_from["prompt"] for _, made_from, _ in batch]
         seeds = [seed for _, _, seed in batch]
-        painted = model.generate(prompts, seed=seeds, **sampler_options(args))
+        painted = what_fits(args, generate, prompts, seeds)
 
         for (path, made_from, _), image in zip(batch, painted):
             images = made.setdefault(path, [])
@@ -3843,13 +3872,17 @@ def reconstruct_files(model, args, jobs):
 
     outputs = Outputs(wanted)
     rows = [(name, source, path, made_from) for path, made_from, name, source in outputs.todo]
+
+    def reconstruct(images):
+        seeds = [args.seed] * len(images)
+        return model.reconstruct(images, seed=seeds, **sampler_options(args))
+
     for batch in in_batches("reconstruct", rows, args.batch_images):
         batch = list(readable(batch))
         if not batch:
             continue
         images = [row[1] for row in batch]
-        seeds = [args.seed] * len(images)
-        painted = model.reconstruct(images, seed=seeds, **sampler_options(args))
+        painted = what_fits(args, reconstruct, images)
         for (_, _, path, made_from), picture in zip(batch, painted):
             outputs.write(path, picture, made_from)
 
@@ -3898,8 +3931,8 @@ def answers(model, args, rows, title):
         if not batch:
             continue
         images = [row[1] for row in batch]
-        question = batch[0][2]
-        texts = model.describe(images, question=question, max_new_tokens=args.max_new_tokens)
+        options = {"question": batch[0][2], "max_new_tokens": args.max_new_tokens}
+        texts = what_fits(args, functools.partial(model.describe, **options), images)
         yield from zip(batch, texts)
 
 

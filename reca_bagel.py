@@ -2072,13 +2072,17 @@ def edit_files(model, args, jobs):
 
     todo = [(name, source, instruction, path, made_from, copies)
             for path, made_from, name, source, instruction, copies in outputs.todo]
+
+    def edit(images, instructions):
+        return model.edit(images, instructions, seed=[args.seed] * len(images), **options)
+
     for chunk in common.in_batches("edit", todo, args.batch_images):
         jobs_read = list(common.readable(chunk))
         if not jobs_read:
             continue
         images = [job[1] for job in jobs_read]
         instructions = [job[2] for job in jobs_read]
-        edited = model.edit(images, instructions, seed=[args.seed] * len(images), **options)
+        edited = common.what_fits(args, edit, images, instructions)
         for (_, image, _, path, made_from, copies), picture in zip(jobs_read, edited):
             # The copies come first, since a written edit says that both are there.
             for copy in copies:

@@ -353,6 +353,37 @@ def test_outputs_are_what_eval_reads(tmp_path, images, capsys):
     assert "POPE" in capsys.readouterr().out.upper()
 
 
+def test_painting_halves_its_batch_where_memory_is_short(tmp_path, images, monkeypatch, capsys):
+    """A GPU that holds three images at once, for each way of inference: the batch is halved once, the rest goes on with
+    the smaller one, and everything is made. A GPU that holds none ends in one line."""
+    room = 3
+    sizes = []
+
+    def short_of_memory(method):
+        def call(self, rows, *arguments, **options):
+            sizes.append(len(rows))
+            if len(rows) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return method(self, rows, *arguments, **options)
+        return call
+
+    for name in ("generate", "reconstruct", "describe"):
+        monkeypatch.setattr(reca_harmon.Harmon, name, short_of_memory(getattr(reca_harmon.Harmon, name)))
+    (tmp_path / "prompts.txt").write_text("red circle\n" * 5)
+    inference = [*TINY, "--steps", 0, "--out", tmp_path / "out", "--batch-images", 5]
+    run(*inference, "--generate", tmp_path / "prompts.txt", "--reconstruct", images, "--describe", images)
+    # Five prompts do not fit, then come twos. The images come in twos at once.
+    assert sizes[:4] == [5, 2, 2, 1]
+    assert max(sizes[1:]) == 2
+    assert len(list((tmp_path / "out").glob("*.png"))) == 5 + 9 + 1                 # and the overview
+    assert len(common.read_json(tmp_path / "out" / "answers.jsonl", lines=True)) == 9
+    assert "out of memory with 5 at once: from now on 2" in capsys.readouterr().out
+
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        run(*TINY, "--steps", 0, "--out", tmp_path / "none", "--generate", tmp_path / "prompts.txt")
+
+
 def test_a_tar_is_described_and_reconstructed_within_out(tmp_path):
     picture = io.BytesIO()
     common.draw_scene([(0, 0, 0)], 32).save(picture, "PNG")
