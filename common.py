@@ -271,10 +271,12 @@ def write(path, content, made_from=None):
             temporary.write_text(json.dumps(content, indent=1, default=str, allow_nan=False))
 
 
-# The exact names that a run gives: to its checkpoints, to its previews, and to the temporary files
-# that a kill leaves behind.
+# The exact names that a run gives: to its checkpoints, to its previews, to the pictures about it,
+# and to the temporary files that a kill leaves behind.
 CHECKPOINT_NAME = re.compile(r"checkpoint-(\d{6,})")
 PREVIEW_NAME = re.compile(r"(step_\d{6,}|(before|input|told_before)_\d+)\.png")
+OVERVIEW = "reconstructions.png"
+RUN_PICTURES = {"loss.png", "effect.png", OVERVIEW}
 LEFTOVER_NAME = re.compile(r"\.tmp-(\d+-.+|checkpoint-\d{6,})")
 
 
@@ -1322,7 +1324,7 @@ def files_below(root, out, left):
         if "run.json" in names:
             made = {name for name in folders
                     if name == "previews" or CHECKPOINT_NAME.fullmatch(name)}
-            pictures = {"loss.png", "reconstructions.png"}.intersection(names)
+            pictures = RUN_PICTURES.intersection(names)
             left["previews, checkpoints and overviews of runs"] += len(made) + len(pictures)
             folders[:] = [name for name in folders if name not in made]
             names = [name for name in names if name not in pictures]
@@ -3827,9 +3829,6 @@ def generate_files(model, args, jobs):
 # ---- --reconstruct -------------------------------------------------------------------------------
 
 
-OVERVIEW = "reconstructions.png"
-
-
 def output_paths(names, out):
     """Names of images -> {name: where in `out` the picture made from it belongs}.
 
@@ -3841,7 +3840,7 @@ def output_paths(names, out):
     counts = collections.Counter(short.values())
     paths = {}
     for name in names:
-        taken = counts[short[name]] > 1 or short[name] in (OVERVIEW, "loss.png")
+        taken = counts[short[name]] > 1 or short[name] in RUN_PICTURES
         path = inside(out, f"{name}.png" if taken else short[name])
         if len(os.fsencode(path.name)) > 255:       # which is the longest name of most file systems
             start = os.fsencode(path.name)[:200].decode(errors="ignore")

@@ -227,7 +227,9 @@ def name_others(out, items, problems, args):
 
     for path in images_in(out, "**/*"):
         name = path.relative_to(out)
-        if path in shown or name.parts[0] == "eval":
+        # OUT may be a run's own folder, with pictures about the run beside what it painted.
+        about_the_run = name.parts[0] == "previews" or str(name) in common.RUN_PICTURES
+        if path in shown or name.parts[0] == "eval" or about_the_run:
             continue
         first = taken.get(path.with_suffix(""))
         if first:

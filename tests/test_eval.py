@@ -1774,8 +1774,10 @@ def test_dpg_csv_with_a_byte_order_mark(tmp_path):
 
 def test_other_pictures_are_mentioned(tmp_path, capsys):
     """A second file of a scored name is a problem; a picture that no row asks for is told, and
-    leaves the row whole."""
+    leaves the row whole. Not told are those that a run writes about itself."""
     out = wise_folder(tmp_path, per_group=1)
+    save(out / "loss.png")
+    save(out / "previews" / "input_0.png")
     save(out / "77.png")
     save(out / "sub" / "1.jpg")
     with Judge(good) as judge:

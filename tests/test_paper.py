@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+sys.path.insert(0, str(Path(__file__).parent.parent / "tiny"))
+
 import common
 import eval as ev
+import study
 from test_eval import Judge, tiny                                                  # noqa: F401 (a fixture)
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -257,6 +260,13 @@ def test_the_study_of_the_tiny_models(tmp_path, monkeypatch):
     names = [row.split("|")[1] for row in table[2:]]
     assert names == re.findall(r"^\|( \w[\w-]+: [^|]*)\|", STUDY, re.MULTILINE)                 # the study's own table
     assert Image.open("out/toy/scores.png").width > 1000
+
+    # The page's own picture is drawn from the same folders, a panel for each claim.
+    monkeypatch.setattr(sys, "argv", ["study.py", "out/toy", "study.png"])
+    study.main()
+    panels = [study.draw_panel(panel, Path("out/toy")) for panel in study.PANELS]
+    assert Image.open("study.png").width == 2 * panels[0].width
+    assert len(panels) == 6
 
 
 # ---- Table 8 ---------------------------------------------------------------------------------------------------------

@@ -552,7 +552,8 @@ def test_a_run_is_not_trained_on_its_own_pictures(tmp_path, images, monkeypatch)
     assert Path("previews/step_000001.png").exists() and Path("out/x/previews/step_000001.png").exists()
     nine = [f"{k:02d}.png" for k in range(9)]
     assert [name for name, *_ in common.image_examples(".", ".")] == nine
-    Image.new("RGB", (40, 40)).save("out/x/kept.png")
+    for name in ("kept.png", *common.RUN_PICTURES):
+        Image.new("RGB", (40, 40)).save(f"out/x/{name}")
     assert [name for name, *_ in common.image_examples(".", "out/x")] == nine
     assert [name for name, *_ in common.image_examples(".", "elsewhere")] == [*nine, "out/x/kept.png"]
     monkeypatch.chdir("out")

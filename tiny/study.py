@@ -75,16 +75,20 @@ def of_understanding():
         bars += [
             (f"{NAMES[model]}, before", f"{model}/reca", "before", GREY),
             ("RecA", f"{model}/reca", "after", BLUE),
-            ("RecA, λ_i2t = 0", f"{model}/i2t0", "after", PALE_BLUE),
+            ("RecA, lambda_i2t 0", f"{model}/i2t0", "after", PALE_BLUE),
         ]
     return bars
 
 
-# What BAGEL reads of an image: its ViT, as RecA has it, or the VAE of its generation side.
+# What is read of an image. BAGEL: its ViT, as RecA has it, or the VAE of its generation side. Show-o
+# without CLIP: the tokens of a smaller image, or the very tokens that it paints.
 CONDITIONS = [
     ("BAGEL, before", "bagel/reca", "before", GREY),
     ("RecA from the ViT", "bagel/reca", "after", BLUE),
     ("RecA from the VAE", "bagel/vae", "after", PALE_BLUE),
+    ("Show-o, no CLIP, before", "showo-vq/reca", "before", GREY),
+    ("RecA from 32 px", "showo-vq/reca", "after", BLUE),
+    ("RecA from all 64 px", "showo-vq/64", "after", PALE_BLUE),
 ]
 
 TEXT = "text to image, percent of what was asked"
@@ -93,27 +97,27 @@ RIGHT = "percent of images described rightly"
 PANELS = [
     Panel(
         "Words are followed better after RecA, which reads none",
-        "Table 1: Harmon-1.5B from 73 to 86 on GenEval",
+        "table 1: Harmon-1.5B from 73 to 86 on GenEval",
         "overall", TEXT, before_and_after()),
     Panel(
         "Most so what captions had left out: here, colors",
-        "Figure 3: captions rarely say that broccoli is green",
+        "figure 3: captions rarely say that broccoli is green",
         "colors", TEXT, before_and_after()),
     Panel(
         "What a model understands, it learns to paint",
-        "Figures 16 and 17: reconstructions before and after",
+        "figures 16 and 17: reconstructions before and after",
         "reconstruction", WHOLE, before_and_after()),
     Panel(
         "RecA goes beyond fine-tuning on captions (SFT) that say little",
-        "Table 5: 86 on GenEval instead of 75",
+        "table 5: 86 on GenEval instead of 75",
         "overall", TEXT, beside_captions()),
     Panel(
         "It needs the embeddings of understanding, not of generation",
-        "Table 7: from the VAE there is no gain",
+        "tables 7 and F.2: from the VAE, or from all tokens, there is no gain",
         "overall", TEXT, CONDITIONS),
     Panel(
         "L_i2t preserves understanding, where weights are shared",
-        "Section 2.2: λ_i2t = 1 for Show-o and Harmon",
+        "section 2.2: lambda_i2t 1 for Show-o and Harmon",
         "understanding", RIGHT, of_understanding()),
 ]
 
@@ -141,7 +145,7 @@ def draw_panel(panel, runs):
     draw = ImageDraw.Draw(image)
     small = ImageFont.load_default(13)
     draw.text((12, 12), panel.claim, "black", ImageFont.load_default(16))
-    draw.text((12, 36), panel.paper, "#555555", small)
+    draw.text((12, 36), f"The paper, {panel.paper}", "#555555", small)
 
     # The axis.
     for percent in (0, 25, 50, 75, 100):
