@@ -154,6 +154,8 @@ def test_shape_comments_hold(name, tmp_path, monkeypatch):
     flags = ["--model", "tiny", "--steps", 2, "--batch", 3, "--captions", "sparse", "--workers", 0,
              "--self-captions", 4, "--max-new-tokens", 4, "--sampling-steps", 2, "--out", tmp_path / "out",
              "--generate", tmp_path / "prompts.txt", "--reconstruct", images, "--describe", images]
+    if name == "showo":                                                    # the tiny one paints without guidance
+        flags += ["--guidance-scale", 2]
     monkeypatch.setattr(sys, "argv", [f"reca_{name}.py", *map(str, flags)])
     sys.settrace(watch)
     try:
