@@ -56,9 +56,10 @@ def before_and_after():
 
 
 def beside_captions():
-    """RecA beside fine-tuning on captions (SFT), on the same images for as many steps."""
+    """RecA beside fine-tuning on captions (SFT), on the same images for as many steps: where RecA
+    comes nearest to captions that say everything, and where it stays farthest behind them."""
     bars = []
-    for model in ("openuni", "harmon"):
+    for model in ("openuni", "bagel"):
         bars += [
             (f"{NAMES[model]}, before", f"{model}/reca", "before", GREY),
             ("SFT, sparse captions", f"{model}/sparse", "after", ORANGE),
