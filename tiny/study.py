@@ -46,51 +46,45 @@ NAMES = {"openuni": "OpenUni", "harmon": "Harmon", "showo": "Show-o",
          "showo-vq": "Show-o, no CLIP", "bagel": "BAGEL"}
 
 
-def before_and_after():
-    """Two bars for each model: what its runs began with, and what RecA led to."""
+def compare(models, runs):
+    """Bars for each model: what its runs began with, and what each of `runs` led to, which are
+    (label, folder within the model's, color)."""
     bars = []
-    for model, name in NAMES.items():
-        bars.append((f"{name}, before", f"{model}/reca", "before", GREY))
-        bars.append(("RecA", f"{model}/reca", "after", BLUE))
+    for model in models:
+        bars.append((f"{NAMES[model]}, before", f"{model}/reca", "before", GREY))
+        for label, run, color in runs:
+            bars.append((label, f"{model}/{run}", "after", color))
     return bars
 
 
-def beside_captions():
-    """RecA beside fine-tuning on captions (SFT), on the same images for as many steps: where RecA
-    comes nearest to captions that say everything, and where it stays farthest behind them."""
-    bars = []
-    for model in ("openuni", "bagel"):
-        bars += [
-            (f"{NAMES[model]}, before", f"{model}/reca", "before", GREY),
-            ("SFT, sparse captions", f"{model}/sparse", "after", ORANGE),
-            ("RecA, no caption", f"{model}/reca", "after", BLUE),
-            ("SFT, full captions", f"{model}/full", "after", ORANGE),
-        ]
-    return bars
+BEFORE_AND_AFTER = compare(NAMES, [("RecA", "reca", BLUE)])
 
-
-def of_understanding():
-    """Understanding with L_i2t and without it, where it shares weights with generation."""
-    bars = []
-    for model in ("harmon", "showo"):
-        bars += [
-            (f"{NAMES[model]}, before", f"{model}/reca", "before", GREY),
-            ("RecA", f"{model}/reca", "after", BLUE),
-            ("RecA, lambda_i2t 0", f"{model}/i2t0", "after", PALE_BLUE),
-        ]
-    return bars
-
+# Beside fine-tuning on captions (SFT), on the same images for as many steps: where RecA comes
+# nearest to captions that say everything, and where it stays farthest behind them.
+BESIDE_CAPTIONS = compare(("openuni", "bagel"), [
+    ("SFT, sparse captions", "sparse", ORANGE),
+    ("RecA, no caption", "reca", BLUE),
+    ("SFT, full captions", "full", ORANGE),
+])
 
 # What is read of an image. BAGEL: its ViT, as RecA has it, or the VAE of its generation side. Show-o
 # without CLIP: the tokens of a smaller image, or the very tokens that it paints.
 CONDITIONS = [
-    ("BAGEL, before", "bagel/reca", "before", GREY),
-    ("RecA from the ViT", "bagel/reca", "after", BLUE),
-    ("RecA from the VAE", "bagel/vae", "after", PALE_BLUE),
-    ("Show-o, no CLIP, before", "showo-vq/reca", "before", GREY),
-    ("RecA from 32 px", "showo-vq/reca", "after", BLUE),
-    ("RecA from all 64 px", "showo-vq/64", "after", PALE_BLUE),
+    *compare(["bagel"], [
+        ("RecA from the ViT", "reca", BLUE),
+        ("RecA from the VAE", "vae", PALE_BLUE),
+    ]),
+    *compare(["showo-vq"], [
+        ("RecA from 32 px", "reca", BLUE),
+        ("RecA from all 64 px", "64", PALE_BLUE),
+    ]),
 ]
+
+# Where understanding shares weights with generation.
+UNDERSTANDING = compare(("harmon", "showo"), [
+    ("RecA", "reca", BLUE),
+    ("RecA, lambda_i2t 0", "i2t0", PALE_BLUE),
+])
 
 TEXT = "text to image, percent of what was asked"
 WHOLE = "percent of images that come back whole"
@@ -99,19 +93,19 @@ PANELS = [
     Panel(
         "Words are followed better after RecA, which reads none",
         "table 1: Harmon-1.5B from 73 to 86 on GenEval",
-        "overall", TEXT, before_and_after()),
+        "overall", TEXT, BEFORE_AND_AFTER),
     Panel(
         "Most so what captions had left out: here, colors",
         "figure 3: captions rarely say that broccoli is green",
-        "colors", TEXT, before_and_after()),
+        "colors", TEXT, BEFORE_AND_AFTER),
     Panel(
         "What a model understands, it learns to paint",
         "figures 16 and 17: reconstructions before and after",
-        "reconstruction", WHOLE, before_and_after()),
+        "reconstruction", WHOLE, BEFORE_AND_AFTER),
     Panel(
         "RecA goes beyond fine-tuning on captions (SFT) that say little",
         "table 5: 86 on GenEval instead of 75",
-        "overall", TEXT, beside_captions()),
+        "overall", TEXT, BESIDE_CAPTIONS),
     Panel(
         "It needs the embeddings of understanding, not of generation",
         "tables 7 and F.2: from the VAE, or from all tokens, there is no gain",
@@ -119,7 +113,7 @@ PANELS = [
     Panel(
         "L_i2t preserves understanding, where weights are shared",
         "section 2.2: lambda_i2t 1 for Show-o and Harmon",
-        "understanding", RIGHT, of_understanding()),
+        "understanding", RIGHT, UNDERSTANDING),
 ]
 
 
