@@ -265,6 +265,30 @@ class Stages:
         draws = self.draws_with_text("recon", features, positions)
         self.model.recon_loss(features, templates, draws=draws)
 
+    # Questions by place. A model that is asked has `features` of the pool to paint from, `shown` to
+    # look at, the number `asking` of the stage, and answers_loss.
+
+    def mixed_caption(self, scene, rng):
+        """A caption to read before a question by place."""
+        return shuffled_caption(scene, rng)
+
+    def behind_captions_loss(self, positions):
+        picked = self.pick(positions)
+        rngs = self.generators(self.asking, positions)
+        captions = [self.mixed_caption(self.scenes[i], rng) for i, rng in zip(picked, rngs)]
+        self.read_captions([self.features[i] for i in picked], captions, positions)
+        return self.answers_loss(picked, captions)
+
+    def behind_images_loss(self, positions):
+        picked = self.pick(positions)
+        templates = [any_template(rng) for rng in self.generators(self.asking, positions)]
+        self.read_images([self.shown[i] for i in picked], templates, positions)
+        return self.answers_loss(picked, templates)
+
+    def answers_loss(self, picked, texts):
+        """How well what the hook remembers answers for the scenes `picked`, behind `texts`."""
+        raise NotImplementedError
+
 
 # ==== 3. Harmon ===================================================================================
 
@@ -273,6 +297,8 @@ class HarmonStages(Stages):
     """A VAE; a language model that describes images, and answers by place in the buffer tokens,
     behind words and behind images alike; then, with all of that frozen, generation from captions
     that name shapes and places, and seldom a color."""
+
+    asking = 3
 
     def __init__(self, model, seed, fraction):
         super().__init__(model, seed, fraction)
@@ -315,6 +341,7 @@ class HarmonStages(Stages):
         """The VAE is frozen, so the latents of the pool are computed once."""
         samples = [{"pixels": pixels} for pixels in draw(self.scenes, self.size)]
         self.features = self.frozen_features(samples, "i2t")
+        self.shown = self.features
         # The image tokens are side x side latents of C channels.
         self.side = math.isqrt(self.features[0]["latents"][..., 0].numel())
 
@@ -362,20 +389,7 @@ class HarmonStages(Stages):
         loss = loss + self.behind_images_loss(positions[half:])
         return loss + self.understanding_loss(positions[::2])
 
-    def behind_captions_loss(self, positions):
-        picked = self.pick(positions)
-        rngs = self.generators(3, positions)
-        captions = [shuffled_caption(self.scenes[i], rng) for i, rng in zip(picked, rngs)]
-        self.read_captions([self.features[i] for i in picked], captions, positions)
-        return self.answers_loss(picked)
-
-    def behind_images_loss(self, positions):
-        picked = self.pick(positions)
-        templates = [any_template(rng) for rng in self.generators(3, positions)]
-        self.read_images([self.features[i] for i in picked], templates, positions)
-        return self.answers_loss(picked)
-
-    def answers_loss(self, picked):
+    def answers_loss(self, picked, texts):
         logits = self.model.llm.lm_head(self.remembered).flatten(0, 1)  # [B*E, ids]
         targets = torch.cat([self.words_in_place(self.scenes[i]) for i in picked])  # [B*E, ids]
         return F.cross_entropy(logits, targets)
@@ -431,6 +445,8 @@ class ShowoStages(Stages):
     """An image tokenizer; language; CLIP, whose features become the words' own vectors;
     understanding from full captions and generation from sparse ones, with words in the places of
     CLIP's embeddings. The variant without CLIP does without the third."""
+
+    asking = 5
 
     def __init__(self, model, seed, fraction):
         super().__init__(model, seed, fraction)
@@ -620,6 +636,7 @@ class ShowoStages(Stages):
         model = self.model
         samples = [model.preprocess(picture, "recon") for picture in self.pictures]
         self.shown = self.frozen_features(samples, "recon")
+        self.features = self.shown
         samples = [model.preprocess(picture, "i2t") for picture in self.pictures]
         self.seen = [self.frozen_features(samples, "i2t")]
         if not self.with_clip:
@@ -655,21 +672,10 @@ class ShowoStages(Stages):
         loss = loss + self.behind_images_loss(positions[split:])
         return loss + self.describing_loss(positions[:8])
 
-    def behind_captions_loss(self, positions):
-        picked = self.pick(positions)
-        captions = []
-        for i, rng in zip(picked, self.generators(5, positions)):
-            captions.append(self.surrounded(shuffled_caption(self.scenes[i], rng), rng))
-        self.read_captions([self.shown[i] for i in picked], captions, positions)
-        return self.answers_loss(picked)
+    def mixed_caption(self, scene, rng):
+        return self.surrounded(shuffled_caption(scene, rng), rng)
 
-    def behind_images_loss(self, positions):
-        picked = self.pick(positions)
-        templates = [any_template(rng) for rng in self.generators(5, positions)]
-        self.read_images([self.shown[i] for i in picked], templates, positions)
-        return self.answers_loss(picked)
-
-    def answers_loss(self, picked):
+    def answers_loss(self, picked, texts):
         logits = self.answers(self.remembered).flatten(0, 1)  # [B*N, 17]
         targets = torch.cat([self.targets[i] for i in picked])  # [B*N, 17]
         return F.cross_entropy(logits, targets)
@@ -910,6 +916,8 @@ class BagelStages(Stages):
     those of words; a generation expert that begins as a copy of the other (as BAGEL's did) and
     learns from sparse captions."""
 
+    asking = 5
+
     def __init__(self, model, seed, fraction):
         super().__init__(model, seed, fraction)
         self.table = model.language_model["model"]["embed_tokens"].weight  # [ids, D]
@@ -1066,19 +1074,6 @@ class BagelStages(Stages):
         loss = self.behind_captions_loss(positions[:third])
         loss = loss + self.behind_images_loss(positions[third:2 * third])
         return loss + self.generation_loss(positions[2 * third:])
-
-    def behind_captions_loss(self, positions):
-        picked = self.pick(positions)
-        rngs = self.generators(5, positions)
-        captions = [shuffled_caption(self.scenes[i], rng) for i, rng in zip(picked, rngs)]
-        self.read_captions([self.features[i] for i in picked], captions, positions)
-        return self.answers_loss(picked, captions)
-
-    def behind_images_loss(self, positions):
-        picked = self.pick(positions)
-        templates = [any_template(rng) for rng in self.generators(5, positions)]
-        self.read_images([self.shown[i] for i in picked], templates, positions)
-        return self.answers_loss(picked, templates)
 
     def draws_with_text(self, task, features, positions):
         """Little of the image is left in the noise, or it would tell what is in its cells."""
