@@ -355,7 +355,7 @@ def test_outputs_are_what_eval_reads(tmp_path, images, capsys):
 
 def test_painting_halves_its_batch_where_memory_is_short(tmp_path, images, monkeypatch, capsys):
     """A GPU that holds three images at once, for each way of inference: the batch is halved once, the rest goes on with
-    the smaller one, and everything is made. A GPU that holds none ends in one line."""
+    the smaller one, and everything is made. A GPU that holds none is an error."""
     room = 3
     sizes = []
 
